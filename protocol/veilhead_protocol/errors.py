@@ -1,0 +1,304 @@
+"""Every error that Veilhead raises on purpose.
+
+VeilheadError
+├── ProtocolError                what both sides agreed on was broken
+│   ├── ParameterError           a parameter set that is unknown, unsafe or below a minimum
+│   ├── ScaleError               a head whose weights no scale of its parameter set can carry
+│   ├── LayoutError              counts for which no layout exists
+│   ├── ManifestError            a manifest that is malformed, inconsistent or too new
+│   └── WireError                a message that is not what it must be
+│       ├── MessageLengthError
+│       ├── MessageTypeError
+│       ├── FormatVersionError
+│       ├── ParameterMismatchError
+│       ├── PrngError
+│       ├── DomainError
+│       ├── MessageLayoutError
+│       ├── ResidueRangeError
+│       ├── ZeroPolynomialError
+│       ├── PaddingError
+│       ├── SeedReuseError
+│       ├── ModelMismatchError
+│       ├── KeyMismatchError
+│       └── QueryMismatchError
+├── ModelError                   the vendor's side, before anything is served
+│   ├── DatasetError
+│   ├── BackboneError            also raised on the client, which runs the backbone
+│   └── ArtifactError
+├── ServiceError                 the service cannot do what it was asked
+│   ├── StoreError
+│   └── WorkerError
+└── ClientError                  the data owner's side
+    ├── InsecureTransportError   plain HTTP to something that is not loopback
+    ├── TransportError           no complete answer, after the retries
+    ├── ServiceResponseError     the service answered with a problem (`status`, `code`, `request_id`)
+    ├── ReplyError               the service answered with something that is not a reply
+    ├── NoBackboneError          `classify` on a model that takes embeddings
+    ├── InputError               a value that cannot be classified (not text, wrong shape)
+    │   └── NotFiniteError       an embedding with NaN or infinity
+    ├── NotSentError             a row left unsent, because an earlier one showed that none can succeed
+    └── BatchError               some rows failed; `results` keeps the others, `errors` says which
+
+`code` is stable, names the error on the wire (`problems.py` in the service), and never changes.
+Messages say what was got and what was expected, and never contain text, values or key material.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+
+class VeilheadError(Exception):
+    """Base of every error raised on purpose."""
+
+    code: ClassVar[str] = "veilhead-error"
+
+
+class ProtocolError(VeilheadError):
+    """What both sides agreed on was broken."""
+
+    code = "protocol-error"
+
+
+class ParameterError(ProtocolError):
+    """A parameter set that is unknown, unsafe or below a required minimum."""
+
+    code = "parameters"
+
+
+class ScaleError(ProtocolError):
+    """A head whose weights no scale of its parameter set can carry."""
+
+    code = "scale"
+
+
+class LayoutError(ProtocolError):
+    """Counts for which no layout exists."""
+
+    code = "layout"
+
+
+class ManifestError(ProtocolError):
+    """A manifest that is malformed, inconsistent or made by a newer version."""
+
+    code = "manifest"
+
+
+class WireError(ProtocolError):
+    """A message that is not what it must be."""
+
+    code = "malformed-message"
+
+
+class MessageLengthError(WireError):
+    """Fewer or more bytes than the header's counts require."""
+
+    code = "wrong-length"
+
+
+class MessageTypeError(WireError):
+    """Not a Veilhead message, or one of another type."""
+
+    code = "wrong-message-type"
+
+
+class FormatVersionError(WireError):
+    """A format version that this side does not speak."""
+
+    code = "unsupported-format-version"
+
+
+class ParameterMismatchError(WireError):
+    """A parameter id that is unknown, or not the one in use here."""
+
+    code = "wrong-parameters"
+
+
+class PrngError(WireError):
+    """A seed expansion that does not exist."""
+
+    code = "unknown-prng"
+
+
+class DomainError(WireError):
+    """A polynomial domain that does not exist."""
+
+    code = "unknown-domain"
+
+
+class MessageLayoutError(WireError):
+    """Counts or layout that differ from the canonical ones."""
+
+    code = "wrong-layout"
+
+
+class ResidueRangeError(WireError):
+    """A residue at or above its prime."""
+
+    code = "residue-out-of-range"
+
+
+class ZeroPolynomialError(WireError):
+    """A polynomial whose residues are all zero."""
+
+    code = "zero-polynomial"
+
+
+class PaddingError(WireError):
+    """Reserved bytes or padding bits that are not zero."""
+
+    code = "nonzero-padding"
+
+
+class SeedReuseError(WireError):
+    """A seed that occurs twice, in one request or in the request and its key."""
+
+    code = "seed-reused"
+
+
+class ModelMismatchError(WireError):
+    """A message that names another model than the one asked."""
+
+    code = "wrong-model"
+
+
+class KeyMismatchError(WireError):
+    """A message under another key than the one expected."""
+
+    code = "wrong-key"
+
+
+class QueryMismatchError(WireError):
+    """A reply to another query."""
+
+    code = "wrong-query"
+
+
+class ModelError(VeilheadError):
+    """The vendor's side, before anything is served."""
+
+    code = "model-error"
+
+
+class DatasetError(ModelError):
+    """A data set that is unknown, unreadable or not what its digest says."""
+
+    code = "dataset"
+
+
+class BackboneError(ModelError):
+    """A backbone that cannot be loaded, or is not what its digests say."""
+
+    code = "backbone"
+
+
+class ArtifactError(ModelError):
+    """An artefact directory that is incomplete, inconsistent or cannot be written."""
+
+    code = "artifact"
+
+
+class ServiceError(VeilheadError):
+    """The service cannot do what it was asked."""
+
+    code = "service-error"
+
+
+class StoreError(ServiceError):
+    """A model store that cannot be read or written."""
+
+    code = "model-store"
+
+
+class WorkerError(ServiceError):
+    """The evaluating process died, or none is free."""
+
+    code = "worker-unavailable"
+
+
+class ClientError(VeilheadError):
+    """The data owner's side."""
+
+    code = "client-error"
+
+
+class InsecureTransportError(ClientError):
+    """Plain HTTP to something that is not loopback."""
+
+    code = "insecure-transport"
+
+
+class TransportError(ClientError):
+    """No complete answer came, after the retries."""
+
+    code = "transport"
+
+
+class ServiceResponseError(ClientError):
+    """The service answered with a problem.
+
+    Attributes: `status` (HTTP status), `problem` (the stable code in the problem's type),
+    `request_id` (quote it to the vendor), `retryable`.
+    """
+
+    code = "service-response"
+
+    def __init__(
+        self, message: str, *, status: int, problem: str, request_id: str | None, retryable: bool
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.problem = problem
+        self.request_id = request_id
+        self.retryable = retryable
+
+
+class ReplyError(ClientError):
+    """The service answered with something that is not a reply to this query."""
+
+    code = "reply"
+
+
+class NoBackboneError(ClientError):
+    """`classify` was called on a model that takes embeddings only."""
+
+    code = "no-backbone"
+
+
+class InputError(ClientError):
+    """A value that cannot be classified: not text, or an array of the wrong shape."""
+
+    code = "input"
+
+
+class NotFiniteError(InputError):
+    """An embedding that contains NaN or infinity."""
+
+    code = "not-finite"
+
+
+class NotSentError(ClientError):
+    """A row left unsent, because an earlier one showed that none can succeed."""
+
+    code = "not-sent"
+
+
+class BatchError(ClientError):
+    """Some rows of a batch failed; the others kept their answers.
+
+    Attributes: `results`, one entry a row in order, None where the row failed; `errors`, from row
+    number to its error.
+    """
+
+    code = "batch"
+
+    def __init__(self, results: Sequence[Any], errors: Mapping[int, VeilheadError]) -> None:
+        first = min(errors)
+        super().__init__(
+            f"{len(errors)} of {len(results)} rows failed, the first is row {first}: "
+            f"{errors[first]} The answers of the other rows are in `.results`, "
+            "the errors by row number in `.errors`."
+        )
+        self.results = list(results)
+        self.errors = dict(errors)

@@ -1,0 +1,269 @@
+"""The manifest: what a client must know about a model, and all that it is told.
+
+Its canonical bytes are UTF-8 JSON with sorted keys and no white space. Their SHA-256 is the
+model's digest: clients pin it, queries name it, and any other bytes are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from veilhead_protocol.errors import ManifestError, ParameterError, ScaleError
+from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS, Layout
+from veilhead_protocol.parameters import MAX_EXPONENT, PARAMETER_SETS, ParameterSet
+from veilhead_protocol.scales import BOUND_STEP, HeadScales
+
+FORMAT: Final = "veilhead-manifest/1"
+
+#: A manifest is refused above this size before it is parsed.
+MAX_MANIFEST_BYTES: Final = 4 * 2**20
+
+NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+_HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_ParameterName = Literal["compact", "strong"]
+
+
+def valid_name(name: str) -> str:
+    """A model's name: it stands in URLs and in directory names.
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    if not NAME_PATTERN.fullmatch(name):
+        raise ValueError(
+            "a model's name has 1 to 64 letters, digits, dots, underscores and hyphens, "
+            "the first a letter or a digit"
+        )
+    return name
+
+
+def _safe_path(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if (
+        not parts
+        or path.startswith("/")
+        or str(PurePosixPath(path)) != path
+        or any(not NAME_PATTERN.fullmatch(part.removeprefix(".")) or part == ".." for part in parts)
+    ):
+        raise ValueError("a file's path must be relative, normalised and of plain names")
+    return path
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
+
+
+class HeadSection(_Section):
+    """The head's public numbers; `scales` holds what each of them means."""
+
+    dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)]
+    labels: Annotated[tuple[Annotated[str, Field(max_length=512)], ...], Field(strict=False)]
+    exponent: Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
+    scale_bits: Annotated[int, Field(ge=1, le=128)]
+    weight_scale_bits: Annotated[int, Field(ge=1, le=40)]
+    flood_bits: Annotated[int, Field(ge=1, le=128)]
+    reply_bits: Annotated[int, Field(ge=1, le=48)]
+    error_bound: Annotated[float, Field(gt=0, le=0.5)]
+    commitment: _HexDigest
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> HeadSection:
+        if not 1 <= len(self.labels) <= MAX_CLASSES:
+            raise ValueError(f"expected 1 to {MAX_CLASSES} labels")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must be distinct")
+        # Clients print labels: control characters would let a service drive their terminals.
+        if any(unicodedata.category(letter) == "Cc" for label in self.labels for letter in label):
+            raise ValueError("labels must not contain control characters")
+        return self
+
+
+class EmbeddingSection(_Section):
+    """What the client divides an embedding by before it projects it onto the unit ball.
+
+    `scale_origin` says where the scale comes from: `normalised` (the backbone's output has norm
+    one) or `given` (set by whoever made the artefact).
+    """
+
+    scale: Annotated[float, Field(gt=0, le=1e9)]
+    scale_origin: Literal["normalised", "given"]
+
+
+class FileEntry(_Section):
+    """One public file, by content."""
+
+    path: Annotated[str, Field(max_length=256), AfterValidator(_safe_path)]
+    bytes: Annotated[int, Field(ge=0, le=64 * 2**30)]
+    sha256: _HexDigest
+
+
+class BackboneSection(_Section):
+    """The public transformer: its files, and how a text becomes an embedding."""
+
+    kind: Literal["transformers"]
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    pooling: Literal["mean"]
+    normalise: bool
+    max_tokens: Annotated[int, Field(ge=2, le=8192)]
+    files: Annotated[
+        tuple[FileEntry, ...], Field(strict=False, min_length=1, max_length=64)
+    ]
+
+    @model_validator(mode="after")
+    def _paths_are_distinct(self) -> BackboneSection:
+        if len({entry.path for entry in self.files}) != len(self.files):
+            raise ValueError("the backbone's file paths must be distinct")
+        return self
+
+
+class PolicySection(_Section):
+    """What the vendor asks of both sides.
+
+    The client refuses parameters below `minimum_parameters`. `bulk` says whether layouts beyond
+    the hint limit are allowed; this version has none.
+    """
+
+    minimum_parameters: _ParameterName = "compact"
+    bulk: bool = False
+
+
+class Manifest(_Section):
+    """A model as the public sees it."""
+
+    format: Literal["veilhead-manifest/1"] = FORMAT
+    name: Annotated[str, AfterValidator(valid_name)]
+    parameters: _ParameterName
+    parameters_id: _HexDigest
+    head: HeadSection
+    embedding: EmbeddingSection
+    backbone: BackboneSection | None
+    policy: PolicySection
+    about: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Manifest:
+        parameters = PARAMETER_SETS[self.parameters]
+        if self.parameters_id != parameters.id.hex():
+            raise ValueError("parameters_id is not the id of the named parameter set")
+        if not parameters.at_least(PARAMETER_SETS[self.policy.minimum_parameters]):
+            raise ValueError("the parameter set is below the policy's minimum")
+        head = self.head
+        expected = HeadScales.of_exponent(
+            parameters, head.exponent, head.weight_scale_bits, head.error_bound
+        )
+        for field in ("scale_bits", "flood_bits", "reply_bits"):
+            if getattr(head, field) != getattr(expected, field):
+                raise ValueError(f"head.{field} does not follow from head.exponent")
+        if expected.query_scale_bits < 1:
+            raise ValueError("head.weight_scale_bits leaves no scale for the query")
+        if head.error_bound % BOUND_STEP != 0:
+            raise ValueError("head.error_bound is not a multiple of 2^-14")
+        return self
+
+    @property
+    def parameter_set(self) -> ParameterSet:
+        """The parameter set that `parameters` names."""
+        return PARAMETER_SETS[self.parameters]
+
+    @property
+    def scales(self) -> HeadScales:
+        """The head's public numbers."""
+        head = self.head
+        return HeadScales.of_exponent(
+            self.parameter_set, head.exponent, head.weight_scale_bits, head.error_bound
+        )
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The canonical layout of a query to this model."""
+        return Layout.canonical(
+            self.parameter_set,
+            texts=1,
+            dimensions=self.head.dimensions,
+            classes=len(self.head.labels),
+            exponent=self.head.exponent,
+        )
+
+    def serialize(self) -> bytes:
+        """The canonical bytes."""
+        text = json.dumps(
+            self.model_dump(mode="json"),
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
+            allow_nan=False,
+        )
+        return text.encode("utf-8")
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical bytes: 32 bytes that name the model on the wire."""
+        return hashlib.sha256(self.serialize()).digest()
+
+    @classmethod
+    def deserialize(cls, data: bytes) -> Manifest:
+        """The manifest of these bytes.
+
+        Raises:
+            ManifestError: when they are too long, not canonical, inconsistent or of a newer format.
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ManifestError(
+                f"the manifest has {len(data)} bytes, expected at most {MAX_MANIFEST_BYTES}"
+            )
+        try:
+            document = json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ManifestError("the manifest is not UTF-8 JSON") from error
+        if not isinstance(document, dict):
+            raise ManifestError("the manifest is not a JSON object")
+        found = document.get("format")
+        if found != FORMAT:
+            raise ManifestError(
+                f"the manifest's format is {str(found)[:40]!r}, expected {FORMAT!r}: "
+                "upgrade the side that is older"
+            )
+        manifest = cls.build(document)
+        try:
+            canonical = manifest.serialize()
+        except (ValueError, RecursionError) as error:  # NaN, infinity, lone surrogates
+            raise ManifestError("the manifest holds a value that JSON cannot carry") from error
+        if canonical != data:
+            raise ManifestError(
+                "the manifest is not in canonical form (sorted keys, no white space, UTF-8)"
+            )
+        return manifest
+
+    @classmethod
+    def build(cls, document: dict[str, Any]) -> Manifest:
+        """A manifest from its fields.
+
+        Raises:
+            ManifestError: naming the first field that is wrong.
+        """
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "manifest"
+            raise ManifestError(f"{where}: {first['msg']}") from None
+        except (ScaleError, ParameterError) as error:
+            raise ManifestError(str(error)) from error

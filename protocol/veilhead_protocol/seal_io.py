@@ -1,0 +1,268 @@
+"""Residues <-> SEAL objects: the one file that knows SEAL's serialisation.
+
+TenSEAL's binding reads and writes SEAL objects through file paths only, so they go through an
+anonymous file in memory, one for every thread. Only public objects (ciphertexts, key messages)
+pass here: a secret key never does.
+
+Every byte that SEAL parses was laid out here, from residues that `wire` has checked: SEAL's own
+loader accepts a size field of 3 over half the data, and trailing bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+from tenseal import sealapi
+
+from veilhead_protocol.parameters import ParameterSet
+
+Residues = NDArray[np.uint64]
+
+_HEADER: Final = struct.Struct("<HBBBBHQ")  # magic, header size, version, compression, 0, size
+_MAGIC: Final = 0xA15E
+_UNCOMPRESSED: Final = 0
+_ZSTANDARD: Final = 2
+_MEMBERS: Final = struct.Struct("<4QBQQQdQ")  # parms_id, NTT form, size, N, L, scale, correction
+_COUNT: Final = struct.Struct("<Q")
+SEED_BYTES: Final = 64
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """SEAL's objects for one parameter set: immutable, one a process, free of keys."""
+
+    parameters: ParameterSet
+    context: Any
+    encoder: Any
+    evaluator: Any
+    version: tuple[int, int]
+
+    @property
+    def data_parms_id(self) -> list[int]:
+        """SEAL's id of the level of queries and replies."""
+        parms_id: list[int] = self.context.first_parms_id()
+        return parms_id
+
+    @property
+    def key_parms_id(self) -> list[int]:
+        """SEAL's id of the level of keys."""
+        parms_id: list[int] = self.context.key_parms_id()
+        return parms_id
+
+    @staticmethod
+    def new_plaintext() -> Any:
+        """An empty SEAL plaintext."""
+        return sealapi.Plaintext()
+
+    @staticmethod
+    def new_ciphertext() -> Any:
+        """An empty SEAL ciphertext."""
+        return sealapi.Ciphertext()
+
+
+def _make_runtime(parameters: ParameterSet, *, chain: bool) -> Runtime:
+    parms = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.CKKS)
+    parms.set_poly_modulus_degree(parameters.poly_modulus_degree)
+    parms.set_coeff_modulus([sealapi.Modulus(prime) for prime in parameters.key_primes])
+    context = sealapi.SEALContext(parms, chain, sealapi.SEC_LEVEL_TYPE.TC128)
+    if not context.parameters_set():
+        raise AssertionError(f"SEAL refuses {parameters.name}: {context.parameters_error_name()}")
+    saved = _scratch().save(parms)
+    version = (saved[3], saved[4])
+    return Runtime(
+        parameters, context, sealapi.CKKSEncoder(context), sealapi.Evaluator(context), version
+    )
+
+
+@lru_cache(maxsize=4)
+def runtime(parameters: ParameterSet) -> Runtime:
+    """The process's SEAL objects for this set."""
+    return _make_runtime(parameters, chain=True)
+
+
+@lru_cache(maxsize=4)
+def _key_level_runtime(parameters: ParameterSet) -> Runtime:
+    """The same primes without a chain, so that SEAL transforms polynomials at the key level."""
+    return _make_runtime(parameters, chain=False)
+
+
+class _Scratch(threading.local):
+    """An anonymous file for each thread (and process) that SEAL writes to and reads from."""
+
+    def __init__(self) -> None:
+        self._owner = -1
+        self._descriptor = -1
+        self._path = ""
+
+    def _open(self) -> None:
+        # A descriptor inherited by fork shares its file with the parent: make a new one.
+        if self._owner == os.getpid():
+            return
+        if hasattr(os, "memfd_create"):
+            self._descriptor = os.memfd_create("veilhead", os.MFD_CLOEXEC)
+            self._path = f"/proc/self/fd/{self._descriptor}"
+        else:
+            self._descriptor, self._path = tempfile.mkstemp(prefix="veilhead-public-")
+        self._owner = os.getpid()
+
+    def save(self, seal_object: Any) -> bytes:
+        """What SEAL writes of this object."""
+        self._open()
+        seal_object.save(self._path)
+        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+
+    def load(self, seal_object: Any, context: Any, data: bytes) -> None:
+        """Let SEAL read bytes that this module laid out."""
+        self._open()
+        os.pwrite(self._descriptor, data, 0)
+        os.ftruncate(self._descriptor, len(data))
+        seal_object.load(context, self._path)
+
+
+_SCRATCH: Final = _Scratch()
+
+
+def _scratch() -> _Scratch:
+    return _SCRATCH
+
+
+def _inflate(saved: bytes) -> bytes:
+    """The members of a saved SEAL object, without its outer header."""
+    magic, header_size, _major, _minor, mode, _, size = _HEADER.unpack_from(saved)
+    if magic != _MAGIC or header_size != _HEADER.size or size != len(saved):
+        raise AssertionError("SEAL wrote a header that this version does not know")
+    body = saved[_HEADER.size :]
+    if mode == _UNCOMPRESSED:
+        return body
+    if mode == _ZSTANDARD:
+        return zstandard.ZstdDecompressor().decompressobj().decompress(body)
+    raise AssertionError(f"SEAL wrote compression mode {mode}, expected none or zstandard")
+
+
+def _header(version: tuple[int, int], size: int) -> bytes:
+    return _HEADER.pack(_MAGIC, _HEADER.size, *version, _UNCOMPRESSED, 0, _HEADER.size + size)
+
+
+def _lay_out(
+    seal: Runtime,
+    parms_id: list[int],
+    residues: Residues,
+    *,
+    seed: tuple[int, bytes] | None,
+    ntt_form: bool,
+    scale: float,
+) -> bytes:
+    """SEAL's bytes of a ciphertext: residues [1, L, N] with (prng, seed), or [2, L, N] without."""
+    _polynomials, primes, degree = residues.shape
+    data = np.ascontiguousarray(residues, dtype="<u8").tobytes()
+    array = _COUNT.pack(residues.size) + data
+    parts = [
+        _MEMBERS.pack(*parms_id, ntt_form, 2, degree, primes, scale, 1),
+        _header(seal.version, len(array)),
+        array,
+    ]
+    if seed is not None:
+        prng, seed_bytes = seed
+        info = bytes([prng]) + seed_bytes
+        parts += [_header(seal.version, len(info)), info]
+    body = b"".join(parts)
+    return _header(seal.version, len(body)) + body
+
+
+def load_seeded_ciphertext(
+    seal: Runtime,
+    c0: Residues,
+    seed: bytes,
+    *,
+    prng: int,
+    ntt_form: bool,
+    scale_bits: int,
+) -> Any:
+    """A data-level SEAL ciphertext in NTT form: c0 [L, N], and c1 that SEAL expands from the seed.
+
+    `ntt_form` says what c0 and the expansion are in; coefficients are transformed here.
+    """
+    ciphertext = sealapi.Ciphertext()
+    data = _lay_out(
+        seal,
+        seal.data_parms_id,
+        c0[np.newaxis],
+        seed=(prng, seed),
+        ntt_form=ntt_form,
+        scale=2.0**scale_bits,
+    )
+    _scratch().load(ciphertext, seal.context, data)
+    if not ntt_form:
+        seal.evaluator.transform_to_ntt_inplace(ciphertext)
+    return ciphertext
+
+
+def load_public_key(seal: Runtime, b: Residues, seed: bytes, *, prng: int, ntt_form: bool) -> Any:
+    """A SEAL public key (b, a): b [L, N] at the key level, and a that SEAL expands from the seed.
+
+    That a is expanded here, and never taken from the client, is what keeps replies masked.
+    """
+    data = _lay_out(
+        seal, seal.key_parms_id, b[np.newaxis], seed=(prng, seed), ntt_form=ntt_form, scale=1.0
+    )
+    if not ntt_form:
+        key_level = _key_level_runtime(seal.parameters)
+        ciphertext = sealapi.Ciphertext()
+        _scratch().load(ciphertext, key_level.context, data)
+        key_level.evaluator.transform_to_ntt_inplace(ciphertext)
+        both = save_ciphertext(ciphertext)
+        data = _lay_out(seal, seal.key_parms_id, both, seed=None, ntt_form=True, scale=1.0)
+    public_key = sealapi.PublicKey()
+    _scratch().load(public_key, seal.context, data)
+    return public_key
+
+
+def load_ciphertext(seal: Runtime, residues: Residues, *, scale_bits: int) -> Any:
+    """A data-level SEAL ciphertext of the residues [2, L, N], in NTT form."""
+    ciphertext = sealapi.Ciphertext()
+    data = _lay_out(
+        seal, seal.data_parms_id, residues, seed=None, ntt_form=True, scale=2.0**scale_bits
+    )
+    _scratch().load(ciphertext, seal.context, data)
+    return ciphertext
+
+
+def save_ciphertext(ciphertext: Any) -> Residues:
+    """The residues [2, L, N] of a SEAL ciphertext, in the form that it is in."""
+    members = _inflate(_scratch().save(ciphertext))
+    _, primes, degree, count = _read_members(members, seeded=False)
+    start = _MEMBERS.size + _HEADER.size + _COUNT.size
+    return np.frombuffer(members, dtype="<u8", count=count, offset=start).reshape(2, primes, degree)
+
+
+def save_seeded(serializable: Any) -> tuple[Residues, int, bytes]:
+    """c0 [L, N], the PRNG's type byte and the seed of a seeded SEAL ciphertext, in NTT form."""
+    members = _inflate(_scratch().save(serializable))
+    ntt_form, primes, degree, count = _read_members(members, seeded=True)
+    if not ntt_form:
+        raise AssertionError("SEAL wrote a CKKS ciphertext that is not in NTT form")
+    start = _MEMBERS.size + _HEADER.size + _COUNT.size
+    c0 = np.frombuffer(members, dtype="<u8", count=count, offset=start).reshape(primes, degree)
+    info = members[start + 8 * count :]
+    if len(info) != _HEADER.size + 1 + SEED_BYTES:
+        raise AssertionError("SEAL wrote seed information that this version does not know")
+    return c0, info[_HEADER.size], info[_HEADER.size + 1 :]
+
+
+def _read_members(members: bytes, *, seeded: bool) -> tuple[bool, int, int, int]:
+    """NTT form, L, N and the count of words, checked against what SEAL should have written."""
+    *_, ntt_form, size, degree, primes, _scale, _correction = _MEMBERS.unpack_from(members)
+    (count,) = _COUNT.unpack_from(members, _MEMBERS.size + _HEADER.size)
+    expected = primes * degree * (1 if seeded else 2)
+    if size != 2 or count != expected:
+        raise AssertionError("SEAL wrote a ciphertext of another shape than expected")
+    return bool(ntt_form), primes, degree, count

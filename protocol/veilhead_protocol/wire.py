@@ -1,0 +1,514 @@
+"""Messages <-> bytes. docs/wire-format.md is the specification; this file follows its order.
+
+Untrusted bytes are checked limit first, then exact length, then every field, then every residue;
+each rule has its own error. Nothing here calls SEAL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veilhead_protocol.errors import (
+    DomainError,
+    FormatVersionError,
+    KeyMismatchError,
+    MessageLayoutError,
+    MessageLengthError,
+    MessageTypeError,
+    ModelMismatchError,
+    PaddingError,
+    ParameterMismatchError,
+    PrngError,
+    QueryMismatchError,
+    ResidueRangeError,
+    SeedReuseError,
+    ZeroPolynomialError,
+)
+from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS, Layout
+from veilhead_protocol.parameters import PARAMETER_SETS, ParameterSet
+
+Residues = NDArray[np.uint64]
+
+MAGIC: Final = b"VEIL"
+FORMAT_VERSION: Final = 1
+SEED_BYTES: Final = 64
+DIGEST_BYTES: Final = 32
+
+_PREFIX: Final = struct.Struct("<4sBBBB32s")  # magic, version, type, prng, domain, parameter id
+_TARGET: Final = struct.Struct("<32s32s")  # model digest, key id
+_COUNTS: Final = struct.Struct("<B3xIIIIII")  # layout, texts, d, C, t, pieces, polynomials
+_REPLY: Final = struct.Struct("<I32s")  # kappa, SHA-256 of the query
+
+KEY_HEADER_BYTES: Final = _PREFIX.size
+QUERY_HEADER_BYTES: Final = _PREFIX.size + _TARGET.size + _COUNTS.size
+REPLY_HEADER_BYTES: Final = QUERY_HEADER_BYTES + _REPLY.size
+
+
+class MessageType(IntEnum):
+    """The message's type byte."""
+
+    KEY = 1
+    QUERY = 2
+    REPLY = 3
+
+
+class Prng(IntEnum):
+    """How a seed is expanded; 0 where a message has no seed."""
+
+    NONE = 0
+    BLAKE2XB = 1
+    SHAKE256 = 2
+
+
+class Domain(IntEnum):
+    """What the residues and the expansion of the seed are: coefficients, or values under NTT."""
+
+    COEFFICIENT = 0
+    NTT = 1
+
+
+# --- bit packing ---------------------------------------------------------------------------------
+
+
+def packed_bytes(count: int, width: int) -> int:
+    """Bytes that `count` values of `width` bits take."""
+    return -(-count * width // 8)
+
+
+def pack_bits(values: Residues, width: int) -> bytes:
+    """Values [n] below 2^width (8 <= width <= 56), little-endian, without gaps, zero-padded."""
+    count = len(values)
+    rows = -(-count // 8)  # eight values of `width` bits fill exactly `width` bytes
+    padded = np.zeros(rows * 8, dtype=np.uint64)
+    padded[:count] = values
+    lanes = padded.reshape(rows, 8)
+    buffer = np.zeros(rows * width + 8, dtype=np.uint8)
+    for lane in range(8):
+        start, shift = divmod(lane * width, 8)
+        window = np.ndarray((rows,), dtype="<u8", buffer=buffer, offset=start, strides=(width,))
+        window |= lanes[:, lane] << np.uint64(shift)
+    return buffer[: packed_bytes(count, width)].tobytes()
+
+
+def unpack_bits(data: bytes, count: int, width: int) -> Residues:
+    """The inverse of `pack_bits`: values [count].
+
+    Raises:
+        MessageLengthError: when `data` is not exactly as long as needed.
+        PaddingError: when a bit after the last value is set.
+    """
+    if len(data) != packed_bytes(count, width):
+        raise MessageLengthError(
+            f"got {len(data)} bytes of packed residues, expected {packed_bytes(count, width)}"
+        )
+    used = count * width % 8
+    if used and data[-1] >> used:
+        raise PaddingError("padding bits after the last residue are not zero")
+    rows = -(-count // 8)
+    buffer = data.ljust(rows * width + 8, b"\0")
+    mask = np.uint64((1 << width) - 1)
+    values = np.empty((rows, 8), dtype=np.uint64)
+    for lane in range(8):
+        start, shift = divmod(lane * width, 8)
+        window = np.ndarray((rows,), dtype="<u8", buffer=buffer, offset=start, strides=(width,))
+        values[:, lane] = (window >> np.uint64(shift)) & mask
+    return values.reshape(-1)[:count]
+
+
+def _polynomial_bytes(degree: int, primes: Sequence[int]) -> int:
+    return sum(packed_bytes(degree, prime.bit_length()) for prime in primes)
+
+
+def _pack_polynomial(residues: Residues, primes: Sequence[int]) -> bytes:
+    """Residues [L, N], prime after prime, each at the width of its prime."""
+    return b"".join(
+        pack_bits(row, prime.bit_length()) for row, prime in zip(residues, primes, strict=True)
+    )
+
+
+def _unpack_polynomial(data: bytes, degree: int, primes: Sequence[int]) -> Residues:
+    """The inverse of `_pack_polynomial`, with every residue in range and not all of them zero."""
+    residues = np.empty((len(primes), degree), dtype=np.uint64)
+    offset = 0
+    for row, prime in enumerate(primes):
+        width = prime.bit_length()
+        length = packed_bytes(degree, width)
+        residues[row] = unpack_bits(data[offset : offset + length], degree, width)
+        offset += length
+        if residues[row].max() >= prime:
+            raise ResidueRangeError(f"a residue is not below its prime {prime:#x}")
+    if not residues.any():
+        raise ZeroPolynomialError("all residues of a polynomial are zero")
+    return residues
+
+
+# --- headers -------------------------------------------------------------------------------------
+
+
+def _write_prefix(kind: MessageType, prng: Prng, domain: Domain, parameters: ParameterSet) -> bytes:
+    return _PREFIX.pack(MAGIC, FORMAT_VERSION, kind, prng, domain, parameters.id)
+
+
+def _read_prefix(data: bytes, kind: MessageType) -> tuple[Prng, Domain, ParameterSet]:
+    magic, version, found, prng, domain, parameter_id = _PREFIX.unpack_from(data)
+    if magic != MAGIC:
+        raise MessageTypeError("the message does not begin with 'VEIL'")
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"the message has format version {version}, expected {FORMAT_VERSION}"
+        )
+    if found != kind:
+        raise MessageTypeError(f"the message has type {found}, expected {kind} ({kind.name})")
+    for parameters in PARAMETER_SETS.values():
+        if parameters.id == parameter_id:
+            break
+    else:
+        raise ParameterMismatchError("the message has an unknown parameter id")
+    if kind is MessageType.REPLY:
+        if prng != Prng.NONE or domain != Domain.COEFFICIENT:
+            raise PaddingError("the PRNG and domain bytes of a reply must be zero")
+        return Prng.NONE, Domain.COEFFICIENT, parameters
+    if prng not in (Prng.BLAKE2XB, Prng.SHAKE256):
+        raise PrngError(f"the message has PRNG {prng}, expected 1 (BLAKE2Xb) or 2 (SHAKE256)")
+    if domain not in (Domain.COEFFICIENT, Domain.NTT):
+        raise DomainError(f"the message has domain {domain}, expected 0 (coefficient) or 1 (NTT)")
+    return Prng(prng), Domain(domain), parameters
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The layout and counts that a message states, as read; nothing is believed of them."""
+
+    layout: int
+    texts: int
+    dimensions: int
+    classes: int
+    block_length: int
+    pieces: int
+    polynomials: int
+
+    @classmethod
+    def of(cls, layout: Layout, polynomials: int) -> Counts:
+        """What a message of so many polynomials in this layout must state."""
+        return cls(
+            layout.kind,
+            layout.texts,
+            layout.dimensions,
+            layout.classes,
+            layout.block_length,
+            layout.pieces,
+            polynomials,
+        )
+
+    def serialize(self) -> bytes:
+        """The counts as the header holds them."""
+        return _COUNTS.pack(*astuple(self))
+
+    def check(self, layout: Layout, polynomials: int) -> None:
+        """Raise `MessageLayoutError` unless this states exactly that layout."""
+        expected = Counts.of(layout, polynomials)
+        if self != expected:
+            raise MessageLayoutError(f"the message states {self}, expected {expected}")
+
+
+def _read_counts(data: bytes, offset: int) -> Counts:
+    if data[offset + 1 : offset + 4] != b"\0\0\0":
+        raise PaddingError("reserved bytes of the header are not zero")
+    return Counts(*_COUNTS.unpack_from(data, offset))
+
+
+@dataclass(frozen=True)
+class QueryHeader:
+    """What a query says of itself. It routes the query; `QueryMessage` then checks all of it."""
+
+    prng: Prng
+    domain: Domain
+    parameters: ParameterSet
+    model_digest: bytes
+    key_id: bytes
+    counts: Counts
+
+    @classmethod
+    def deserialize(cls, data: bytes) -> QueryHeader:
+        """The header of a query.
+
+        Raises:
+            WireError: one of its kinds, for the first field that is wrong.
+        """
+        if len(data) < QUERY_HEADER_BYTES:
+            raise MessageLengthError(
+                f"got {len(data)} bytes, expected a query header of {QUERY_HEADER_BYTES}"
+            )
+        prng, domain, parameters = _read_prefix(data, MessageType.QUERY)
+        model_digest, key_id = _TARGET.unpack_from(data, _PREFIX.size)
+        counts = _read_counts(data, _PREFIX.size + _TARGET.size)
+        return cls(prng, domain, parameters, model_digest, key_id, counts)
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeyMessage:
+    """An encryption of zero under a fresh secret: b [L, N] at the key level, and a's seed."""
+
+    parameters: ParameterSet
+    prng: Prng
+    domain: Domain
+    b: Residues
+    seed: bytes
+
+    @staticmethod
+    def size(parameters: ParameterSet) -> int:
+        """Bytes of a key message under this set."""
+        body = _polynomial_bytes(parameters.poly_modulus_degree, parameters.key_primes)
+        return KEY_HEADER_BYTES + body + SEED_BYTES
+
+    def serialize(self) -> bytes:
+        """The message's bytes; their SHA-256 is the key's id."""
+        return (
+            _write_prefix(MessageType.KEY, self.prng, self.domain, self.parameters)
+            + _pack_polynomial(self.b, self.parameters.key_primes)
+            + self.seed
+        )
+
+    @classmethod
+    def deserialize(cls, data: bytes) -> KeyMessage:
+        """The key message of these bytes.
+
+        Raises:
+            WireError: one of its kinds, for the first thing that is wrong.
+        """
+        if len(data) < KEY_HEADER_BYTES:
+            raise MessageLengthError(
+                f"got {len(data)} bytes, expected a key header of {KEY_HEADER_BYTES}"
+            )
+        prng, domain, parameters = _read_prefix(data, MessageType.KEY)
+        if len(data) != cls.size(parameters):
+            raise MessageLengthError(
+                f"got {len(data)} bytes, expected {cls.size(parameters)} for a "
+                f"{parameters.name} key"
+            )
+        b = _unpack_polynomial(
+            data[KEY_HEADER_BYTES:-SEED_BYTES], parameters.poly_modulus_degree, parameters.key_primes
+        )
+        return cls(parameters, prng, domain, b, data[-SEED_BYTES:])
+
+
+def key_id(key_bytes: bytes) -> bytes:
+    """The id under which a key message is registered: SHA-256 of its bytes."""
+    return hashlib.sha256(key_bytes).digest()
+
+
+@dataclass(frozen=True)
+class SeededPolynomial:
+    """One encrypted polynomial: c0 [L, N] and the seed of c1."""
+
+    c0: Residues
+    seed: bytes
+
+
+@dataclass(frozen=True)
+class QueryMessage:
+    """An encrypted embedding: one seeded ciphertext for every piece of the layout."""
+
+    parameters: ParameterSet
+    model_digest: bytes
+    key_id: bytes
+    layout: Layout
+    prng: Prng
+    domain: Domain
+    polynomials: tuple[SeededPolynomial, ...]
+
+    @staticmethod
+    def size(parameters: ParameterSet, layout: Layout) -> int:
+        """Bytes of a query in this layout."""
+        body = _polynomial_bytes(parameters.poly_modulus_degree, parameters.data_primes)
+        return QUERY_HEADER_BYTES + layout.pieces * (body + SEED_BYTES)
+
+    def serialize(self) -> bytes:
+        """The message's bytes; a reply repeats their SHA-256."""
+        parts = [
+            _write_prefix(MessageType.QUERY, self.prng, self.domain, self.parameters),
+            _TARGET.pack(self.model_digest, self.key_id),
+            Counts.of(self.layout, len(self.polynomials)).serialize(),
+        ]
+        for polynomial in self.polynomials:
+            parts += [
+                _pack_polynomial(polynomial.c0, self.parameters.data_primes),
+                polynomial.seed,
+            ]
+        return b"".join(parts)
+
+    @classmethod
+    def deserialize(
+        cls, data: bytes, parameters: ParameterSet, layout: Layout, *, key_seed: bytes | None = None
+    ) -> QueryMessage:
+        """The query of these bytes, which must be in `layout`.
+
+        With `key_seed` the seeds are also checked against the key's: c1 = a would let a client
+        read the reply's mask.
+
+        Raises:
+            WireError: one of its kinds, for the first thing that is wrong.
+        """
+        header = QueryHeader.deserialize(data)
+        if header.parameters != parameters:
+            raise ParameterMismatchError(
+                f"the query is under {header.parameters.name}, expected {parameters.name}"
+            )
+        header.counts.check(layout, layout.pieces)
+        if len(data) != cls.size(parameters, layout):
+            raise MessageLengthError(
+                f"got {len(data)} bytes, expected {cls.size(parameters, layout)} for this model"
+            )
+        degree = parameters.poly_modulus_degree
+        body = _polynomial_bytes(degree, parameters.data_primes)
+        seen = set() if key_seed is None else {key_seed}
+        polynomials = []
+        for piece in range(layout.pieces):
+            start = QUERY_HEADER_BYTES + piece * (body + SEED_BYTES)
+            seed = data[start + body : start + body + SEED_BYTES]
+            if seed in seen:
+                raise SeedReuseError("a seed occurs twice, in the query or in the query and its key")
+            seen.add(seed)
+            c0 = _unpack_polynomial(data[start : start + body], degree, parameters.data_primes)
+            polynomials.append(SeededPolynomial(c0, seed))
+        return cls(
+            parameters,
+            header.model_digest,
+            header.key_id,
+            layout,
+            header.prng,
+            header.domain,
+            tuple(polynomials),
+        )
+
+
+@dataclass(frozen=True)
+class ReplyPolynomial:
+    """One reply polynomial modulo 2^kappa: the wanted coefficients of c0, and all of c1 [N]."""
+
+    c0: Residues
+    c1: Residues
+
+
+@dataclass(frozen=True)
+class ReplyMessage:
+    """Encrypted logits: one polynomial for every group of classes."""
+
+    parameters: ParameterSet
+    model_digest: bytes
+    key_id: bytes
+    layout: Layout
+    reply_bits: int
+    query_digest: bytes
+    polynomials: tuple[ReplyPolynomial, ...]
+
+    @staticmethod
+    def size(layout: Layout, reply_bits: int) -> int:
+        """Bytes of a reply in this layout."""
+        c0 = sum(
+            packed_bytes(len(layout.wanted(reply)), reply_bits) for reply in range(layout.replies)
+        )
+        return REPLY_HEADER_BYTES + c0 + layout.replies * packed_bytes(layout.degree, reply_bits)
+
+    def serialize(self) -> bytes:
+        """The message's bytes."""
+        parts = [
+            _write_prefix(
+                MessageType.REPLY, Prng.NONE, Domain.COEFFICIENT, self.parameters
+            ),
+            _TARGET.pack(self.model_digest, self.key_id),
+            Counts.of(self.layout, len(self.polynomials)).serialize(),
+            _REPLY.pack(self.reply_bits, self.query_digest),
+        ]
+        for polynomial in self.polynomials:
+            parts += [
+                pack_bits(polynomial.c0, self.reply_bits),
+                pack_bits(polynomial.c1, self.reply_bits),
+            ]
+        return b"".join(parts)
+
+    @classmethod
+    def deserialize(
+        cls,
+        data: bytes,
+        parameters: ParameterSet,
+        layout: Layout,
+        reply_bits: int,
+        *,
+        model_digest: bytes,
+        key_id: bytes,
+        query_digest: bytes,
+    ) -> ReplyMessage:
+        """The reply of these bytes, which must answer the query of that digest.
+
+        No check depends on a decrypted value.
+
+        Raises:
+            WireError: one of its kinds, for the first thing that is wrong.
+        """
+        if len(data) != cls.size(layout, reply_bits):
+            raise MessageLengthError(
+                f"got {len(data)} bytes, expected a reply of {cls.size(layout, reply_bits)}"
+            )
+        _, _, found = _read_prefix(data, MessageType.REPLY)
+        if found != parameters:
+            raise ParameterMismatchError(
+                f"the reply is under {found.name}, expected {parameters.name}"
+            )
+        found_model, found_key = _TARGET.unpack_from(data, _PREFIX.size)
+        if found_model != model_digest:
+            raise ModelMismatchError("the reply is from another model than the one asked")
+        if found_key != key_id:
+            raise KeyMismatchError("the reply is under another key than the query")
+        _read_counts(data, _PREFIX.size + _TARGET.size).check(layout, layout.replies)
+        found_bits, found_query = _REPLY.unpack_from(data, QUERY_HEADER_BYTES)
+        if found_bits != reply_bits:
+            raise MessageLayoutError(
+                f"the reply has residues of {found_bits} bits, expected {reply_bits}"
+            )
+        if found_query != query_digest:
+            raise QueryMismatchError("the reply answers another query")
+        offset = REPLY_HEADER_BYTES
+        polynomials = []
+        for reply in range(layout.replies):
+            parts = []
+            for count in (len(layout.wanted(reply)), layout.degree):
+                length = packed_bytes(count, reply_bits)
+                parts.append(unpack_bits(data[offset : offset + length], count, reply_bits))
+                offset += length
+            polynomials.append(ReplyPolynomial(*parts))
+        return cls(
+            parameters,
+            model_digest,
+            key_id,
+            layout,
+            reply_bits,
+            query_digest,
+            tuple(polynomials),
+        )
+
+
+#: Largest body of a query that this version can be sent, for limits before reading.
+MAX_QUERY_BYTES: Final = max(
+    QueryMessage.size(
+        parameters,
+        Layout.canonical(
+            parameters, texts=1, dimensions=MAX_DIMENSIONS, classes=MAX_CLASSES, exponent=0
+        ),
+    )
+    for parameters in PARAMETER_SETS.values()
+)
+
+#: Largest body of a key message.
+MAX_KEY_BYTES: Final = max(KeyMessage.size(parameters) for parameters in PARAMETER_SETS.values())

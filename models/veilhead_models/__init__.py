@@ -1,0 +1,1 @@
+"""The vendor's side before anything is served: data sets, backbones, training, artefacts."""

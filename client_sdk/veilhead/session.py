@@ -1,0 +1,198 @@
+"""Keys, encryption and decryption: the only place where a secret key lives.
+
+A secret key is made here, never leaves, is never written, and dies with its object. Logits are
+rounded before anything outside sees them: an unrounded value is an exact linear equation in the
+secret key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tenseal import sealapi
+from veilhead_protocol import seal_io
+from veilhead_protocol.encoding import decode, encode
+from veilhead_protocol.layout import Layout
+from veilhead_protocol.manifest import Manifest
+from veilhead_protocol.parameters import ParameterSet
+from veilhead_protocol.scales import project, round_logits
+from veilhead_protocol.wire import (
+    Domain,
+    KeyMessage,
+    Prng,
+    QueryMessage,
+    ReplyMessage,
+    SeededPolynomial,
+    key_id,
+)
+
+#: A key is replaced after so many queries or seconds, whichever comes first.
+MAX_QUERIES_PER_KEY: Final = 100
+MAX_KEY_SECONDS: Final = 600.0
+
+_PROBE_BITS: Final = 30
+
+
+class SecretKey:
+    """One fresh ternary secret, with what can be published of it: `message` and `id`."""
+
+    def __init__(self, parameters: ParameterSet, layout: Layout) -> None:
+        seal = seal_io.runtime(parameters)
+        secret = sealapi.KeyGenerator(seal.context).secret_key()
+        self._encryptor = sealapi.Encryptor(seal.context, secret)
+        b, prng, seed = seal_io.save_seeded(
+            self._encryptor.encrypt_zero_symmetric(seal.key_parms_id)
+        )
+        message = KeyMessage(parameters, Prng(prng), Domain.NTT, b, seed)
+        self.message = message.serialize()
+        self.id = key_id(self.message)
+        self._seal = seal
+        coefficients = _secret_coefficients(seal, secret)
+        self._rows = _decryption_rows(coefficients, layout)
+
+    def __repr__(self) -> str:
+        return f"SecretKey(id={self.id.hex()[:12]})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a secret key cannot be pickled or copied")
+
+    def encrypt(self, coefficients: NDArray[np.float64], scale_bits: int) -> SeededPolynomial:
+        """A fresh encryption of coefficients [N], with 64 fresh random bytes from SEAL."""
+        plaintext = encode(self._seal, coefficients, scale_bits)
+        c0, _, seed = seal_io.save_seeded(self._encryptor.encrypt_symmetric(plaintext))
+        return SeededPolynomial(c0, seed)
+
+    def decrypt(self, reply: ReplyMessage) -> NDArray[np.float64]:
+        """Wanted coefficients of c0 + c1 s modulo 2^kappa, centred: [replies, G]. Never published.
+
+        Every sum is an integer below 2^46, so float64 is exact.
+        """
+        c1 = np.stack([polynomial.c1 for polynomial in reply.polynomials]).astype(np.float64)
+        values: NDArray[np.float64] = c1 @ self._rows.T
+        for row, polynomial in zip(values, reply.polynomials, strict=True):
+            row[: len(polynomial.c0)] += polynomial.c0
+        modulus = 2.0**reply.reply_bits
+        centred: NDArray[np.float64] = values - modulus * np.rint(values / modulus)
+        return centred
+
+
+def _secret_coefficients(seal: seal_io.Runtime, secret: Any) -> NDArray[np.float64]:
+    """The secret's coefficients in {-1, 0, 1}, [N]: the decryption of the ciphertext (0, 2^30).
+
+    SEAL would have to write the key to a file to show it otherwise.
+    """
+    degree = seal.parameters.poly_modulus_degree
+    residues = np.zeros((2, len(seal.parameters.data_primes), degree), dtype=np.uint64)
+    residues[1] = 1 << _PROBE_BITS
+    probe = seal_io.load_ciphertext(seal, residues, scale_bits=_PROBE_BITS)
+    plaintext = seal.new_plaintext()
+    sealapi.Decryptor(seal.context, secret).decrypt(probe, plaintext)
+    return np.rint(decode(seal, plaintext))
+
+
+def _decryption_rows(secret: NDArray[np.float64], layout: Layout) -> NDArray[np.float64]:
+    """Rows [G, N] whose product with c1 is a wanted coefficient of c1 times the secret.
+
+    The wanted coefficients of every reply polynomial begin those of the first.
+    """
+    distance = layout.wanted(0)[:, np.newaxis] - np.arange(layout.degree)  # [G, N]
+    sign = np.where(distance < 0, -1.0, 1.0)
+    rows: NDArray[np.float64] = sign * secret[distance % layout.degree]
+    return rows
+
+
+@dataclass(frozen=True)
+class EncryptedQuery:
+    """A query's bytes. A retry sends these same bytes: nothing is ever encrypted twice."""
+
+    key: SecretKey
+    data: bytes
+    digest: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", hashlib.sha256(self.data).digest())
+
+
+class Session:
+    """Encrypts embeddings for one model and decrypts its replies, under keys that it rotates."""
+
+    def __init__(self, manifest: Manifest, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._manifest = manifest
+        self._parameters = manifest.parameter_set
+        self._layout = manifest.layout
+        self._scales = manifest.scales
+        self._clock = clock
+        self._key: SecretKey | None = None
+        self._queries = 0
+        self._expires = 0.0
+
+    def encrypt(self, embedding: NDArray[np.float64]) -> EncryptedQuery:
+        """The query for an embedding [d] in its original scale.
+
+        A row that is not finite is encrypted as zeros, so that the service cannot tell; the caller
+        raises once everything is sent.
+        """
+        if not np.isfinite(embedding).all():
+            embedding = np.zeros_like(embedding)
+        key = self._fresh_enough_key()
+        row = project(embedding[np.newaxis], self._manifest.embedding.scale)[0]
+        message = QueryMessage(
+            parameters=self._parameters,
+            model_digest=self._manifest.digest,
+            key_id=key.id,
+            layout=self._layout,
+            prng=Prng.BLAKE2XB,
+            domain=Domain.NTT,
+            polynomials=tuple(
+                key.encrypt(piece, self._scales.query_scale_bits)
+                for piece in self._layout.pack_embedding(row)
+            ),
+        )
+        return EncryptedQuery(key, message.serialize())
+
+    def decrypt(self, query: EncryptedQuery, reply: bytes) -> NDArray[np.float64]:
+        """Logits [C], rounded to multiples of 2^-12.
+
+        Raises:
+            WireError: one of its kinds, when the bytes are not the reply to this query. No check
+                depends on a decrypted value.
+        """
+        message = ReplyMessage.deserialize(
+            reply,
+            self._parameters,
+            self._layout,
+            self._scales.reply_bits,
+            model_digest=self._manifest.digest,
+            key_id=query.key.id,
+            query_digest=query.digest,
+        )
+        # 2^kappa Delta / Q units make a logit of one.
+        unit = self._parameters.data_modulus / 2 ** (
+            self._scales.reply_bits + self._scales.scale_bits
+        )
+        logits = query.key.decrypt(message).reshape(-1)[: self._layout.classes] * unit
+        return round_logits(logits)
+
+    @property
+    def reply_bytes(self) -> int:
+        """The exact length of a reply to this model."""
+        return ReplyMessage.size(self._layout, self._scales.reply_bits)
+
+    def forget(self) -> None:
+        """Drop the current key; the next query makes a new one."""
+        self._key = None
+
+    def _fresh_enough_key(self) -> SecretKey:
+        now = self._clock()
+        if self._key is None or self._queries >= MAX_QUERIES_PER_KEY or now >= self._expires:
+            self._key = SecretKey(self._parameters, self._layout)
+            self._queries = 0
+            self._expires = now + MAX_KEY_SECONDS
+        self._queries += 1
+        return self._key

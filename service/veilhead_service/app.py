@@ -1,0 +1,93 @@
+"""The application, made by a factory with everything injected."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from veilhead_service import problems
+from veilhead_service.keys import KeyStore
+from veilhead_service.model_store import ModelSource, ModelStore
+from veilhead_service.routes import Services, router
+from veilhead_service.settings import Settings
+from veilhead_service.workers import WorkerPool
+
+
+class _RequestContext:
+    """Gives every request a random id, which its answer carries, and every failure an answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            problem = problems.of_failure(request_id, error)
+            if not started:
+                await problems.respond(Request(scope), problem)(scope, receive, send_with_id)
+
+
+def create_app(settings: Settings, *, models: ModelSource | None = None) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        settings: what the operator set.
+        models: where models come from; the store of the settings when it is None.
+
+    The workers start and end with the application's lifespan.
+    """
+    pool = WorkerPool(
+        settings.workers,
+        waiting_per_worker=settings.waiting_per_worker,
+        evaluation_seconds=settings.evaluation_seconds,
+    )
+    services = Services(
+        models=ModelStore(settings.store) if models is None else models,
+        keys=KeyStore(
+            max_bytes=settings.key_memory_bytes,
+            idle_seconds=settings.key_idle_seconds,
+            lifetime_seconds=settings.key_lifetime_seconds,
+        ),
+        pool=pool,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            await pool.start()
+            yield
+        finally:
+            await pool.stop()
+
+    app = FastAPI(
+        title="Veilhead",
+        version=version("veilhead"),
+        summary="Private text classification on encrypted embeddings",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.services = services
+    app.include_router(router)
+    problems.install(app)
+    app.add_middleware(_RequestContext)
+    return app

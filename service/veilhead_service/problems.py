@@ -1,0 +1,139 @@
+"""Errors <-> HTTP: the one place that says which error becomes which status.
+
+Every answer that is not a success is an RFC 9457 problem (`application/problem+json`) with a
+stable `type`, the `request_id`, and whether the same request can succeed later (`retryable`).
+Details name what was wrong and what was expected, and never hold a byte of a request.
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from veilhead_protocol.errors import (
+    ModelMismatchError,
+    StoreError,
+    VeilheadError,
+    WireError,
+    WorkerError,
+)
+
+PROBLEM_TYPE: Final = "urn:veilhead:problem:"
+MEDIA_TYPE: Final = "application/problem+json"
+
+#: Seconds after which a client should try again when no worker was free.
+RETRY_AFTER_SECONDS: Final = 1
+
+logger = logging.getLogger("veilhead.service")
+
+
+class Problem(Exception):
+    """An answer that is not a success, raised by a route."""
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        code: str,
+        detail: str,
+        *,
+        retryable: bool = False,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.retryable = retryable
+        self.headers = headers or {}
+
+
+def model_not_found() -> Problem:
+    """No model of this name is published."""
+    return Problem(
+        HTTPStatus.NOT_FOUND,
+        "model-not-found",
+        "no model of this name is published here; GET /v1/models lists those that are",
+    )
+
+
+def key_not_registered() -> Problem:
+    """The key is unknown, expired or was dropped to make room."""
+    return Problem(
+        HTTPStatus.NOT_FOUND,
+        "key-not-registered",
+        "no such key is registered; PUT the key message to /v1/keys/{id} and send the same "
+        "query again",
+    )
+
+
+def of_error(error: VeilheadError) -> Problem:
+    """The problem that an error of ours becomes."""
+    if isinstance(error, ModelMismatchError):
+        return Problem(HTTPStatus.CONFLICT, error.code, str(error))
+    if isinstance(error, WireError):
+        return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, error.code, str(error))
+    if isinstance(error, WorkerError):
+        return Problem(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            error.code,
+            str(error),
+            retryable=True,
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+        )
+    if isinstance(error, StoreError):
+        logger.error("the model store failed: %s", error)
+    return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the service failed")
+
+
+def respond(request: Request, problem: Problem) -> JSONResponse:
+    """The HTTP response of a problem."""
+    body: dict[str, Any] = {
+        "type": PROBLEM_TYPE + problem.code,
+        "title": problem.status.phrase,
+        "status": int(problem.status),
+        "detail": problem.detail,
+        "request_id": request.state.request_id,
+        "retryable": problem.retryable,
+    }
+    return JSONResponse(body, problem.status, problem.headers, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Turn every expected exception of the app into a problem."""
+
+    @app.exception_handler(Problem)
+    async def on_problem(request: Request, problem: Problem) -> JSONResponse:
+        return respond(request, problem)
+
+    @app.exception_handler(VeilheadError)
+    async def on_error(request: Request, error: VeilheadError) -> JSONResponse:
+        return respond(request, of_error(error))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        status = HTTPStatus(error.status_code)
+        code = status.phrase.lower().replace(" ", "-")
+        problem = Problem(status, code, status.description, headers=dict(error.headers or {}))
+        return respond(request, problem)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        where = ", ".join(sorted({str(item["loc"][-1]) for item in error.errors()}))
+        detail = f"not valid: {where}"
+        return respond(
+            request, Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", detail)
+        )
+
+
+def of_failure(request_id: str, error: Exception) -> Problem:
+    """The problem that an exception of nobody's making becomes; the log gets only its kind.
+
+    A message or a traceback's local variable may hold bytes of the request.
+    """
+    logger.error("request %s failed: %s", request_id, type(error).__name__)
+    return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the service failed")

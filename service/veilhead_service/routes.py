@@ -1,0 +1,276 @@
+"""The HTTP routes. docs/http-api.md is the specification."""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from veilhead_models.artifact import BACKBONE_DIRECTORY
+from veilhead_protocol.errors import MessageLengthError, ModelMismatchError
+from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
+from veilhead_protocol.wire import (
+    DIGEST_BYTES,
+    FORMAT_VERSION,
+    MAX_KEY_BYTES,
+    MAX_QUERY_BYTES,
+    KeyMessage,
+    QueryHeader,
+    QueryMessage,
+    key_id,
+)
+from veilhead_service.keys import KeyStore
+from veilhead_service.model_store import ModelSource, StoredModel
+from veilhead_service.problems import Problem, key_not_registered, model_not_found
+from veilhead_service.workers import WorkerPool
+
+MESSAGE_TYPE: Final = "application/octet-stream"
+_CACHE_FOREVER: Final = "public, max-age=31536000, immutable"
+_REVALIDATE: Final = "no-cache"
+
+router = APIRouter()
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the routes work with, injected by the app."""
+
+    models: ModelSource
+    keys: KeyStore
+    pool: WorkerPool
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+_Services = Annotated[Services, Depends(_services)]
+
+
+def _digest(text: str) -> bytes:
+    """A SHA-256 digest of 64 lower-case hexadecimal digits."""
+    if len(text) != 2 * DIGEST_BYTES or set(text) - set("0123456789abcdef"):
+        raise Problem(
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+            "malformed-digest",
+            "a digest is written as 64 lower-case hexadecimal digits",
+        )
+    return bytes.fromhex(text)
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The body of a message: of the right type, and refused as soon as it passes the limit."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != MESSAGE_TYPE:
+        raise Problem(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "unsupported-media-type",
+            f"expected Content-Type {MESSAGE_TYPE}",
+        )
+    too_large = Problem(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        "body-too-large",
+        f"a message has at most {limit} bytes",
+    )
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+        raise too_large
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+def _message_in(description: str) -> dict[str, Any]:
+    """The OpenAPI text of a route that takes a message."""
+    schema = {"type": "string", "format": "binary"}
+    content = {MESSAGE_TYPE: {"schema": schema}}
+    return {"requestBody": {"required": True, "description": description, "content": content}}
+
+
+def _quoted(digest: str) -> str:
+    return f'"{digest}"'
+
+
+def _matches(if_none_match: str | None, etag: str) -> bool:
+    tags = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
+    return etag in tags or "*" in tags
+
+
+@router.get("/v1/models", tags=["models"])
+async def list_models(services: _Services) -> dict[str, list[dict[str, str]]]:
+    """The published models, by name, each with the digest of its current version."""
+    found = []
+    for name in services.models.names():
+        model = services.models.current(name)
+        if model is not None:
+            found.append({"name": name, "digest": model.manifest.digest.hex()})
+    return {"models": found}
+
+
+def _current(services: Services, name: str) -> StoredModel:
+    model = services.models.current(name)
+    if model is None:
+        raise model_not_found()
+    return model
+
+
+def _version(services: Services, name: str, digest: str | None) -> StoredModel:
+    if digest is None:
+        return _current(services, name)
+    model = services.models.version(name, _digest(digest))
+    if model is None:
+        raise model_not_found()
+    return model
+
+
+_VersionDigest = Annotated[
+    str | None, Query(description="digest of a version; the current one when it is absent")
+]
+
+
+@router.get("/v1/models/{name}", tags=["models"], response_class=Response)
+async def get_manifest(
+    name: str,
+    services: _Services,
+    digest: _VersionDigest = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """The manifest's canonical bytes. The ETag is their SHA-256, which clients pin."""
+    model = _version(services, name, digest)
+    etag = _quoted(model.manifest.digest.hex())
+    headers = {"ETag": etag, "Cache-Control": _REVALIDATE if digest is None else _CACHE_FOREVER}
+    if _matches(if_none_match, etag):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    return Response(model.manifest_bytes, media_type="application/json", headers=headers)
+
+
+@router.get("/v1/models/{name}/files/{path:path}", tags=["models"], response_class=Response)
+async def get_file(
+    name: str,
+    path: str,
+    services: _Services,
+    digest: _VersionDigest = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """A file of the public backbone, as the manifest lists it; ranges are supported."""
+    model = _version(services, name, digest)
+    backbone = model.manifest.backbone
+    entries = {} if backbone is None else {entry.path: entry for entry in backbone.files}
+    entry = entries.get(path)  # only paths of the manifest: nothing of a request names a file
+    if entry is None:
+        raise Problem(
+            HTTPStatus.NOT_FOUND, "file-not-found", "the manifest lists no file of this path"
+        )
+    etag = _quoted(entry.sha256)
+    headers = {"ETag": etag, "Cache-Control": _CACHE_FOREVER if digest else _REVALIDATE}
+    if _matches(if_none_match, etag):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    return FileResponse(
+        model.directory / BACKBONE_DIRECTORY / entry.path,
+        media_type=MESSAGE_TYPE,
+        headers=headers,
+    )
+
+
+@router.put(
+    "/v1/keys/{id}",
+    tags=["keys"],
+    status_code=HTTPStatus.CREATED,
+    openapi_extra=_message_in("a key message"),
+)
+async def register_key(id: str, request: Request, services: _Services) -> Response:  # noqa: A002
+    """Register a key message under its SHA-256: 201 when it is new, 200 when it was known."""
+    expected = _digest(id)
+    body = await _body(request, MAX_KEY_BYTES)
+    if not hmac.compare_digest(key_id(body), expected):
+        raise Problem(
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+            "digest-mismatch",
+            "the SHA-256 of the body is not the id in the path",
+        )
+    KeyMessage.deserialize(body)
+    new = services.keys.put(expected, body)
+    return JSONResponse({"id": id}, HTTPStatus.CREATED if new else HTTPStatus.OK)
+
+
+@router.head("/v1/keys/{id}", tags=["keys"], response_class=Response)
+async def has_key(id: str, services: _Services) -> Response:  # noqa: A002
+    """200 when the key is registered, 404 when it is not."""
+    if services.keys.get(_digest(id)) is None:
+        raise key_not_registered()
+    return Response()
+
+
+@router.delete("/v1/keys/{id}", tags=["keys"], status_code=HTTPStatus.NO_CONTENT)
+async def forget_key(id: str, services: _Services) -> Response:  # noqa: A002
+    """Forget a key: 204, or 404 when it was not registered."""
+    if not services.keys.discard(_digest(id)):
+        raise key_not_registered()
+    return Response(status_code=HTTPStatus.NO_CONTENT)
+
+
+@router.post(
+    "/v1/models/{name}/infer",
+    tags=["inference"],
+    response_class=Response,
+    openapi_extra=_message_in("a query message"),
+)
+async def infer(name: str, request: Request, services: _Services) -> Response:
+    """Evaluate the head on an encrypted embedding and answer with a reply message."""
+    _current(services, name)
+    body = await _body(request, MAX_QUERY_BYTES)
+    header = QueryHeader.deserialize(body)
+    model = services.models.version(name, header.model_digest)
+    if model is None:
+        raise ModelMismatchError(
+            "the query names a version of this model that is not published here; "
+            "read the manifest again and make a new query"
+        )
+    expected = QueryMessage.size(model.manifest.parameter_set, model.manifest.layout)
+    if len(body) != expected:
+        raise MessageLengthError(f"got {len(body)} bytes, expected {expected} for this model")
+    key = services.keys.get(header.key_id)
+    if key is None:
+        raise key_not_registered()
+    evaluation = await services.pool.evaluate(model, header.key_id, key, body)
+    return Response(
+        evaluation.reply,
+        media_type=MESSAGE_TYPE,
+        headers={
+            "X-Veilhead-Model": model.manifest.digest.hex(),
+            "Server-Timing": f"evaluate;dur={evaluation.seconds * 1e3:.3f}",
+            "Cache-Control": "no-store",
+        },
+    )
+
+
+@router.get("/livez", tags=["health"])
+async def live() -> dict[str, str]:
+    """200 while the process answers."""
+    return {"status": "live"}
+
+
+@router.get("/readyz", tags=["health"])
+async def ready(services: _Services) -> JSONResponse:
+    """200 when queries can be evaluated, 503 when not."""
+    if not services.pool.ready:
+        return JSONResponse({"status": "not ready"}, HTTPStatus.SERVICE_UNAVAILABLE)
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/version", tags=["health"])
+async def get_version() -> dict[str, str | int]:
+    """The service's version and the formats that it speaks."""
+    return {
+        "service": version("veilhead"),
+        "wire_format": FORMAT_VERSION,
+        "manifest_format": MANIFEST_FORMAT,
+    }

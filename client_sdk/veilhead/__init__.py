@@ -1,0 +1,36 @@
+"""Veilhead's client: classify text with a private model that never sees the text."""
+
+from veilhead.client import Client, QueryTrace
+from veilhead.predictions import Prediction
+from veilhead_protocol.errors import (
+    BatchError,
+    ClientError,
+    InputError,
+    InsecureTransportError,
+    NoBackboneError,
+    NotFiniteError,
+    NotSentError,
+    ProtocolError,
+    ReplyError,
+    ServiceResponseError,
+    TransportError,
+    VeilheadError,
+)
+
+__all__ = [
+    "BatchError",
+    "Client",
+    "ClientError",
+    "InputError",
+    "InsecureTransportError",
+    "NoBackboneError",
+    "NotFiniteError",
+    "NotSentError",
+    "Prediction",
+    "ProtocolError",
+    "QueryTrace",
+    "ReplyError",
+    "ServiceResponseError",
+    "TransportError",
+    "VeilheadError",
+]

@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from tenseal import sealapi
+
 from veilhead_protocol import seal_io
 from veilhead_protocol.encoding import decode, encode
 from veilhead_protocol.layout import Layout

@@ -31,12 +31,12 @@ VeilheadError
 └── ClientError                  the data owner's side
     ├── InsecureTransportError   plain HTTP to something that is not loopback
     ├── TransportError           no complete answer, after the retries
-    ├── ServiceResponseError     the service answered with a problem (`status`, `code`, `request_id`)
+    ├── ServiceResponseError     the service answered with a problem
     ├── ReplyError               the service answered with something that is not a reply
     ├── NoBackboneError          `classify` on a model that takes embeddings
     ├── InputError               a value that cannot be classified (not text, wrong shape)
     │   └── NotFiniteError       an embedding with NaN or infinity
-    ├── NotSentError             a row left unsent, because an earlier one showed that none can succeed
+    ├── NotSentError             a row left unsent, since an earlier one failed for all of them
     └── BatchError               some rows failed; `results` keeps the others, `errors` says which
 
 `code` is stable, names the error on the wire (`problems.py` in the service), and never changes.

@@ -123,9 +123,7 @@ class BackboneSection(_Section):
     pooling: Literal["mean"]
     normalise: bool
     max_tokens: Annotated[int, Field(ge=2, le=8192)]
-    files: Annotated[
-        tuple[FileEntry, ...], Field(strict=False, min_length=1, max_length=64)
-    ]
+    files: Annotated[tuple[FileEntry, ...], Field(strict=False, min_length=1, max_length=64)]
 
     @model_validator(mode="after")
     def _paths_are_distinct(self) -> BackboneSection:

@@ -104,7 +104,7 @@ def plan_scales(
     """
     degree = parameters.poly_modulus_degree
     quantisation_error = math.inf
-    for weight_scale_bits in range(_FEWEST_WEIGHT_BITS, _MOST_WEIGHT_BITS + 1):  # noqa: B007
+    for weight_scale_bits in range(_FEWEST_WEIGHT_BITS, _MOST_WEIGHT_BITS + 1):
         quantised = quantise(weight, weight_scale_bits)
         quantisation_error = float(np.linalg.norm(weight - quantised, axis=1).max())
         if quantisation_error <= QUANTISATION_TOLERANCE:
@@ -160,9 +160,7 @@ def plan_scales(
             f"an answer of this head can reach 2^{math.log2(total):.2f}, expected less than half "
             f"the modulus (2^{math.log2(modulus / 2):.2f}): divide weight and bias by two"
         )
-    error = (
-        quantisation_error + (flood + noise + truncation) / delta + LOGIT_STEP / 2
-    )
+    error = quantisation_error + (flood + noise + truncation) / delta + LOGIT_STEP / 2
     bound = math.ceil(error / BOUND_STEP) * BOUND_STEP
     return HeadScales.of_exponent(parameters, exponent, weight_scale_bits, bound)
 

@@ -298,7 +298,9 @@ class KeyMessage:
                 f"{parameters.name} key"
             )
         b = _unpack_polynomial(
-            data[KEY_HEADER_BYTES:-SEED_BYTES], parameters.poly_modulus_degree, parameters.key_primes
+            data[KEY_HEADER_BYTES:-SEED_BYTES],
+            parameters.poly_modulus_degree,
+            parameters.key_primes,
         )
         return cls(parameters, prng, domain, b, data[-SEED_BYTES:])
 
@@ -378,7 +380,9 @@ class QueryMessage:
             start = QUERY_HEADER_BYTES + piece * (body + SEED_BYTES)
             seed = data[start + body : start + body + SEED_BYTES]
             if seed in seen:
-                raise SeedReuseError("a seed occurs twice, in the query or in the query and its key")
+                raise SeedReuseError(
+                    "a seed occurs twice, in the query or in the query and its key"
+                )
             seen.add(seed)
             c0 = _unpack_polynomial(data[start : start + body], degree, parameters.data_primes)
             polynomials.append(SeededPolynomial(c0, seed))
@@ -424,9 +428,7 @@ class ReplyMessage:
     def serialize(self) -> bytes:
         """The message's bytes."""
         parts = [
-            _write_prefix(
-                MessageType.REPLY, Prng.NONE, Domain.COEFFICIENT, self.parameters
-            ),
+            _write_prefix(MessageType.REPLY, Prng.NONE, Domain.COEFFICIENT, self.parameters),
             _TARGET.pack(self.model_digest, self.key_id),
             Counts.of(self.layout, len(self.polynomials)).serialize(),
             _REPLY.pack(self.reply_bits, self.query_digest),

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from fastapi import FastAPI, Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from veilhead_service import problems
 from veilhead_service.keys import KeyStore
 from veilhead_service.model_store import ModelSource, ModelStore

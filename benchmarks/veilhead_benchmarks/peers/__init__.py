@@ -1,0 +1,1 @@
+"""Other ways to evaluate the same head on an encrypted embedding."""

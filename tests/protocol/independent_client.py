@@ -1,0 +1,257 @@
+"""A second client, written from docs/wire-format.md alone, to hold that page to its word.
+
+FOR TESTS ONLY. It is not constant time, wipes nothing, rotates no keys and does no HTTP. It uses
+numpy and the standard library: no package of Veilhead, no TenSEAL, no SEAL. It speaks the plainest
+dialect: PRNG 2 (SHAKE256) and domain 0 (coefficients).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+_BLOCK_BYTES = 4096
+_PRNG_SHAKE256 = 2
+_DOMAIN_COEFFICIENT = 0
+
+#: The section "Hint limits": (largest e, G's limit for that e).
+_COMPACT = {
+    "degree": 2048,
+    "data_primes": (0x1FFFFFFFFE1001,),
+    "key_primes": (0x1FFFFFFFFE1001,),
+    "id": "3ff41c579bec57b18d04fa7bd640a3ba1be7cebd1272995ee10187cc5b9571e0",
+}
+_STRONG = {
+    "degree": 4096,
+    "data_primes": (0xFFFFEE001, 0x7FFFF6001),
+    "key_primes": (0xFFFFEE001, 0x7FFFF6001, 0x2E001),
+    "id": "6325f40ad49c6aa16dda5f267d61f6c823ed19273d5f52be22b977df2b021d45",
+}
+PARAMETERS: dict[str, dict[str, Any]] = {"compact": _COMPACT, "strong": _STRONG}
+
+
+def _most_wanted(name: str, exponent: int) -> int:
+    if name == "compact":
+        return (1152 if exponent <= 7 else 920) // (exponent + 11)
+    return 192 if exponent <= 9 else 128
+
+
+# --- polynomials modulo X^N + 1 ------------------------------------------------------------------
+
+
+def times_ternary(polynomial: Integers, ternary: Integers, modulus: int) -> Integers:
+    """The negacyclic product [N] modulo a modulus below 2^53, one shifted row at a time."""
+    degree = len(polynomial)
+    total = np.zeros(degree, dtype=np.int64)
+    doubled = np.concatenate([(modulus - polynomial) % modulus, polynomial])  # -a, a
+    for added, shift in enumerate(np.flatnonzero(ternary), start=1):
+        # Coefficient i of a X^shift is a[i - shift], negated where i < shift.
+        row = doubled[degree - shift : 2 * degree - shift]
+        total += row if ternary[shift] > 0 else modulus - row
+        if added % 512 == 0:
+            total %= modulus  # 2^53 * 512 still fits
+    return total % modulus
+
+
+def expand(seed: bytes, degree: int, primes: Sequence[int]) -> list[Integers]:
+    """The residues that a seed stands for, prime after prime: [L][N]."""
+    counter = 0
+    pending = np.empty(0, dtype="<u8")
+
+    def draw(count: int) -> NDArray[np.uint64]:
+        nonlocal counter, pending
+        while len(pending) < count:
+            block = hashlib.shake_256(seed + struct.pack("<Q", counter)).digest(_BLOCK_BYTES)
+            pending = np.concatenate([pending, np.frombuffer(block, dtype="<u8")])
+            counter += 1
+        drawn, pending = pending[:count], pending[count:]
+        return drawn
+
+    words = draw(degree * len(primes)).reshape(len(primes), degree).copy()
+    rows = []
+    for row, prime in zip(words, primes, strict=True):
+        bound = 2**64 - 1 - (2**64 - 1) % prime - 1
+        for position in np.flatnonzero(row >= np.uint64(bound)):
+            while row[position] >= bound:
+                row[position] = draw(1)[0]
+        rows.append((row % np.uint64(prime)).astype(np.int64))
+    return rows
+
+
+def pack(values: Sequence[int], width: int) -> bytes:
+    joined = 0
+    for value in reversed(values):
+        joined = joined << width | int(value)
+    return joined.to_bytes(-(-len(values) * width // 8), "little")
+
+
+def unpack(data: bytes, count: int, width: int) -> list[int]:
+    joined = int.from_bytes(data, "little")
+    if joined >> (count * width):
+        raise ValueError("padding bits are set")
+    mask = (1 << width) - 1
+    return [joined >> (width * i) & mask for i in range(count)]
+
+
+# --- the client ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a client takes from a manifest's bytes."""
+
+    digest: bytes
+    name: str
+    degree: int
+    data_primes: tuple[int, ...]
+    key_primes: tuple[int, ...]
+    parameter_id: bytes
+    dimensions: int
+    classes: int
+    block: int
+    pieces: int
+    group: int
+    scale_bits: int
+    query_scale_bits: int
+    reply_bits: int
+    embedding_scale: float
+    error_bound: float
+
+    @classmethod
+    def from_manifest(cls, data: bytes) -> Model:
+        document = json.loads(data)
+        if document["format"] != "veilhead-manifest/1":
+            raise ValueError("a manifest of another format")
+        head, parameters = document["head"], PARAMETERS[document["parameters"]]
+        if document["parameters_id"] != parameters["id"]:
+            raise ValueError("a parameter set of that name with other numbers")
+        degree, dimensions = parameters["degree"], head["dimensions"]
+        most = _most_wanted(document["parameters"], head["exponent"])
+        return cls(
+            digest=hashlib.sha256(data).digest(),
+            name=document["name"],
+            degree=degree,
+            data_primes=parameters["data_primes"],
+            key_primes=parameters["key_primes"],
+            parameter_id=bytes.fromhex(parameters["id"]),
+            dimensions=dimensions,
+            classes=len(head["labels"]),
+            block=min(dimensions, degree),
+            pieces=-(-dimensions // degree),
+            group=max(1, min(degree // dimensions, most)),
+            scale_bits=head["scale_bits"],
+            query_scale_bits=head["scale_bits"] - head["weight_scale_bits"],
+            reply_bits=head["reply_bits"],
+            embedding_scale=document["embedding"]["scale"],
+            error_bound=head["error_bound"],
+        )
+
+    @property
+    def replies(self) -> int:
+        return -(-self.classes // self.group)
+
+    def prefix(self, kind: int, prng: int, domain: int) -> bytes:
+        return struct.pack("<4s4B32s", b"VEIL", 1, kind, prng, domain, self.parameter_id)
+
+    def target(self, key_id: bytes, polynomials: int) -> bytes:
+        counts = (1, self.dimensions, self.classes, self.block, self.pieces, polynomials)
+        return self.digest + key_id + struct.pack("<B3x6I", 1, *counts)
+
+
+class Client:
+    """One secret, and everything that is done with it."""
+
+    def __init__(self, model: Model, secret: Integers | None = None) -> None:
+        self.model = model
+        if secret is None:
+            secret = np.array([secrets.randbelow(3) - 1 for _ in range(model.degree)])
+        self._secret = secret
+        no_message = np.zeros(model.degree, dtype=np.int64)
+        self.key_message = model.prefix(1, _PRNG_SHAKE256, _DOMAIN_COEFFICIENT) + self._encrypt(
+            no_message, model.key_primes
+        )
+        self.key_id = hashlib.sha256(self.key_message).digest()
+
+    def _encrypt(self, message: Integers, primes: Sequence[int]) -> bytes:
+        """-(a s + e) + m, packed, and the 64 fresh bytes that a comes from."""
+        degree = self.model.degree
+        seed = secrets.token_bytes(64)
+        error = np.array([_cbd21() for _ in range(degree)], dtype=np.int64)
+        packed = b""
+        for mask, prime in zip(expand(seed, degree, primes), primes, strict=True):
+            product = times_ternary(mask, self._secret, prime)
+            residues = (message % prime - product - error) % prime
+            packed += pack(residues.tolist(), prime.bit_length())
+        return packed + seed
+
+    def query(self, embedding: NDArray[np.float64]) -> bytes:
+        """The query message for an embedding [d]."""
+        model = self.model
+        scaled = embedding.astype(np.float64) / model.embedding_scale
+        scaled = scaled / max(1.0, float(np.linalg.norm(scaled)))
+        message = np.zeros(model.pieces * model.degree, dtype=np.int64)
+        message[: model.dimensions] = np.rint(scaled * 2.0**model.query_scale_bits)
+        return (
+            model.prefix(2, _PRNG_SHAKE256, _DOMAIN_COEFFICIENT)
+            + model.target(self.key_id, model.pieces)
+            + b"".join(
+                self._encrypt(piece, model.data_primes)
+                for piece in message.reshape(model.pieces, model.degree)
+            )
+        )
+
+    def logits(self, query: bytes, reply: bytes) -> NDArray[np.float64]:
+        """Logits [C], rounded to multiples of 2^-12, of the reply to that query."""
+        model, bits = self.model, self.model.reply_bits
+        expected = (
+            model.prefix(3, 0, 0)
+            + model.target(self.key_id, model.replies)
+            + struct.pack("<I", bits)
+            + hashlib.sha256(query).digest()
+        )
+        if reply[: len(expected)] != expected:
+            raise ValueError("not the reply to this query")
+        units = self.decrypt(reply[len(expected) :])
+        modulus = 1
+        for prime in model.data_primes:
+            modulus *= prime
+        unit = modulus / 2 ** (bits + model.scale_bits)
+        return np.rint(np.array(units) * unit * 4096) / 4096
+
+    def decrypt(self, body: bytes) -> list[int]:
+        """The integers of a reply, after its header: [C]. Never shown to anybody."""
+        model, bits = self.model, self.model.reply_bits
+        degree, units, offset = model.degree, [], 0
+        for number in range(model.replies):
+            wanted = min(model.group, model.classes - number * model.group)
+            parts = []
+            for count in (wanted, degree):
+                length = -(-count * bits // 8)
+                parts.append(unpack(body[offset : offset + length], count, bits))
+                offset += length
+            c0, c1 = parts[0], np.array(parts[1], dtype=np.int64)
+            for row, value in enumerate(c0):
+                at = row * model.block + model.block - 1
+                # s[j] c1[at - j] for j <= at, and -s[j] c1[at - j + N] above.
+                turned = np.concatenate([c1[at::-1], -c1[:at:-1]])
+                inner = value + int(turned @ self._secret)
+                half = 1 << (bits - 1)
+                units.append((inner + half) % (2 * half) - half)
+        if offset != len(body):
+            raise ValueError("a reply of another length")
+        return units
+
+
+def _cbd21() -> int:
+    bits = secrets.randbits(42)
+    return (bits & 0x1FFFFF).bit_count() - (bits >> 21).bit_count()

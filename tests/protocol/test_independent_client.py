@@ -1,0 +1,124 @@
+"""A client written from docs/wire-format.md, against the real evaluation, through bytes only."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from veilhead_service.encrypted_head import ClientKey, EncryptedHead
+
+
+@pytest.mark.parametrize(
+    ("parameters", "dimensions", "classes"),
+    [
+        ("compact", 384, 22),
+        ("compact", 3000, 3),  # two query polynomials
+        ("compact", 64, 40),  # more than the limit of hints lets into one polynomial
+        ("strong", 384, 11),
+        ("strong", 4096, 2),
+    ],
+)
+def test_its_logits_are_the_heads(
+    independent, make_artifact, unit_rows, parameters: str, dimensions: int, classes: int
+) -> None:
+    artifact = make_artifact(classes, dimensions, parameters)
+    head = EncryptedHead(artifact.manifest, artifact.weight, artifact.bias)
+
+    model = independent.Model.from_manifest(artifact.manifest.serialize())
+    client = independent.Client(model)
+    key = ClientKey.from_message(client.key_message)
+    assert key.id == client.key_id
+    rows = 1.5 * unit_rows(2, dimensions)  # the projection onto the unit ball shortens them
+    expected = artifact.logits(rows)
+    for row, plaintext in zip(rows, expected, strict=True):
+        query = client.query(row)
+        logits = client.logits(query, head.evaluate(query, key))
+        assert logits.shape == (classes,)
+        assert np.abs(logits - plaintext).max() <= model.error_bound
+        assert np.array_equal(logits, np.rint(logits * 4096) / 4096)
+
+
+def test_it_understands_recorded_replies(independent, vectors: Path, cases) -> None:
+    for name, case in cases.items():
+        model = independent.Model.from_manifest((vectors / f"{name}.manifest.json").read_bytes())
+        secret = np.array([int(digit) - 1 for digit in case["secret_plus_one"]])
+        client = independent.Client(model, secret)
+        client.key_id = bytes.fromhex(case["key"]["sha256"])
+        reply = (vectors / f"{name}.reply.bin").read_bytes()
+        assert client.decrypt(reply[168:]) == case["decrypted"]
+        query = (vectors / f"{name}.query.bin").read_bytes()
+        logits = client.logits(query, reply)
+        assert logits.tolist() == case["rounded_logits"]
+        assert np.abs(logits - case["plaintext_logits"]).max() <= model.error_bound
+
+
+def test_recorded_keys_and_queries_are_encryptions(
+    independent, generator, vectors: Path, cases
+) -> None:
+    """c0 + c1 s is the message up to an error of at most 21."""
+    for case in cases.values():
+        if case["prng"] != 2 or case["domain"] != 0:
+            continue
+        name = case["name"]
+        model = independent.Model.from_manifest((vectors / f"{name}.manifest.json").read_bytes())
+        secret = np.array([int(digit) - 1 for digit in case["secret_plus_one"]])
+        (prime,) = model.data_primes
+        expected = np.zeros(model.degree, dtype=np.int64)
+        for kind, header in (("key", 40), ("query", 132)):
+            data = (vectors / f"{name}.{kind}.bin").read_bytes()
+            c0 = np.array(independent.unpack(data[header:-64], model.degree, 53))
+            (mask,) = independent.expand(data[-64:], model.degree, model.data_primes)
+            if kind == "query":
+                bits = case["scales"]["query_scale_bits"]
+                embedding = np.array(case["embedding_times_2_20"])
+                expected[: len(embedding)] = embedding << (bits - 20)
+            difference = c0 + independent.times_ternary(mask, secret, prime) - expected
+            difference = (difference + prime // 2) % prime - prime // 2
+            assert np.abs(difference).max() <= 21
+            assert 2.5 < difference.std() < 4.0  # sqrt(10.5) = 3.24
+
+
+def test_its_products_are_the_generators(independent, generator) -> None:
+    prime = 0xFFFFEE001
+    first = generator.fixed_integers("product", 256, prime)
+    second = generator.fixed_ternary("ternary", 256)
+    product = independent.times_ternary(np.array(first), np.array(second), prime)
+    assert product.tolist() == generator.multiply(first, second, prime)
+    # and X^255 * X = -1
+    top, one = [0] * 255 + [1], [0, 1] + [0] * 254
+    assert generator.multiply(top, one, prime) == [prime - 1] + [0] * 255
+
+
+def test_it_imports_nothing_of_ours(independent) -> None:
+    source = Path(independent.__file__).read_text()
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").partition(".")[0])
+    assert imported == {
+        "__future__",
+        "collections",
+        "dataclasses",
+        "hashlib",
+        "json",
+        "numpy",
+        "secrets",
+        "struct",
+        "typing",
+    }
+
+
+def test_two_queries_share_nothing(independent, make_artifact, unit_rows) -> None:
+    model = independent.Model.from_manifest(make_artifact(2, 64, "compact").manifest.serialize())
+    client = independent.Client(model)
+    row = unit_rows(1, 64)[0]
+    first, second = client.query(row), client.query(row)
+    assert first[:132] == second[:132]
+    assert first[-64:] != second[-64:]
+    assert hashlib.sha256(first[132:]).digest() != hashlib.sha256(second[132:]).digest()

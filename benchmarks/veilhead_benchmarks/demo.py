@@ -188,7 +188,7 @@ def _print_summary(console: Console, report: dict[str, Any], bound: float, query
         + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in stages.items()),
         "bytes              " + ", ".join(f"{name} {value}" for name, value in sizes.items()),
         "what the service received of the last phrase:",
-        f"    (a header of {QUERY_HEADER_BYTES} bytes, then ciphertext; the reply repeats its SHA-256)",
+        f"    ({QUERY_HEADER_BYTES} bytes of header, then ciphertext; the reply repeats its hash)",
     ]
     lines += [
         f"    {offset:04x}  {query[offset : offset + 16].hex(' ')}"

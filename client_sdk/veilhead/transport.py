@@ -94,6 +94,8 @@ class Transport:
         base = check_url(url)
         self._http = httpx2.AsyncClient(
             base_url=base,
+            # Lengths are checked, and a compressed answer could grow without bound.
+            headers={"Accept-Encoding": "identity"},
             timeout=timeout,
             limits=httpx2.Limits(
                 max_connections=connections, max_keepalive_connections=connections
@@ -229,8 +231,10 @@ async def _retried(attempt: Callable[[], Awaitable[_Value]]) -> _Value:
 
 async def _pieces(response: httpx2.Response, limit: int) -> AsyncIterator[bytes]:
     """The body's pieces; more than `limit` bytes are not read."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise ReplyError("the answer is compressed, which was not asked for")
     total = 0
-    async for piece in response.aiter_raw():
+    async for piece in response.aiter_bytes():
         total += len(piece)
         if total > limit:
             raise ReplyError(f"the answer is longer than the expected {limit} bytes")

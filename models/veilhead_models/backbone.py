@@ -160,14 +160,13 @@ class Backbone:
                     use_safetensors=True,
                     dtype=torch.float16 if half else torch.float32,
                 )
-                model = model.to(chosen).eval()
+                return cls(section, model.to(chosen).eval(), tokenizer, chosen)
             except Exception as error:  # transformers raises whatever its parts raise
                 raise BackboneError(
                     f"the backbone {section.name!r} cannot be loaded from {source} on device "
                     f"{chosen!r}: {type(error).__name__}; expected a transformers model with a "
                     "tokenizer and safetensors weights, and an existing torch device"
                 ) from error
-        return cls(section, model, tokenizer, chosen)
 
     def embed(
         self,

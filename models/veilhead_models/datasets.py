@@ -63,7 +63,7 @@ _VADER_MEMBER: Final = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_20
 _VADER_TABLE: Final = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """Texts and the numbers of their labels.
 

@@ -163,7 +163,7 @@ class TrainingReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainedHead:
     """A trained head, for embeddings as the backbone makes them.
 
@@ -266,6 +266,10 @@ def train_artifact(
         ScaleError: when the parameter set cannot carry the head.
         ManifestError: when labels or name are not what a manifest may hold.
     """
+    # A head of zeros finds wrong labels, names and sets before the long work, not after it.
+    HeadArtifact.from_weights(
+        np.zeros((len(dataset.labels), 1)), None, dataset.labels, name=name, parameters=parameters
+    )
     backbone = Backbone.load(backbone_directory, section, device=device)
     head = train_head(dataset, backbone, progress=progress)
     about: dict[str, Any] = {}

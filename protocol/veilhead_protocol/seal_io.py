@@ -35,6 +35,9 @@ _MEMBERS: Final = struct.Struct("<4QBQQQdQ")  # parms_id, NTT form, size, N, L, 
 _COUNT: Final = struct.Struct("<Q")
 SEED_BYTES: Final = 64
 
+#: 1 modulo twice every degree in use, and so small that SEAL's own limit on the modulus holds.
+_SPARE_PRIME: Final = 0x10001
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -69,11 +72,11 @@ class Runtime:
         return sealapi.Ciphertext()
 
 
-def _make_runtime(parameters: ParameterSet, *, chain: bool) -> Runtime:
+def _make_runtime(parameters: ParameterSet, primes: tuple[int, ...]) -> Runtime:
     parms = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.CKKS)
     parms.set_poly_modulus_degree(parameters.poly_modulus_degree)
-    parms.set_coeff_modulus([sealapi.Modulus(prime) for prime in parameters.key_primes])
-    context = sealapi.SEALContext(parms, chain, sealapi.SEC_LEVEL_TYPE.TC128)
+    parms.set_coeff_modulus([sealapi.Modulus(prime) for prime in primes])
+    context = sealapi.SEALContext(parms, True, sealapi.SEC_LEVEL_TYPE.TC128)
     if not context.parameters_set():
         raise AssertionError(f"SEAL refuses {parameters.name}: {context.parameters_error_name()}")
     saved = _scratch().save(parms)
@@ -86,13 +89,18 @@ def _make_runtime(parameters: ParameterSet, *, chain: bool) -> Runtime:
 @lru_cache(maxsize=4)
 def runtime(parameters: ParameterSet) -> Runtime:
     """The process's SEAL objects for this set."""
-    return _make_runtime(parameters, chain=True)
+    return _make_runtime(parameters, parameters.key_primes)
 
 
 @lru_cache(maxsize=4)
 def _key_level_runtime(parameters: ParameterSet) -> Runtime:
-    """The same primes without a chain, so that SEAL transforms polynomials at the key level."""
-    return _make_runtime(parameters, chain=False)
+    """A context whose data level has all the set's primes.
+
+    SEAL refuses ciphertexts at a key level that is not also a data level. One more prime, which
+    SEAL then reserves and nothing here uses, makes it one.
+    """
+    spare = () if parameters.special_prime is None else (_SPARE_PRIME,)
+    return _make_runtime(parameters, parameters.key_primes + spare)
 
 
 class _Scratch(threading.local):
@@ -211,19 +219,22 @@ def load_public_key(seal: Runtime, b: Residues, seed: bytes, *, prng: int, ntt_f
 
     That a is expanded here, and never taken from the client, is what keeps replies masked.
     """
-    data = _lay_out(
-        seal, seal.key_parms_id, b[np.newaxis], seed=(prng, seed), ntt_form=ntt_form, scale=1.0
-    )
-    if not ntt_form:
-        key_level = _key_level_runtime(seal.parameters)
-        ciphertext = sealapi.Ciphertext()
-        _scratch().load(ciphertext, key_level.context, data)
-        key_level.evaluator.transform_to_ntt_inplace(ciphertext)
-        both = save_ciphertext(ciphertext)
+    if ntt_form:
+        data = _lay_out(
+            seal, seal.key_parms_id, b[np.newaxis], seed=(prng, seed), ntt_form=True, scale=1.0
+        )
+    else:
+        both = _key_level_residues(_key_level_runtime(seal.parameters), b, seed, prng)
         data = _lay_out(seal, seal.key_parms_id, both, seed=None, ntt_form=True, scale=1.0)
     public_key = sealapi.PublicKey()
     _scratch().load(public_key, seal.context, data)
     return public_key
+
+
+def _key_level_residues(level: Runtime, b: Residues, seed: bytes, prng: int) -> Residues:
+    """(b, a) [2, L, N] in NTT form, of b and a seed that are coefficients."""
+    ciphertext = load_seeded_ciphertext(level, b, seed, prng=prng, ntt_form=False, scale_bits=0)
+    return save_ciphertext(ciphertext)
 
 
 def load_ciphertext(seal: Runtime, residues: Residues, *, scale_bits: int) -> Any:

@@ -26,7 +26,7 @@ from veilhead_models.training import (
     train_artifact,
     train_head,
 )
-from veilhead_protocol.errors import DatasetError, ModelError
+from veilhead_protocol.errors import DatasetError, ManifestError, ModelError
 from veilhead_protocol.scales import project
 
 from .conftest import WORDS
@@ -213,10 +213,25 @@ class TestTrainArtifact:
                 "test_rows": 80,
             }
 
+    def test_wrong_labels_are_found_before_the_long_work(self, tmp_path: Path) -> None:
+        full = made_up(2)
+        dataset = Dataset("x", full.train, full.test, ("bell\a", "b"), "here", None)
+        nowhere, section = tmp_path / "nowhere", minilm()[1]
+        with pytest.raises(ManifestError, match="control characters"):
+            train_artifact(dataset, nowhere, section)
+
     @pytest.mark.slow
-    def test_icd10_chapters_reach_the_promised_accuracy(self) -> None:
-        artifact, report = train_artifact(load_dataset("icd10-chapters"), *minilm())
-        assert report.test_rows >= 3_500
+    def test_part_of_icd10_chapters_is_enough_for_the_promised_accuracy(self) -> None:
+        full = load_dataset("icd10-chapters")  # its rows are in random order
+        dataset = Dataset(
+            full.name,
+            Split(full.train.texts[:3000], full.train.targets[:3000]),
+            Split(full.test.texts[:1000], full.test.targets[:1000]),
+            full.labels,
+            full.source,
+            full.license,
+        )
+        artifact, report = train_artifact(dataset, *minilm())
         assert report.accuracy >= 0.68
         assert artifact.weight.shape == (22, 384)
         assert artifact.scales.error_bound <= 2.0**-10 + 2.0**-13

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from veilhead_models.artifact import HeadArtifact
+
+# VEILHEAD_PROPERTY_TESTS=slow looks twenty times as hard.
+settings.register_profile("fast", deadline=None, max_examples=50, database=None)
+settings.register_profile("slow", deadline=None, max_examples=1000, database=None)
+settings.load_profile(os.environ.get("VEILHEAD_PROPERTY_TESTS", "fast"))
 
 VECTORS = Path(__file__).resolve().parent.parent / "vectors"
 

@@ -596,7 +596,7 @@ def failing(files: dict[str, bytes]) -> list[dict[str, Any]]:
     cases: list[dict[str, Any]] = []
 
     def add(name: str, base: str, error: str, *edits: dict[str, Any], **expect: str) -> None:
-        entry = {"name": f"{base}: {name}", "base": base, "edits": list(edits), "error": error}
+        entry = {"base": base, "name": name, "edits": list(edits), "error": error}
         cases.append(entry | ({"expect": expect} if expect else {}))
 
     def write(at: int, data: bytes) -> dict[str, Any]:

@@ -1,0 +1,321 @@
+"""Attacks of a service on the client's key and text.
+
+Each attack succeeds against the client with one protection taken out, which shows that it is an
+attack, and fails against the client as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import pickle
+
+import httpx2
+import numpy as np
+import pytest
+from support import ring
+from support.heads import Pair, artifact, unit_rows
+from tenseal import sealapi
+
+from veilhead import BatchError, Client
+from veilhead.session import SecretKey, Session
+from veilhead_protocol import seal_io
+from veilhead_protocol.errors import ReplyError, WireError
+from veilhead_protocol.parameters import COMPACT
+from veilhead_protocol.wire import (
+    DIGEST_BYTES,
+    REPLY_HEADER_BYTES,
+    QueryHeader,
+    QueryMessage,
+    ReplyMessage,
+    ReplyPolynomial,
+)
+
+(PRIME,) = COMPACT.data_primes
+DEGREE = COMPACT.poly_modulus_degree
+
+
+def secret_of(key, wanted):
+    """The secret's coefficients [N], read from where the key object keeps its own."""
+    row = key._rows[0]
+    secret = np.array([row[(wanted - index) % DEGREE] for index in range(DEGREE)])
+    return np.where(np.arange(DEGREE) > wanted, -secret, secret).astype(int)
+
+
+# --- the secret key by linear algebra from returned logits ---------------------------------------
+
+
+def solve_binary(matrix, values):
+    """One solution of matrix x = values modulo 2, by elimination on packed rows; None if rank < N.
+
+    matrix: [equations, N] of 0 and 1, values: [equations].
+    """
+    rows = np.packbits(np.concatenate([matrix, values[:, None]], axis=1).astype(np.uint8), axis=1)
+    unknowns = matrix.shape[1]
+    for column in range(unknowns):
+        byte, bit = column // 8, 7 - column % 8
+        ones = np.flatnonzero(rows[:, byte] >> bit & 1)
+        below = ones[ones >= column]
+        if not len(below):
+            return None
+        rows[[column, below[0]]] = rows[[below[0], column]]
+        ones = np.flatnonzero(rows[:, byte] >> bit & 1)
+        rows[ones[ones != column]] ^= rows[column]
+    return np.unpackbits(rows[:unknowns], axis=1)[:, unknowns]
+
+
+def recover_secret(pair, queries):
+    """The secret from logits, as whoever sees replies and answers would compute it.
+
+    Every answer, in units of the reply, is an integer combination of the secret's coefficients:
+    solved modulo 2 for where they are not zero, and modulo 4 for their signs.
+    """
+    manifest = pair.artifact.manifest
+    scales, layout = manifest.scales, pair.head.layout
+    units = 2.0 ** (scales.reply_bits + scales.scale_bits) / COMPACT.data_modulus
+    equations, answers = [], []
+    for embedding in unit_rows(queries, manifest.head.dimensions):
+        query = pair.session.encrypt(embedding)
+        reply = pair.answer(query)
+        logits = pair.session.decrypt(query, reply)
+        message = ReplyMessage.deserialize(
+            reply,
+            COMPACT,
+            layout,
+            scales.reply_bits,
+            model_digest=manifest.digest,
+            key_id=query.key.id,
+            query_digest=query.digest,
+        )
+        found = np.rint(logits * units).astype(np.int64)
+        for index, polynomial in enumerate(message.polynomials):
+            for row, wanted in enumerate(layout.wanted(index)):
+                distance = (wanted - np.arange(DEGREE)) % DEGREE
+                signs = np.where(np.arange(DEGREE) > wanted, -1, 1)
+                c1 = np.empty(DEGREE, dtype=np.int64)  # c1 as a combination of s_0 .. s_(N-1)
+                c1[distance] = signs * polynomial.c1.astype(np.int64)
+                equations.append(c1)
+                answers.append(found[index * layout.group + row] - int(polynomial.c0[row]))
+    matrix, values = np.array(equations), np.array(answers)
+    odd = solve_binary(matrix % 2, values % 2)
+    if odd is None:
+        return None
+    halves = (values - matrix @ odd.astype(np.int64)) // 2 % 2
+    negative = solve_binary(matrix % 2, halves)
+    return odd.astype(int) - 2 * (odd & negative).astype(int)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return artifact(77, 384)
+
+
+def test_unrounded_logits_give_the_whole_key(wide, monkeypatch):
+    monkeypatch.setattr("veilhead.session.round_logits", lambda logits: logits)
+    pair = Pair.of(wide)
+    found = recover_secret(pair, 30)
+    secret = secret_of(pair.session._key, int(pair.head.layout.wanted(0)[0]))
+    assert (found == secret).all()
+
+
+def test_returned_logits_do_not_give_the_key(wide):
+    pair = Pair.of(wide)
+    found = recover_secret(pair, 30)
+    secret = secret_of(pair.session._key, int(pair.head.layout.wanted(0)[0]))
+    assert found is not None
+    # Guessing which coefficients are zero is right half of the time.
+    assert 0.4 < np.mean((found != 0) == (secret != 0)) < 0.6
+
+
+def test_logits_are_multiples_of_the_step(wide):
+    pair = Pair.of(wide)
+    query = pair.session.encrypt(unit_rows(1, 384)[0])
+    logits = pair.session.decrypt(query, pair.answer(query))
+    assert (logits * 2**12 == np.rint(logits * 2**12)).all()
+
+
+# --- the same seed twice --------------------------------------------------------------------------
+
+
+def embedding_difference(pair):
+    """x - x' from two queries under one key, without the key, and what it should be."""
+    first, second = unit_rows(2, 384)
+    queries = [pair.session.encrypt(row) for row in (first, second)]
+    assert queries[0].key is queries[1].key
+    seal = seal_io.runtime(COMPACT)
+    found = []
+    for query in queries:
+        message = QueryMessage.deserialize(query.data, COMPACT, pair.head.layout)
+        c0 = message.polynomials[0].c0
+        ciphertext = seal_io.load_ciphertext(seal, np.stack([c0, c0]), scale_bits=30)
+        seal.evaluator.transform_from_ntt_inplace(ciphertext)
+        found.append(seal_io.save_ciphertext(ciphertext)[0, 0].astype(object))
+    scale = 2.0**pair.artifact.manifest.scales.query_scale_bits
+    gap = np.array(ring.centred((found[0] - found[1]) % PRIME, PRIME), dtype=float) / scale
+    return gap[:384], first - second
+
+
+def test_the_same_seed_twice_gives_the_difference_of_two_embeddings(monkeypatch):
+    pair = Pair.of(artifact(5, 384))
+    key = pair.session._fresh_enough_key()
+    # SEAL with a generator of a fixed seed draws the same randomness every time.
+    fixed = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.CKKS)
+    fixed.set_poly_modulus_degree(DEGREE)
+    fixed.set_coeff_modulus([sealapi.Modulus(PRIME)])
+    fixed.set_random_generator(sealapi.Blake2xbPRNGFactory([7] * 8))
+    context = sealapi.SEALContext(fixed, True, sealapi.SEC_LEVEL_TYPE.TC128)
+    secret = sealapi.KeyGenerator(context).secret_key()
+    key._encryptor = sealapi.Encryptor(context, secret)
+    found, wanted = embedding_difference(pair)
+    assert np.abs(found - wanted).max() < 1e-7
+
+
+def test_two_queries_do_not_give_the_difference_of_their_embeddings():
+    found, wanted = embedding_difference(Pair.of(artifact(5, 384)))
+    assert np.abs(found - wanted).max() > 1
+
+
+def test_no_seed_occurs_twice():
+    pair = Pair.of(artifact(3, 3000))  # two polynomials a query
+    seeds = set()
+    for row in unit_rows(20, 3000):
+        query = pair.session.encrypt(row)
+        message = QueryMessage.deserialize(query.data, COMPACT, pair.head.layout)
+        seeds |= {polynomial.seed for polynomial in message.polynomials}
+        seeds.add(query.key.message[-64:])
+    assert len(seeds) == 41  # one key, forty polynomials
+
+
+# --- crafted replies ------------------------------------------------------------------------------
+
+
+class MaliciousService(httpx2.AsyncBaseTransport):
+    """Answers every query with a reply of its own making, and watches what the client does."""
+
+    def __init__(self, manifest):
+        self.manifest = manifest
+        self.requests = []
+        self.position = 0
+
+    async def handle_async_request(self, request):
+        self.requests.append((request.method, request.url.path))
+        if request.method == "GET":
+            return httpx2.Response(200, content=self.manifest.serialize())
+        body = await request.aread()
+        if request.method != "POST":
+            return httpx2.Response(201)
+        return httpx2.Response(200, content=self.craft(body))
+
+    def craft(self, query):
+        """A reply that decrypts to a huge logit where one coefficient of the secret is not zero."""
+        manifest = self.manifest
+        header = QueryHeader.deserialize(query)
+        polynomials = []
+        for index in range(manifest.layout.replies):
+            wanted = manifest.layout.wanted(index)
+            c1 = np.zeros(DEGREE, dtype=np.uint64)
+            # The secret's coefficient at `position` meets this one at the first wanted place.
+            c1[(int(wanted[0]) - self.position) % DEGREE] = 1 << (manifest.head.reply_bits - 1)
+            polynomials.append(ReplyPolynomial(np.zeros(len(wanted), dtype=np.uint64), c1))
+        return ReplyMessage(
+            parameters=manifest.parameter_set,
+            model_digest=header.model_digest,
+            key_id=header.key_id,
+            layout=manifest.layout,
+            reply_bits=manifest.head.reply_bits,
+            query_digest=hashlib.sha256(query).digest(),
+            polynomials=tuple(polynomials),
+        ).serialize()
+
+
+def observe(positions):
+    """For each position: what the service saw of the client, and whether the user saw an error.
+
+    Gives these with the secret's coefficients at the positions, under one key.
+    """
+    manifest = artifact(5, 384).manifest
+    service = MaliciousService(manifest)
+    sights = []
+    with Client("http://127.0.0.1", "model", transport=service) as client:
+        for position in positions:
+            service.position = position
+            service.requests.clear()
+            try:
+                client.logits(unit_rows(1, 384))
+                error = False
+            except BatchError:
+                error = True
+            sights.append((tuple(request for request in service.requests), error))
+        key = client._engine.session._key
+        secret = secret_of(key, int(manifest.layout.wanted(0)[0]))
+    posts = [(sum(method == "POST" for method, _ in requests), error) for requests, error in sights]
+    return posts, [int(secret[position]) for position in positions]
+
+
+def refuse_implausible_logits(monkeypatch):
+    """The helpful check that must not exist: logits come nowhere near 2^e, so one that does is
+    an error."""
+    decrypt = Session.decrypt
+
+    def checked(self, query, reply):
+        logits = decrypt(self, query, reply)
+        if np.abs(logits).max() >= 0.9 * 2.0**self._scales.exponent:
+            raise WireError("implausible logits")
+        return logits
+
+    monkeypatch.setattr(Session, "decrypt", checked)
+
+
+def test_a_client_that_checks_decrypted_values_gives_away_the_key_bit_by_bit(monkeypatch):
+    refuse_implausible_logits(monkeypatch)
+    sights, secret = observe(range(40))
+    assert [error for _, error in sights] == [coefficient != 0 for coefficient in secret]
+
+
+def test_crafted_replies_change_nothing_that_the_service_or_the_user_sees():
+    sights, secret = observe(range(40))
+    assert 0 < sum(coefficient != 0 for coefficient in secret) < 40
+    assert set(sights) == {(1, False)}
+
+
+def test_a_reply_with_a_wrong_header_is_refused_once_all_is_sent_and_never_asked_for_again():
+    service = MaliciousService(artifact(5, 384).manifest)
+    craft = service.craft
+    service.craft = lambda query: with_other_hash(craft(query))
+    with (
+        Client("http://127.0.0.1", "model", transport=service) as client,
+        pytest.raises(BatchError) as caught,
+    ):
+        client.logits(unit_rows(3, 384))
+    assert all(isinstance(error, ReplyError) for error in caught.value.errors.values())
+    assert len(caught.value.errors) == 3
+    assert sum(method == "POST" for method, _ in service.requests) == 3
+
+
+def with_other_hash(reply):
+    start = REPLY_HEADER_BYTES - DIGEST_BYTES
+    return reply[:start] + bytes(DIGEST_BYTES) + reply[REPLY_HEADER_BYTES:]
+
+
+# --- what a key gives away of itself --------------------------------------------------------------
+
+
+def test_a_key_can_be_neither_pickled_nor_copied_nor_read_from_its_repr():
+    key = SecretKey(COMPACT, artifact(5, 384).manifest.layout)
+    for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="secret key"):
+            attempt(key)
+    assert repr(key) == f"SecretKey(id={key.id.hex()[:12]})"
+
+
+def test_a_row_that_is_not_finite_looks_like_any_other_to_the_service():
+    service = MaliciousService(artifact(5, 384).manifest)
+    rows = unit_rows(3, 384)
+    rows[1, 7] = np.nan
+    with (
+        Client("http://127.0.0.1", "model", transport=service) as client,
+        pytest.raises(BatchError) as caught,
+    ):
+        client.logits(rows)
+    assert list(caught.value.errors) == [1]
+    assert sum(method == "POST" for method, _ in service.requests) == 3

@@ -1,0 +1,319 @@
+"""Attacks of a client on the head.
+
+Each attack succeeds against the service with one protection taken out, which shows that it is an
+attack, and fails against the service as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from support import ring
+from support.heads import Pair, artifact, unit_rows
+from tenseal import sealapi
+
+from veilhead_protocol import seal_io
+from veilhead_protocol.errors import MessageLengthError
+from veilhead_protocol.parameters import COMPACT
+from veilhead_protocol.scales import quantise
+from veilhead_protocol.wire import (
+    Domain,
+    KeyMessage,
+    Prng,
+    QueryMessage,
+    ReplyMessage,
+    ReplyPolynomial,
+    SeededPolynomial,
+    key_id,
+)
+from veilhead_service.encrypted_head import ClientKey, EncryptedHead
+
+(PRIME,) = COMPACT.data_primes
+DEGREE = COMPACT.poly_modulus_degree
+
+
+@pytest.fixture
+def pair():
+    return Pair.of(artifact(5, 384))
+
+
+def integer_weights(pair):
+    """What the attacker wants: the integers of the first weight polynomial, [N]."""
+    scales = pair.artifact.manifest.scales
+    packed = pair.head.layout.pack_weight(pair.artifact.weight)[0, 0]
+    return np.rint(packed * 2.0**scales.weight_scale_bits).astype(int)
+
+
+def share_recovered(found, wanted):
+    """The share of the head's weights that the attacker has within a thousandth."""
+    wanted = np.asarray(wanted, dtype=float)
+    there = wanted != 0
+    close = np.abs(np.asarray(found, dtype=float) - wanted) <= 1e-3 * np.abs(wanted).max()
+    return float(close[there].mean())
+
+
+def ciphertext_of(pair, query):
+    """The SEAL ciphertext of a query of one polynomial."""
+    message = QueryMessage.deserialize(query.data, COMPACT, pair.head.layout)
+    (polynomial,) = message.polynomials
+    return seal_io.load_seeded_ciphertext(
+        seal_io.runtime(COMPACT),
+        polynomial.c0,
+        polynomial.seed,
+        prng=message.prng,
+        ntt_form=True,
+        scale_bits=pair.artifact.manifest.scales.query_scale_bits,
+    )
+
+
+def expanded_c1(pair, query):
+    """c1 of the query as coefficients: the attacker knows its seed."""
+    ciphertext = ciphertext_of(pair, query)
+    seal_io.runtime(COMPACT).evaluator.transform_from_ntt_inplace(ciphertext)
+    return seal_io.save_ciphertext(ciphertext)[1, 0]
+
+
+def parse_reply(pair, query_bytes, key_id, reply):
+    return ReplyMessage.deserialize(
+        reply,
+        COMPACT,
+        pair.head.layout,
+        pair.artifact.manifest.head.reply_bits,
+        model_digest=pair.artifact.manifest.digest,
+        key_id=key_id,
+        query_digest=hashlib.sha256(query_bytes).digest(),
+    )
+
+
+# --- dividing the reply by the query ------------------------------------------------------------
+
+
+def divide_reply_by_query(pair, monkeypatch):
+    """The weights as c1 of the reply over c1 of the query.
+
+    The attacker is given more than the wire carries: c1 of the reply before it is cut to kappa
+    bits, so that only re-randomisation stands in the way.
+    """
+    seen = []
+    truncate = pair.head._truncate
+    monkeypatch.setattr(pair.head, "_truncate", lambda value: seen.append(value) or truncate(value))
+    query = pair.session.encrypt(unit_rows(1, 384)[0])
+    pair.answer(query)
+    (reply_c1,) = [residues[0] for residues in seen if residues.shape[1] == DEGREE]
+    return ring.centred(ring.divide(reply_c1, expanded_c1(pair, query), PRIME), PRIME)
+
+
+def test_division_takes_the_head_from_a_service_that_does_not_rerandomise(pair, monkeypatch):
+    monkeypatch.setattr(EncryptedHead, "_rerandomise", lambda self, product, key: product)
+    found = divide_reply_by_query(pair, monkeypatch)
+    assert (found == integer_weights(pair)).all()
+
+
+def test_division_finds_nothing(pair, monkeypatch):
+    found = divide_reply_by_query(pair, monkeypatch)
+    assert share_recovered(found, integer_weights(pair)) < 0.01
+
+
+def test_a_zero_used_twice_gives_the_difference_of_two_weight_polynomials(monkeypatch):
+    """Why the encryption of zero is fresh for every reply polynomial."""
+    pair = Pair.of(artifact(10, 384))  # two weight polynomials
+
+    def difference():
+        seen = []
+        truncate = pair.head._truncate
+        monkeypatch.setattr(pair.head, "_truncate", lambda v: seen.append(v) or truncate(v))
+        query = pair.session.encrypt(unit_rows(1, 384)[0])
+        pair.answer(query)
+        monkeypatch.setattr(pair.head, "_truncate", truncate)
+        first, second = (value[0] for value in seen if value.shape[1] == DEGREE)
+        gap = (first.astype(object) - second.astype(object)) % PRIME
+        return ring.centred(ring.divide(gap, expanded_c1(pair, query), PRIME), PRIME)
+
+    bits = pair.artifact.manifest.scales.weight_scale_bits
+    packed = np.rint(pair.head.layout.pack_weight(pair.artifact.weight)[:, 0] * 2.0**bits)
+    wanted = (packed[0] - packed[1]).astype(int)
+    assert share_recovered(difference(), wanted) < 0.01
+
+    kept = {}
+
+    def reuse(self, product, key):
+        if "zero" not in kept:
+            kept["zero"] = self._seal.new_ciphertext()
+            key.encryptor.encrypt_zero(self._seal.data_parms_id, kept["zero"])
+            kept["zero"].scale = product.scale
+        total = self._seal.new_ciphertext()
+        self._seal.evaluator.add(product, kept["zero"], total)
+        return total
+
+    monkeypatch.setattr(EncryptedHead, "_rerandomise", reuse)
+    assert (difference() == wanted).all()
+
+
+# --- reading coefficients that are not logits -----------------------------------------------------
+
+
+def decrypt_every_coefficient(pair, c0, c1):
+    """c0 [N or fewer wanted] + c1 s for all coefficients, by the key's owner, over Delta_w."""
+    scales = pair.artifact.manifest.scales
+    modulus = 1 << scales.reply_bits
+    # The wanted rows of the decryption are the secret's coefficients, in some order with signs.
+    rows = pair.session._key._rows
+    wanted = int(pair.head.layout.wanted(0)[0])
+    secret = np.array([rows[0][(wanted - index) % DEGREE] for index in range(DEGREE)])
+    secret = np.where(np.arange(DEGREE) > wanted, -secret, secret).astype(int)
+    product = ring.centred(ring.multiply(c1, secret, PRIME), PRIME)
+    values = ring.centred((product + c0.astype(object)) % modulus, modulus)
+    unit = COMPACT.data_modulus / 2.0 ** (scales.reply_bits + scales.scale_bits)
+    return np.array(values, dtype=float) * unit
+
+
+def read_all_coefficients(pair):
+    """The query is the constant 1: the product is the weight polynomial itself."""
+    query = pair.session.encrypt(np.eye(384)[0])
+    key = ClientKey.from_message(query.key.message)
+    reply = pair.head._answer([ciphertext_of(pair, query)], 0, key)
+    c0 = np.zeros(DEGREE, dtype=np.uint64)
+    if len(reply.c0) == DEGREE:
+        c0 = reply.c0
+    else:
+        c0[pair.head.layout.wanted(0)] = reply.c0
+    return decrypt_every_coefficient(pair, c0, reply.c1)
+
+
+def answer_with_every_coefficient(self, pieces, reply, key):
+    ciphertext = self._rerandomise(self._product(pieces, reply), key)
+    self._seal.evaluator.transform_from_ntt_inplace(ciphertext)
+    c0, c1 = seal_io.save_ciphertext(ciphertext)
+    return ReplyPolynomial(c0=self._truncate(c0), c1=self._truncate(c1))
+
+
+def test_unwanted_coefficients_hold_the_whole_head_when_they_are_sent(pair, monkeypatch):
+    monkeypatch.setattr(EncryptedHead, "_answer", answer_with_every_coefficient)
+    found = read_all_coefficients(pair)
+    packed = pair.head.layout.pack_weight(pair.artifact.weight)[0, 0]
+    assert share_recovered(found, packed) > 0.99
+
+
+def test_unwanted_coefficients_tell_nothing_as_they_are_not_sent(pair):
+    found = read_all_coefficients(pair)
+    packed = pair.head.layout.pack_weight(pair.artifact.weight)[0, 0]
+    unwanted = np.ones(DEGREE, dtype=bool)
+    unwanted[pair.head.layout.wanted(0)] = False
+    assert share_recovered(found[unwanted], packed[unwanted]) < 0.01
+    # One logit a class, as an honest query gives it: here the first weight of each row plus bias.
+    answers = found[pair.head.layout.wanted(0)]
+    honest = pair.artifact.weight[:, 0] + pair.artifact.bias
+    assert np.abs(answers - honest).max() < pair.artifact.manifest.head.error_bound
+
+
+# --- a key message whose a the client chose -------------------------------------------------------
+
+CHOSEN_BITS = 28
+
+
+def seal_constant(value):
+    """A constant polynomial in NTT form, [1, N]."""
+    return np.full((1, DEGREE), value, dtype=np.uint64)
+
+
+def chosen_c1_attack(pair):
+    """The query is (0, 2^28): the reply's c1 is 2^28 W plus whatever the key's a contributes.
+
+    The messages are the attacker's best: wherever the service expands a seed, it has to send one.
+    """
+    seed, other = bytes(64), bytes([1]) * 64
+    key = KeyMessage(COMPACT, Prng.BLAKE2XB, Domain.NTT, seal_constant(1), seed)
+    query = QueryMessage(
+        parameters=COMPACT,
+        model_digest=pair.artifact.manifest.digest,
+        key_id=key_id(key.serialize()),
+        layout=pair.head.layout,
+        prng=Prng.BLAKE2XB,
+        domain=Domain.NTT,
+        polynomials=(SeededPolynomial(seal_constant(1), other),),
+    )
+    sent = query.serialize()
+    reply = pair.head.evaluate(sent, ClientKey.from_message(key.serialize()))
+    message = parse_reply(pair, sent, query.key_id, reply)
+    bits = message.reply_bits
+    c1 = ring.centred(message.polynomials[0].c1, 1 << bits)
+    return np.rint(np.array(c1, dtype=float) * PRIME / 2.0 ** (bits + CHOSEN_BITS))
+
+
+def trust_chosen_c1(monkeypatch):
+    def load(seal, c0, seed, *, prng, ntt_form, scale_bits):
+        residues = np.stack([c0, seal_constant(1 << CHOSEN_BITS)])
+        return seal_io.load_ciphertext(seal, residues, scale_bits=scale_bits)
+
+    monkeypatch.setattr("veilhead_service.encrypted_head.seal_io.load_seeded_ciphertext", load)
+
+
+def trust_chosen_a(monkeypatch):
+    def load(seal, b, seed, *, prng, ntt_form):
+        data = seal_io._lay_out(
+            seal,
+            seal.key_parms_id,
+            np.stack([b, seal_constant(1)]),
+            seed=None,
+            ntt_form=True,
+            scale=1.0,
+        )
+        public_key = sealapi.PublicKey()
+        seal_io._scratch().load(public_key, seal.context, data)
+        return public_key
+
+    monkeypatch.setattr("veilhead_service.encrypted_head.seal_io.load_public_key", load)
+
+
+def test_a_chosen_key_and_a_chosen_query_take_the_head_from_a_service_that_trusts_them(
+    pair, monkeypatch
+):
+    trust_chosen_c1(monkeypatch)
+    trust_chosen_a(monkeypatch)
+    assert share_recovered(chosen_c1_attack(pair), integer_weights(pair)) > 0.99
+
+
+def test_a_chosen_query_alone_finds_nothing_while_a_is_expanded(pair, monkeypatch):
+    trust_chosen_c1(monkeypatch)
+    assert share_recovered(chosen_c1_attack(pair), integer_weights(pair)) < 0.01
+
+
+def test_a_chosen_key_finds_nothing(pair):
+    assert share_recovered(chosen_c1_attack(pair), integer_weights(pair)) < 0.01
+
+
+def test_there_is_no_room_for_a_chosen_a(pair):
+    query = pair.session.encrypt(unit_rows(1, 384)[0])
+    explicit = query.key.message[:-64] + query.key.message[40:-64]  # b, and an a instead of a seed
+    with pytest.raises(MessageLengthError):
+        ClientKey.from_message(explicit)
+
+
+# --- the flood --------------------------------------------------------------------------------
+
+
+def residual_noise(pair, repeats):
+    """What an honest client sees of noise: exact answer minus plaintext, over many queries."""
+    scales = pair.artifact.manifest.scales
+    embedding = unit_rows(1, 384)[0]
+    exact = quantise(pair.artifact.weight, scales.weight_scale_bits) @ embedding
+    noise = []
+    for _ in range(repeats):
+        query = pair.session.encrypt(embedding)
+        message = parse_reply(pair, query.data, query.key.id, pair.answer(query))
+        unit = COMPACT.data_modulus / 2.0 ** (scales.reply_bits + scales.scale_bits)
+        values = query.key.decrypt(message).reshape(-1)[:5] * unit
+        noise.append(values - exact - pair.artifact.bias)
+    return np.array(noise)
+
+
+def test_the_flood_is_as_wide_as_the_manifest_says_and_covers_the_rest(pair, monkeypatch):
+    flooded = residual_noise(pair, 40)
+    bound = 2.0**-11
+    assert np.abs(flooded).max() <= 1.25 * bound  # flood, noise and truncation
+    assert 0.45 * bound < flooded.std() < 0.75 * bound  # uniform: 0.577
+    monkeypatch.setattr(EncryptedHead, "_flood", lambda self, count: [0] * count)
+    bare = residual_noise(pair, 40)
+    assert bare.std() < flooded.std() / 8

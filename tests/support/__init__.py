@@ -1,0 +1,1 @@
+"""What several tests share: ring arithmetic for attackers, and heads to attack."""

@@ -233,7 +233,7 @@ def observe(positions):
 
     Gives these with the secret's coefficients at the positions, under one key.
     """
-    manifest = artifact(5, 384).manifest
+    manifest = artifact(1, 384).manifest  # one logit, which meets one coefficient
     service = MaliciousService(manifest)
     sights = []
     with Client("http://127.0.0.1", "model", transport=service) as client:

@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
-
 from veilhead.transport import Transport
 from veilhead_protocol.errors import BackboneError
+from veilhead_protocol.files import cache_directory, verify_file
 from veilhead_protocol.manifest import BackboneSection, FileEntry, Manifest
 
 
-def cache_directory() -> Path:
-    """Where files are kept: $VEILHEAD_CACHE, or the user's cache directory."""
-    chosen = os.environ.get("VEILHEAD_CACHE")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("veilhead")
-
-
-def _directory(root: Path, backbone: BackboneSection) -> Path:
+def _directory(backbone: BackboneSection) -> Path:
     """The directory of this very set of files: equal backbones of two models share it."""
     lines = sorted(f"{entry.sha256} {entry.path}\n" for entry in backbone.files)
-    return root / "backbones" / hashlib.sha256("".join(lines).encode()).hexdigest()
+    return cache_directory() / "backbones" / hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _is_there(path: Path, entry: FileEntry) -> bool:
-    if not path.is_file() or path.stat().st_size != entry.bytes:
+def _is_there(directory: Path, entry: FileEntry) -> bool:
+    try:
+        verify_file(directory, entry)
+    except BackboneError:
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+    return True
 
 
 async def fetch_backbone(
     transport: Transport,
     manifest: Manifest,
-    root: Path,
     *,
     progress: Callable[[str, int], None] | None = None,
 ) -> Path:
@@ -46,7 +39,6 @@ async def fetch_backbone(
     Args:
         transport: where missing files come from.
         manifest: the pinned manifest; it must have a backbone.
-        root: the cache.
         progress: called with the path and size of each file before it is fetched.
 
     Raises:
@@ -54,27 +46,28 @@ async def fetch_backbone(
     """
     if manifest.backbone is None:
         raise AssertionError("the caller asks only for backbones that exist")
-    directory = _directory(root, manifest.backbone)
-    for entry in manifest.backbone.files:
-        target = directory / entry.path
-        if _is_there(target, entry):
-            continue
-        if progress is not None:
-            progress(entry.path, entry.bytes)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=target.parent)
-        os.close(descriptor)
-        partial = Path(name)
-        try:
+    directory = _directory(manifest.backbone)
+    missing = [entry for entry in manifest.backbone.files if not _is_there(directory, entry)]
+    if not missing:
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that a whole file is renamed into place, and nothing else ever is.
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory.parent))
+    try:
+        for entry in missing:
+            if progress is not None:
+                progress(entry.path, entry.bytes)
+            for place in (partial, directory):
+                (place / entry.path).parent.mkdir(parents=True, exist_ok=True)
             await transport.download(
-                manifest.name, manifest.digest.hex(), entry.path, entry.bytes, partial
+                manifest.name,
+                manifest.digest.hex(),
+                entry.path,
+                entry.bytes,
+                partial / entry.path,
             )
-            if not _is_there(partial, entry):
-                raise BackboneError(
-                    f"the service sent other bytes for {entry.path!r} than its manifest says; "
-                    "nothing was kept"
-                )
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+            verify_file(partial, entry)
+            (partial / entry.path).replace(directory / entry.path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return directory

@@ -19,7 +19,7 @@ import numpy as np
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from numpy.typing import ArrayLike, NDArray
 
-from veilhead.backbone_cache import cache_directory, fetch_backbone
+from veilhead.backbone_cache import fetch_backbone
 from veilhead.predictions import Prediction, predictions
 from veilhead.session import SecretKey, Session
 from veilhead.transport import Answer, Transport
@@ -436,7 +436,6 @@ class Client:
         return await fetch_backbone(
             self._engine.transport,
             self.manifest,
-            cache_directory(),
             progress=self._on_download,
         )
 

@@ -30,8 +30,8 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize_tensors
 
-from veilhead_models.files import verify_files
 from veilhead_protocol.errors import ArtifactError, BackboneError, ManifestError, ScaleError
+from veilhead_protocol.files import verify_files
 from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS
 from veilhead_protocol.manifest import (
     BackboneSection,

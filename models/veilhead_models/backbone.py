@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from veilhead_models.files import describe_file, verify_files
-from veilhead_models.packages import PackagePin, cache_directory, read_member
+from veilhead_models.packages import PackagePin, read_member
 from veilhead_protocol.errors import BackboneError, DatasetError
 from veilhead_protocol.manifest import BackboneSection, FileEntry
 
@@ -105,6 +105,8 @@ class Backbone:
         self.section = section
         self.device = device
         self.dimensions: int = model.config.hidden_size
+        # Tokenizers keep their truncation in themselves, and break when two threads set it.
+        self._lock = threading.Lock()
         self._model = model
         self._tokenizer = tokenizer
 
@@ -194,14 +196,15 @@ class Backbone:
             return embeddings
         # Lone surrogates, which JSON can smuggle into a str, have no UTF-8 form.
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        tokens: list[list[int]] = self._tokenizer(
-            clean,
-            truncation=True,
-            max_length=self.section.max_tokens,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
+        with self._lock:
+            tokens: list[list[int]] = self._tokenizer(
+                clean,
+                truncation=True,
+                max_length=self.section.max_tokens,
+                padding=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
         # Texts of like length go together, or padding would be most of the work.
         order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
         with torch.inference_mode():

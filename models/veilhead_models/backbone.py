@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from veilhead_models.packages import PackagePin, read_member
 from veilhead_protocol.errors import BackboneError, DatasetError
+from veilhead_protocol.files import cache_directory, describe_file, verify_files
 from veilhead_protocol.manifest import BackboneSection, FileEntry
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from veilhead_protocol.errors import DatasetError
-from veilhead_protocol.files import cache_directory, sha256_of
+from veilhead_protocol.files import CACHE_VARIABLE, cache_directory, sha256_of
 
 
 @dataclass(frozen=True)

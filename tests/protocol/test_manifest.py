@@ -1,0 +1,332 @@
+"""The manifest: one canonical form, and nothing in it that is not what it must be."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from veilhead_protocol import manifest as manifest_module
+from veilhead_protocol.errors import ManifestError
+from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, Manifest, valid_name
+from veilhead_protocol.parameters import STRONG
+
+DATA = (
+    Path(__file__).resolve().parent.parent / "vectors" / "compact-384.manifest.json"
+).read_bytes()
+
+
+def document() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(DATA)
+    return found
+
+
+def canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def changed(path: tuple[Any, ...], value: Any) -> bytes:
+    edited = document()
+    place: Any = edited
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    return canonical(edited)
+
+
+def test_the_canonical_form_is_sorted_compact_utf8() -> None:
+    manifest = Manifest.deserialize(DATA)
+    assert manifest.serialize() == DATA == canonical(document())
+    assert manifest.digest == hashlib.sha256(DATA).digest()
+    assert "Ärzte".encode() in DATA
+    assert Manifest.deserialize(changed(("name",), "other")).digest != manifest.digest
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DATA + b"\n",
+        b" " + DATA,
+        DATA.replace(b":", b": ", 1),
+        DATA.replace("Ä".encode(), b"\\u00c4"),
+        json.dumps(document(), separators=(",", ":"), ensure_ascii=False).encode()[:-1]
+        + b',"name":"compact-384"}',  # a key twice
+        canonical(dict(reversed(document().items())))[:1] + b'"zzz":0,' + DATA[1:],
+        DATA.replace(b'"exponent":1,', b'"exponent":1.0,'),
+        DATA.replace(b'"scale":1.0', b'"scale":1'),
+        DATA.replace(b'"scale":1.0', b'"scale":1.00'),
+        b"\xef\xbb\xbf" + DATA,
+        DATA.decode().encode("utf-16"),
+    ],
+    ids=range(11),
+)
+def test_any_other_bytes_are_refused(data: bytes) -> None:
+    assert data != DATA
+    with pytest.raises(ManifestError):
+        Manifest.deserialize(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"1",
+        b'"a"',
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+    ],
+    ids=range(10),
+)
+def test_what_is_no_manifest_is_refused(data: bytes) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.deserialize(data)
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused(noise: bytes) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.deserialize(noise)
+
+
+@given(st.integers(0, len(DATA) - 1), st.integers(1, 255))
+def test_a_changed_byte_is_refused_or_another_manifest(position: int, flip: int) -> None:
+    data = bytearray(DATA)
+    data[position] ^= flip
+    try:
+        found = Manifest.deserialize(bytes(data))
+    except ManifestError:
+        return
+    assert found.serialize() == data
+    assert found.digest != Manifest.deserialize(DATA).digest
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a document but `about`, which holds anything."""
+    if isinstance(value, dict):
+        items: Any = ((key, inner) for key, inner in value.items() if key != "about")
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return [prefix]
+    found = [prefix] if prefix else []
+    for key, inner in items:
+        found += paths(inner, (*prefix, key))
+    return found
+
+
+@given(st.sampled_from(paths(document())), JSON)
+def test_any_value_anywhere_is_refused_or_kept(path: tuple[Any, ...], value: Any) -> None:
+    try:
+        data = changed(path, value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return
+    try:
+        found = Manifest.deserialize(data)
+    except ManifestError:
+        return
+    assert found.serialize() == data
+
+
+@given(JSON)
+def test_about_holds_whatever_json_can(value: Any) -> None:
+    data = json.dumps(
+        {"x": value}, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    ).encode("utf-8", "surrogatepass")
+    whole = DATA.replace(canonical(document()["about"]), data)
+    try:
+        found = Manifest.deserialize(whole)
+    except ManifestError:
+        # NaN, infinities and lone surrogates, which JSON has no form for
+        assert any(bad in data for bad in (b"NaN", b"Infinity", b"\xed"))
+    else:
+        assert found.serialize() == whole
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "path", [("head", "error_bound"), ("embedding", "scale"), ("about", "note")], ids=".".join
+)
+def test_not_finite_numbers_are_refused(path: tuple[str, ...], value: float) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.deserialize(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [(), ("head",), ("embedding",), ("backbone",), ("backbone", "files", 0), ("policy",)],
+    ids=str,
+)
+def test_unknown_fields_are_refused_everywhere(place: tuple[Any, ...]) -> None:
+    with pytest.raises(ManifestError, match="Extra inputs"):
+        Manifest.deserialize(changed((*place, "extra"), 1))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "..",
+        "../x",
+        "a/../b",
+        "a/..",
+        "/x",
+        "//x",
+        "a//b",
+        "a/",
+        "./a",
+        "a/./b",
+        ".",
+        "",
+        "a\\b",
+        "..\\x",
+        "C:x",
+        "a b",
+        "a\0b",
+        "a\nb",
+        "-rf",
+        "a/-rf",
+        "~x",
+        "a?b",
+        "a%2e",
+        "é",
+        "..." + "/x",
+        "a/" + "b" * 70,
+        "/".join(["abc"] * 90),
+    ],
+)
+def test_paths_outside_the_directory_are_refused(path: str) -> None:
+    with pytest.raises(ManifestError, match="path"):
+        Manifest.deserialize(changed(("backbone", "files", 0, "path"), path))
+
+
+@pytest.mark.parametrize("path", ["a", "a/b", ".hidden", "a.b/c-d_e.json", "1/2/3"])
+def test_plain_paths_are_accepted(path: str) -> None:
+    manifest = Manifest.deserialize(changed(("backbone", "files", 0, "path"), path))
+    assert manifest.backbone is not None
+    assert manifest.backbone.files[0].path == path
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "-a", "_a", "a/b", "a b", "a" * 65, "é", "a\n"])
+def test_names_that_cannot_stand_in_a_url(name: str) -> None:
+    with pytest.raises(ManifestError):
+        Manifest.deserialize(changed(("name",), name))
+    with pytest.raises(ValueError, match="name"):
+        valid_name(name)
+
+
+@pytest.mark.parametrize("letter", ["\0", "\t", "\n", "\r", "\x1b", "\x7f", "\x80", "\x9b"])
+def test_control_characters_in_labels(letter: str) -> None:
+    with pytest.raises(ManifestError, match="control characters"):
+        Manifest.deserialize(changed(("head", "labels"), ["fine", f"x{letter}y"]))
+
+
+def test_labels() -> None:
+    assert Manifest.deserialize(changed(("head", "labels"), ["a" * 512, "", "心"]))
+    for labels in (["a", "b", "a"], [], ["a" * 513], ["a", 1], "ab", None, ["a", None], {"a": 1}):
+        with pytest.raises(ManifestError, match=r"head"):
+            Manifest.deserialize(changed(("head", "labels"), labels))
+    with pytest.raises(ManifestError, match="1 to 4096 labels"):
+        Manifest.deserialize(changed(("head", "labels"), [str(i) for i in range(4097)]))
+
+
+@pytest.mark.parametrize("field", ["scale_bits", "flood_bits", "reply_bits"])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_derived_numbers_must_follow(field: str, change: int) -> None:
+    value = document()["head"][field] + change
+    with pytest.raises(ManifestError, match=f"head.{field} does not follow"):
+        Manifest.deserialize(changed(("head", field), value))
+
+
+def test_the_exponent_moves_everything() -> None:
+    with pytest.raises(ManifestError, match="does not follow"):
+        Manifest.deserialize(changed(("head", "exponent"), 2))
+
+
+def test_weights_must_leave_room_for_the_query() -> None:
+    edited = document()
+    head = edited["head"]
+    head["exponent"], head["scale_bits"], head["flood_bits"], head["reply_bits"] = 12, 40, 29, 33
+    head["weight_scale_bits"] = 39
+    assert Manifest.deserialize(canonical(edited)).scales.query_scale_bits == 1
+    head["weight_scale_bits"] = 40
+    with pytest.raises(ManifestError, match="leaves no scale"):
+        Manifest.deserialize(canonical(edited))
+
+
+def test_parameters() -> None:
+    with pytest.raises(ManifestError, match="parameters_id"):
+        Manifest.deserialize(changed(("parameters_id",), STRONG.id.hex()))
+    with pytest.raises(ManifestError, match="parameters_id"):
+        Manifest.deserialize(changed(("parameters",), "strong"))
+    with pytest.raises(ManifestError, match="below the policy's minimum"):
+        Manifest.deserialize(changed(("policy", "minimum_parameters"), "strong"))
+    strong = Path(__file__).resolve().parent.parent / "vectors" / "strong-384.manifest.json"
+    assert Manifest.deserialize(strong.read_bytes()).policy.minimum_parameters == "strong"
+
+
+def test_a_newer_format_is_named() -> None:
+    with pytest.raises(ManifestError, match=r"veilhead-manifest/2.*upgrade"):
+        Manifest.deserialize(changed(("format",), "veilhead-manifest/2"))
+    newer = document() | {"format": "veilhead-manifest/2", "unknown": {"future": True}}
+    with pytest.raises(ManifestError, match="upgrade"):  # before its unknown fields
+        Manifest.deserialize(canonical(newer))
+    with pytest.raises(ManifestError) as raised:
+        Manifest.deserialize(changed(("format",), "x" * 10_000))
+    assert len(str(raised.value)) < 200
+
+
+def test_the_limit_comes_before_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(*_: Any) -> Any:
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(manifest_module.json, "loads", parse)
+    with pytest.raises(ManifestError, match="at most"):
+        Manifest.deserialize(b" " * (MAX_MANIFEST_BYTES + 1))
+    with pytest.raises(AssertionError, match="parsed"):
+        Manifest.deserialize(b" " * MAX_MANIFEST_BYTES)
+
+
+def test_errors_do_not_quote_values() -> None:
+    with pytest.raises(ManifestError) as raised:
+        Manifest.deserialize(changed(("head", "commitment"), "canary-4711"))
+    assert "canary" not in str(raised.value)
+    assert "head.commitment" in str(raised.value)
+
+
+def test_no_norm_of_the_head_is_published() -> None:
+    """What the scales were derived from stays private."""
+    assert set(document()["head"]) == {
+        "commitment",
+        "dimensions",
+        "error_bound",
+        "exponent",
+        "flood_bits",
+        "labels",
+        "reply_bits",
+        "scale_bits",
+        "weight_scale_bits",
+    }
+
+
+def test_manifests_are_frozen() -> None:
+    manifest = Manifest.deserialize(DATA)
+    with pytest.raises(ValueError, match="frozen"):
+        manifest.head.exponent = 2  # type: ignore[misc]
+    assert copy.deepcopy(manifest) == manifest

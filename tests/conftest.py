@@ -1,46 +1,21 @@
-"""A transformer small enough to be made on the spot."""
+"""Fixtures for every test."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from veilhead_models.backbone import Backbone, describe
-
-WORDS = ("acute", "chest", "pain", "fever", "broken", "arm", "mild", "severe")
 
 
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved BERT with random weights: 16 dimensions, one layer, eleven words."""
+    from support.backbones import save_tiny_bert  # torch, which most tests do without
+
     directory = tmp_path_factory.mktemp("backbones") / "tiny-bert"
-    vocabulary = {
-        word: place for place, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))
-    }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=24,
-            initializer_range=0.5,
-        )
-    ).save_pretrained(directory)
+    save_tiny_bert(directory)
     return directory
 
 

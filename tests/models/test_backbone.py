@@ -14,13 +14,12 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.backbones import WORDS
 
 from veilhead_models import backbone as backbone_module
 from veilhead_models.backbone import Backbone, describe, minilm
 from veilhead_protocol.errors import BackboneError
 from veilhead_protocol.files import verify_files
-
-from .conftest import WORDS
 
 TEXTS = ["acute chest pain", "fever", "", "mild " * 50, "broken arm", "unheard-of words"]
 

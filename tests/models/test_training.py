@@ -16,6 +16,7 @@ from sklearn.metrics import (
     log_loss,
     precision_recall_fscore_support,
 )
+from support.backbones import WORDS
 
 from veilhead_models.artifact import MANIFEST_FILE, REPORT_FILE, HeadArtifact
 from veilhead_models.backbone import Backbone, describe, minilm
@@ -28,8 +29,6 @@ from veilhead_models.training import (
 )
 from veilhead_protocol.errors import DatasetError, ManifestError, ModelError
 from veilhead_protocol.scales import project
-
-from .conftest import WORDS
 
 
 def made_up(classes: int, *, terms: str | None = "MIT") -> Dataset:

@@ -189,10 +189,10 @@ class _Engine:
 
     async def close(self) -> None:
         """Drop the keys, here and (as far as it listens) at the service."""
-        self.session.forget()
         with suppress(httpx2.HTTPError), anyio.move_on_after(_GOODBYE_SECONDS):
             for key in list(self._registered):
                 await self.transport.delete_key(key.id)
+        self.session.forget()
 
 
 class Client:

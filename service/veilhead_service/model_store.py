@@ -10,6 +10,7 @@ whole. `current` is read at every look-up, so a running service notices what is 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from veilhead_protocol.errors import ManifestError, StoreError
 from veilhead_protocol.manifest import NAME_PATTERN, Manifest
 
 _CURRENT = "current"
+_DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class ModelStore:
             return None
         except (OSError, ValueError) as error:
             raise StoreError(f"{self._root / name / _CURRENT} cannot be read: {error}") from error
+        if not _DIGEST_PATTERN.fullmatch(digest):
+            raise StoreError(f"{self._root / name / _CURRENT} does not hold a digest")
         return self._open(name, digest)
 
     def version(self, name: str, digest: bytes) -> StoredModel | None:

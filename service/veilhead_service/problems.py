@@ -72,6 +72,18 @@ def key_not_registered() -> Problem:
     )
 
 
+def range_refused(status: HTTPStatus, content_range: str | None) -> Problem:
+    """A Range header that is malformed (400), or beyond the end of the file (416)."""
+    if status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        return Problem(status, "malformed-range", "expected Range: bytes=FIRST-LAST")
+    return Problem(
+        status,
+        "range-not-satisfiable",
+        "the range begins beyond the end of the file",
+        headers={} if content_range is None else {"Content-Range": content_range},
+    )
+
+
 def of_error(error: VeilheadError) -> Problem:
     """The problem that an error of ours becomes."""
     if isinstance(error, ModelMismatchError):

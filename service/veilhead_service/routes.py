@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 from dataclasses import dataclass
 from http import HTTPStatus
 from importlib.metadata import version
@@ -10,9 +11,11 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
 
 from veilhead_models.artifact import BACKBONE_DIRECTORY
-from veilhead_protocol.errors import MessageLengthError, ModelMismatchError
+from veilhead_protocol.errors import MessageLengthError, ModelMismatchError, StoreError
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
 from veilhead_protocol.wire import (
     DIGEST_BYTES,
@@ -26,7 +29,12 @@ from veilhead_protocol.wire import (
 )
 from veilhead_service.keys import KeyStore
 from veilhead_service.model_store import ModelSource, StoredModel
-from veilhead_service.problems import Problem, key_not_registered, model_not_found
+from veilhead_service.problems import (
+    Problem,
+    key_not_registered,
+    model_not_found,
+    range_refused,
+)
 from veilhead_service.workers import WorkerPool
 
 MESSAGE_TYPE: Final = "application/octet-stream"
@@ -34,6 +42,8 @@ _CACHE_FOREVER: Final = "public, max-age=31536000, immutable"
 _REVALIDATE: Final = "no-cache"
 
 router = APIRouter()
+
+logger = logging.getLogger("veilhead.service")
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,11 @@ async def list_models(services: _Services) -> dict[str, list[dict[str, str]]]:
     """The published models, by name, each with the digest of its current version."""
     found = []
     for name in services.models.names():
-        model = services.models.current(name)
+        try:
+            model = services.models.current(name)
+        except StoreError as error:  # a damaged model must not hide the others
+            logger.error("a model is left out of the list: %s", error)
+            continue
         if model is not None:
             found.append({"name": name, "digest": model.manifest.digest.hex()})
     return {"models": found}
@@ -153,6 +167,19 @@ async def get_manifest(
     return Response(model.manifest_bytes, media_type="application/json", headers=headers)
 
 
+class _PublicFile(FileResponse):
+    """A file; a range that it cannot answer becomes a problem, as every other refusal."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_unless_refused(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                headers = Headers(raw=message["headers"])
+                raise range_refused(HTTPStatus(message["status"]), headers.get("content-range"))
+            await send(message)
+
+        await super().__call__(scope, receive, send_unless_refused)
+
+
 @router.get("/v1/models/{name}/files/{path:path}", tags=["models"], response_class=Response)
 async def get_file(
     name: str,
@@ -174,7 +201,7 @@ async def get_file(
     headers = {"ETag": etag, "Cache-Control": _CACHE_FOREVER if digest else _REVALIDATE}
     if _matches(if_none_match, etag):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
-    return FileResponse(
+    return _PublicFile(
         model.directory / BACKBONE_DIRECTORY / entry.path,
         media_type=MESSAGE_TYPE,
         headers=headers,

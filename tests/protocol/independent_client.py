@@ -24,7 +24,6 @@ _BLOCK_BYTES = 4096
 _PRNG_SHAKE256 = 2
 _DOMAIN_COEFFICIENT = 0
 
-#: The section "Hint limits": (largest e, G's limit for that e).
 _COMPACT = {
     "degree": 2048,
     "data_primes": (0x1FFFFFFFFE1001,),

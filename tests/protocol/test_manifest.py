@@ -330,3 +330,26 @@ def test_manifests_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         manifest.head.exponent = 2  # type: ignore[misc]
     assert copy.deepcopy(manifest) == manifest
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("head", "exponent"), "1"),
+        (("head", "exponent"), True),
+        (("head", "dimensions"), 384.0),
+        (("policy", "bulk"), 0),
+        (("name",), b"head"),
+        (("embedding", "scale"), "1.0"),
+    ],
+    ids=str,
+)
+def test_building_converts_nothing(path: tuple[str, ...], value: Any) -> None:
+    """Not even before there are bytes to compare with."""
+    edited = document()
+    place = edited
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    with pytest.raises(ManifestError, match=path[-1]):
+        Manifest.build(edited)

@@ -253,7 +253,7 @@ def test_projection(embeddings: Any, scale: float) -> None:
             assert np.array_equal(row, scaled)  # untouched, to the last bit
         else:
             assert abs(norm - 1) < 1e-12
-            assert np.allclose(row * length, scaled, rtol=1e-12, atol=0)
+            assert np.allclose(row * length, scaled, rtol=1e-12, atol=1e-300)
     again = project(projected, 1.0)
     assert np.allclose(again, projected, rtol=1e-15, atol=1e-300)
 

@@ -1,0 +1,431 @@
+"""The client against the real service, in process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import httpx2
+import numpy as np
+import pytest
+from support.heads import unit_rows
+from support.services import problem
+
+import veilhead
+from veilhead import (
+    BatchError,
+    Client,
+    InputError,
+    InsecureTransportError,
+    NoBackboneError,
+    NotFiniteError,
+    NotSentError,
+    Prediction,
+    ReplyError,
+    ServiceResponseError,
+    TransportError,
+    VeilheadError,
+)
+from veilhead_models.artifact import HeadArtifact
+from veilhead_protocol.errors import BackboneError, ManifestError, ParameterError
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Retries without waiting; the pauses that would have been made."""
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("veilhead.transport.anyio.sleep", sleep)
+    return pauses
+
+
+class TestClassify:
+    def test_one_text_gives_a_list_of_predictions(self, connect, text_artifact):
+        client, _ = connect(text_artifact)
+        (answer,) = client.classify("acute chest pain")
+        assert isinstance(answer, Prediction)
+        assert answer.label in client.labels
+        assert 0.25 <= answer.score <= 1
+
+    def test_a_list_gives_a_list_of_lists_in_order(self, connect, text_artifact, texts):
+        client, _ = connect(text_artifact)
+        answers = client.classify(texts, top_k=3)
+        assert [len(row) for row in answers] == [3] * len(texts)
+        plain = HeadArtifact.load(text_artifact).logits(client.embed(texts))
+        for row, logits in zip(answers, plain, strict=True):
+            best = np.sort(logits)
+            if best[-1] - best[-2] > 2 * client.manifest.head.error_bound:
+                assert row[0].label == client.labels[logits.argmax()]
+            assert row[0].score >= row[1].score >= row[2].score
+
+    def test_scores_are_a_softmax_over_all_labels(self, connect, text_artifact):
+        client, _ = connect(text_artifact)
+        answer = client.classify("acute fever", top_k=None)
+        assert len(answer) == 4
+        assert sum(item.score for item in answer) == pytest.approx(1)
+        assert len(client.classify("acute fever", top_k=99)) == 4
+
+    def test_lists_of_any_length_work(self, connect, text_artifact):
+        client, _ = connect(text_artifact)
+        assert client.classify([]) == []
+        assert len(client.classify(["pain"])) == 1
+        assert len(client.classify(("pain", "fever"))) == 2
+        assert len(client.classify(["pain"] * 70)) == 70
+
+    def test_an_empty_text_is_a_text(self, connect, text_artifact):
+        client, _ = connect(text_artifact)
+        assert len(client.classify("")) == 1
+
+    @pytest.mark.parametrize("bad", [None, 7, float("nan"), b"pain", "\ud800"])
+    def test_a_bad_row_keeps_the_others_and_is_sent_like_them(self, connect, text_artifact, bad):
+        client, service = connect(text_artifact)
+        with pytest.raises(BatchError) as caught:
+            client.classify(["pain", bad, "fever"])
+        assert list(caught.value.errors) == [1]
+        assert isinstance(caught.value.errors[1], InputError)
+        assert caught.value.results[1] is None
+        assert [len(row) for row in (caught.value.results[0], caught.value.results[2])] == [1, 1]
+        assert len(service.seen("infer")) == 3
+
+    def test_a_bad_single_text_is_its_own_error(self, connect, text_artifact):
+        client, _ = connect(text_artifact)
+        with pytest.raises(InputError, match="surrogate"):
+            client.classify("\ud800")
+
+    @pytest.mark.parametrize("top_k", [0, -1])
+    def test_top_k_is_checked(self, connect, text_artifact, top_k):
+        client, _ = connect(text_artifact)
+        with pytest.raises(ValueError, match="top_k"):
+            client.classify("pain", top_k=top_k)
+
+    def test_a_model_without_backbone_takes_embeddings_only(self, connect, head_artifact):
+        client, _ = connect(head_artifact)
+        with pytest.raises(NoBackboneError, match="32 values"):
+            client.classify("pain")
+        with pytest.raises(NoBackboneError):
+            client.embed(["pain"])
+
+    def test_many_threads_share_a_client(self, connect, text_artifact, texts):
+        client, _ = connect(text_artifact)
+        expected = [row[0].label for row in client.classify(texts)]
+        found = {}
+
+        def work(number):
+            found[number] = [row[0].label for row in client.classify(texts[number::4])]
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        near = sum(found[n][i] != expected[n::4][i] for n in range(4) for i in range(25))
+        assert near <= 1  # two logits nearer than the error bound may swap
+
+
+class TestLogits:
+    def test_they_are_within_the_bound(self, connect, head_artifact):
+        client, _ = connect(head_artifact)
+        rows = unit_rows(75, 32)
+        logits = client.logits(rows)
+        assert logits.shape == (75, 5)
+        assert logits.dtype == np.float64
+        error = np.abs(logits - HeadArtifact.load(head_artifact).logits(rows)).max()
+        assert error <= client.manifest.head.error_bound
+
+    def test_no_rows_give_no_rows(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        assert client.logits(np.zeros((0, 32))).shape == (0, 5)
+        assert service.seen("infer") == []
+
+    @pytest.mark.parametrize(
+        "embeddings", [np.zeros(32), np.zeros((2, 31)), np.zeros((1, 1, 32)), [["a"] * 32]]
+    )
+    def test_the_shape_is_checked_before_anything_is_sent(self, connect, head_artifact, embeddings):
+        client, service = connect(head_artifact)
+        with pytest.raises(InputError, match=r"\[batch, 32\]"):
+            client.logits(embeddings)
+        assert service.seen("infer") == []
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_a_row_that_is_not_finite_is_sent_like_the_others(self, connect, head_artifact, value):
+        client, service = connect(head_artifact)
+        rows = unit_rows(40, 32)
+        rows[33, 5] = value
+        with pytest.raises(BatchError) as caught:
+            client.logits(rows)
+        assert isinstance(caught.value.errors[33], NotFiniteError)
+        assert sum(row is not None for row in caught.value.results) == 39
+        assert len({len(body) for body in service.seen("infer")}) == 1
+        assert len(service.seen("infer")) == 40
+
+    def test_float32_and_long_embeddings_are_projected_as_in_plaintext(
+        self, connect, head_artifact
+    ):
+        client, _ = connect(head_artifact)
+        rows = (3 * unit_rows(3, 32)).astype(np.float32)
+        expected = HeadArtifact.load(head_artifact).logits(rows)
+        assert np.abs(client.logits(rows) - expected).max() <= client.manifest.head.error_bound
+
+
+class TestKeys:
+    def test_one_registration_serves_many_queries(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        client.logits(unit_rows(60, 32))
+        assert len(service.seen("key")) == 1
+
+    def test_a_key_is_replaced_after_a_hundred_queries(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        client.logits(unit_rows(201, 32))
+        assert len(set(service.seen("key"))) == 3
+
+    def test_a_key_that_the_service_lost_is_registered_again_and_the_query_is_the_same(
+        self, connect, head_artifact
+    ):
+        client, service = connect(head_artifact)
+        client.logits(unit_rows(1, 32))
+        service.requests.clear()
+        service.on("infer", problem(404, "key-not-registered"))
+        assert client.logits(unit_rows(1, 32)).shape == (1, 5)
+        first, second = service.seen("infer")
+        assert first == second
+        assert len(service.seen("key")) == 1
+
+    def test_a_service_that_keeps_no_key_is_an_error_and_not_a_loop(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        service.on("infer", *[problem(404, "key-not-registered") for _ in range(9)])
+        with pytest.raises(BatchError) as caught:
+            client.logits(unit_rows(1, 32))
+        assert caught.value.errors[0].problem == "key-not-registered"
+        assert len(service.seen("infer")) == 3
+
+    def test_closing_forgets_the_key_at_the_service(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        client.logits(unit_rows(1, 32))
+        client.close()
+        client.close()
+        assert len(service.seen("forget")) == 1
+
+
+class TestRetries:
+    @pytest.mark.parametrize(
+        "failure",
+        [
+            httpx2.ConnectError("refused"),
+            httpx2.ReadError("reset"),
+            httpx2.ReadTimeout("slow"),
+            httpx2.RemoteProtocolError("cut off"),
+            problem(503, "worker-unavailable"),
+            problem(429, "quota"),
+            httpx2.Response(502, text="<html>"),
+        ],
+        ids=lambda failure: type(failure).__name__ + str(getattr(failure, "status_code", "")),
+    )
+    def test_a_retry_sends_the_same_bytes(self, connect, head_artifact, quick, failure):
+        client, service = connect(head_artifact)
+        service.on("infer", failure, failure)
+        assert client.logits(unit_rows(1, 32)).shape == (1, 5)
+        bodies = service.seen("infer")
+        assert len(bodies) == 3
+        assert len(set(bodies)) == 1
+        assert len(quick) == 2
+
+    def test_retry_after_is_honoured_and_bounded(self, connect, head_artifact, quick):
+        client, service = connect(head_artifact)
+        service.on("infer", problem(503, "x", **{"Retry-After": "7"}))
+        service.on("infer", problem(503, "x", **{"Retry-After": "99999"}))
+        client.logits(unit_rows(1, 32))
+        assert quick == [7, 30]
+
+    def test_it_gives_up_after_five_attempts(self, connect, head_artifact, quick):
+        client, service = connect(head_artifact)
+        service.on("infer", *[httpx2.ConnectError("refused")] * 9)
+        with pytest.raises(BatchError) as caught:
+            client.logits(unit_rows(1, 32))
+        assert isinstance(caught.value.errors[0], TransportError)
+        assert len(service.seen("infer")) == 5
+
+    @pytest.mark.parametrize("status", [400, 401, 404, 409, 410, 422, 500])
+    def test_a_refusal_is_final(self, connect, head_artifact, quick, status):
+        client, service = connect(head_artifact)
+        service.on("infer", problem(status, "some-code"))
+        with pytest.raises(BatchError) as caught:
+            client.logits(unit_rows(1, 32))
+        error = caught.value.errors[0]
+        assert isinstance(error, ServiceResponseError)
+        assert (error.status, error.problem, error.request_id) == (status, "some-code", "r1")
+        assert len(service.seen("infer")) == 1
+        assert quick == []
+
+    @pytest.mark.parametrize("change", [lambda body: body[:-1], lambda body: body + b"\0"])
+    def test_a_whole_answer_of_the_wrong_length_is_never_asked_for_again(
+        self, connect, head_artifact, quick, change
+    ):
+        async def answer(inner, request):
+            response = await inner.handle_async_request(request)
+            return httpx2.Response(200, content=change(await response.aread()))
+
+        client, service = connect(head_artifact)
+        service.on("infer", answer)
+        with pytest.raises(BatchError) as caught:
+            client.logits(unit_rows(1, 32))
+        assert isinstance(caught.value.errors[0], ReplyError)
+        assert len(service.seen("infer")) == 1
+
+    def test_a_hopeless_row_spares_the_rest_and_keeps_what_was_answered(
+        self, connect, head_artifact
+    ):
+        client, service = connect(head_artifact, concurrency=1)
+        service.on("infer", *[None] * 7, problem(410, "retired"))
+        with pytest.raises(BatchError) as caught:
+            client.logits(unit_rows(20, 32))
+        assert sum(row is not None for row in caught.value.results) == 7
+        assert isinstance(caught.value.errors[7], ServiceResponseError)
+        assert all(isinstance(caught.value.errors[row], NotSentError) for row in range(8, 20))
+        assert len(service.seen("infer")) == 8
+        assert client.logits(unit_rows(1, 32)).shape == (1, 5)  # the next call tries again
+
+    def test_a_bad_reply_does_not_keep_the_others_from_being_sent(self, connect, head_artifact):
+        client, service = connect(head_artifact, concurrency=1)
+        service.on("infer", httpx2.Response(200, content=b"short"))
+        with pytest.raises(BatchError) as caught:
+            client.logits(unit_rows(20, 32))
+        assert list(caught.value.errors) == [0]
+        assert len(service.seen("infer")) == 20
+
+    def test_a_compressed_answer_is_refused(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        service.on("infer", httpx2.Response(200, headers={"Content-Encoding": "br"}))
+        with pytest.raises(BatchError) as caught:
+            client.logits(unit_rows(1, 32))
+        assert isinstance(caught.value.errors[0], ReplyError)
+
+    def test_what_a_service_says_cannot_drive_a_terminal(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        body = {"type": "urn:veilhead:problem:x", "detail": "\x1b[2J" + "long" * 999}
+        service.on("infer", httpx2.Response(400, json=body))
+        with pytest.raises(BatchError) as caught:
+            client.logits(unit_rows(1, 32))
+        message = str(caught.value.errors[0])
+        assert message.isprintable()
+        assert len(message) < 1000
+
+
+class TestOpening:
+    @pytest.mark.parametrize(
+        "url", ["http://example.org", "http://10.0.0.1:8000", "ftp://127.0.0.1", "nonsense", ""]
+    )
+    def test_plain_http_is_for_loopback_only(self, url):
+        with pytest.raises(InsecureTransportError):
+            Client(url, "model")
+
+    def test_an_unknown_model_is_named(self, connect, head_artifact):
+        with pytest.raises(ServiceResponseError, match="model-not-found"):
+            connect(head_artifact, model="absent")
+
+    def test_the_manifest_is_pinned(self, connect, head_artifact):
+        client, _ = connect(head_artifact)
+        digest = client.manifest.digest.hex()
+        pinned, _ = connect(head_artifact, digest=digest)
+        assert pinned.manifest.digest.hex() == digest
+
+    def test_another_version_than_the_pinned_one_is_refused(self, text_artifact, head_artifact):
+        served = (head_artifact / "manifest.json").read_bytes()
+
+        class Liar(httpx2.AsyncBaseTransport):
+            async def handle_async_request(self, request):
+                return httpx2.Response(200, content=served)
+
+        with pytest.raises(ManifestError, match="pinned"):
+            Client("http://127.0.0.1", "model", digest="0" * 64, transport=Liar())
+        with pytest.raises(ManifestError, match="another model"):
+            Client("http://127.0.0.1", "other", transport=Liar())
+
+    @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"format":"x/9"}'])
+    def test_a_manifest_that_is_none_is_refused(self, content):
+        class Broken(httpx2.AsyncBaseTransport):
+            async def handle_async_request(self, request):
+                return httpx2.Response(200, content=content)
+
+        with pytest.raises(ManifestError):
+            Client("http://127.0.0.1", "model", transport=Broken())
+
+    def test_a_minimum_of_parameters_is_kept(self, connect, head_artifact):
+        with pytest.raises(ParameterError, match="strong at least"):
+            connect(head_artifact, minimum_parameters="strong")
+        with pytest.raises(ParameterError, match="unknown"):
+            connect(head_artifact, minimum_parameters="weak")
+
+    def test_nobody_there_is_a_transport_error(self, quick):
+        with pytest.raises(TransportError, match="5 attempts"):
+            Client("http://127.0.0.1:9", "model")
+
+
+class TestBackbone:
+    def test_it_is_fetched_once_by_digest(self, connect, text_artifact, tmp_path, monkeypatch):
+        monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path))
+        seen = []
+        client, service = connect(text_artifact, on_download=lambda path, size: seen.append(path))
+        client.classify("pain")
+        files = {entry.path for entry in client.manifest.backbone.files}
+        assert set(seen) == files
+        again, service = connect(text_artifact)
+        again.classify("pain")
+        assert service.seen("file") == []
+        assert not list(tmp_path.rglob(".partial*"))
+
+    def test_other_bytes_than_the_manifest_says_are_refused_and_not_kept(
+        self, connect, text_artifact, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path))
+
+        async def tampered(inner, request):
+            response = await inner.handle_async_request(request)
+            body = bytearray(await response.aread())
+            body[len(body) // 2] ^= 1
+            return httpx2.Response(200, content=bytes(body))
+
+        client, service = connect(text_artifact)
+        service.on("file", tampered)
+        with pytest.raises(BackboneError, match="SHA-256"):
+            client.classify("pain")
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        assert len(client.classify("pain")) == 1  # the next call fetches it again
+
+    def test_a_damaged_cache_is_fetched_again(self, connect, text_artifact, tmp_path, monkeypatch):
+        monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path))
+        client, _ = connect(text_artifact)
+        client.classify("pain")
+        (damaged,) = tmp_path.rglob("config.json")
+        damaged.write_text("{}")
+        again, service = connect(text_artifact)
+        again.classify("pain")
+        assert len(service.seen("file")) == 1
+
+    def test_a_local_path_is_checked_too(self, connect, text_artifact, tmp_path):
+        client, service = connect(text_artifact, backbone=tmp_path)
+        with pytest.raises(BackboneError):
+            client.classify("pain")
+        assert service.seen("file") == []
+
+
+def test_traces_hold_times_and_sizes(connect, head_artifact):
+    traces = []
+    client, _ = connect(head_artifact, on_query=traces.append)
+    client.logits(unit_rows(3, 32))
+    assert len(traces) == 3
+    for trace in traces:
+        assert 0 < trace.evaluate_seconds < trace.round_trip_seconds
+        assert (trace.key_bytes, trace.query_bytes) == (13672, 13764)
+
+
+def test_the_public_names_are_these():
+    assert sorted(veilhead.__all__) == sorted(name for name in vars(veilhead) if name[0].isupper())
+    assert all(
+        issubclass(getattr(veilhead, name), VeilheadError)
+        for name in veilhead.__all__
+        if name.endswith("Error")
+    )

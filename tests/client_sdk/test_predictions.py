@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import expit, softmax
+
+from veilhead import Prediction
+from veilhead.evaluation import evaluate
+from veilhead.predictions import predictions, scores
+
+
+def test_scores_are_softmax_even_of_large_logits():
+    logits = np.array([[1.0, 2.0, 3.0], [4000.0, -4000.0, 3999.0]])
+    assert scores(logits) == pytest.approx(softmax(logits, axis=1))
+
+
+def test_a_single_logit_is_a_sigmoid():
+    assert scores(np.array([0.3]))[0] == pytest.approx(expit(0.3))
+
+
+def test_predictions_come_best_first_and_ties_in_label_order():
+    found = predictions(np.array([1.0, 5.0, 1.0]), ["a", "b", "c"], None)
+    assert [item.label for item in found] == ["b", "a", "c"]
+    assert predictions(np.array([1.0, 5.0, 1.0]), ["a", "b", "c"], 1) == found[:1]
+
+
+def test_a_prediction_is_frozen():
+    prediction = Prediction("a", 0.5)
+    with pytest.raises(AttributeError):
+        prediction.label = "b"
+
+
+def test_evaluation_agrees_with_scikit_learn():
+    from sklearn.metrics import precision_recall_fscore_support
+
+    generator = np.random.default_rng(0)
+    truth = [str(value) for value in generator.integers(0, 4, size=200)]
+    answers = [str(value) for value in generator.integers(0, 5, size=200)]
+    found = evaluate(truth, answers)
+    labels = sorted(set(truth) | set(answers))
+    expected = precision_recall_fscore_support(truth, answers, labels=labels, zero_division=0)
+    for column, name in enumerate(("precision", "recall", "f1", "support")):
+        assert [getattr(item, name) for item in found.labels] == pytest.approx(expected[column])
+    assert found.accuracy == np.mean(np.array(truth) == np.array(answers))
+
+
+def test_evaluation_counts_what_failed_apart():
+    found = evaluate(["a", "b", "a"], ["a", None, "b"])
+    assert (found.answered, found.failed, found.accuracy) == (2, 1, 0.5)
+    assert evaluate(["a"], [None]).accuracy == 0

@@ -1,0 +1,404 @@
+"""The encrypted head: right answers for every shape, in messages of every kind."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.heads import Pair, artifact, unit_rows
+
+import veilhead
+import veilhead_models
+import veilhead_protocol
+import veilhead_service
+from veilhead_models.artifact import HeadArtifact
+from veilhead_protocol import seal_io
+from veilhead_protocol.errors import (
+    KeyMismatchError,
+    ModelMismatchError,
+    ParameterMismatchError,
+    ScaleError,
+)
+from veilhead_protocol.parameters import COMPACT, STRONG
+from veilhead_protocol.wire import Domain, Prng, ReplyMessage, pack_bits
+from veilhead_service.encrypted_head import ClientKey, EncryptedHead, truncate
+
+
+def head_of(weight, bias, parameters="compact"):
+    labels = [f"label {index}" for index in range(len(bias))]
+    return HeadArtifact.from_weights(weight, bias, labels, name="model", parameters=parameters)
+
+
+def check_answers(head, *, rows=2, error=None):
+    """Encrypted logits within the manifest's bound of the plaintext's."""
+    pair = Pair.of(head)
+    for embedding in unit_rows(rows, head.weight.shape[1]):
+        query = pair.session.encrypt(embedding)
+        reply = pair.answer(query)
+        manifest = head.manifest
+        assert len(reply) == ReplyMessage.size(manifest.layout, manifest.head.reply_bits)
+        found = pair.session.decrypt(query, reply)
+        expected = head.weight @ embedding + head.bias
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= (error or manifest.head.error_bound)
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "dimensions", "classes"),
+    [
+        ("compact", 1, 1),
+        ("compact", 1, 200),  # the limit of hints decides
+        ("compact", 7, 3),
+        ("compact", 384, 1),
+        ("compact", 384, 4),
+        ("compact", 384, 5),  # exactly one group
+        ("compact", 384, 6),
+        ("compact", 384, 10),
+        ("compact", 384, 11),
+        ("compact", 384, 77),
+        ("compact", 1000, 3),  # d does not divide N
+        ("compact", 1024, 4),
+        ("compact", 1025, 3),  # one class a polynomial
+        ("compact", 2047, 2),
+        ("compact", 2048, 2),  # d = N
+        ("compact", 2049, 2),  # the second piece holds one feature
+        ("compact", 3000, 3),
+        ("compact", 4096, 2),
+        ("strong", 1, 1),
+        ("strong", 384, 9),
+        ("strong", 384, 10),  # exactly one group
+        ("strong", 384, 11),
+        ("strong", 768, 6),
+        ("strong", 2049, 2),
+        ("strong", 4095, 2),
+        ("strong", 4096, 2),  # d = N
+    ],
+)
+def test_answers_are_within_the_bound(parameters, dimensions, classes):
+    scale = min(0.5, 8 / dimensions**0.5)
+    check_answers(artifact(classes, dimensions, parameters=parameters, scale=scale))
+
+
+def test_the_bound_is_a_bound_worth_having():
+    """For heads of the size that trained ones have; the rounding is 2^-13 of it."""
+    for parameters in ("compact", "strong"):
+        bound = artifact(22, 384, parameters=parameters, scale=0.25).manifest.head.error_bound
+        assert bound <= 2.0**-10 + 2.0**-13
+
+
+@pytest.mark.parametrize(
+    ("parameters", "exponent"),
+    [("compact", e) for e in range(8)] + [("strong", e) for e in range(13)],
+)
+def test_heads_of_every_exponent(parameters, exponent):
+    random = np.random.default_rng(exponent)
+    weight = random.normal(size=(3, 64))
+    # Norm plus bias at nine tenths of 2^e, the second row exactly there.
+    weight *= 0.6 * 2.0**exponent / np.linalg.norm(weight, axis=1, keepdims=True)
+    head = head_of(weight, np.array([0.1, -0.3, 0.2]) * 2.0**exponent, parameters)
+    assert head.manifest.head.exponent == exponent
+    check_answers(head, rows=3)
+
+
+def test_a_logit_at_the_edge_does_not_wrap():
+    """The embedding along the weights gives the largest logit there is, and the least."""
+    for parameters, exponent in (("compact", 4), ("strong", 12)):
+        direction = unit_rows(1, 64)[0]
+        largest = 2.0**exponent - 2.0**-7
+        weight = np.stack([direction, -direction]) * (largest - 1)
+        head = head_of(weight, np.array([1.0, -1.0]), parameters)
+        assert head.manifest.head.exponent == exponent
+        pair = Pair.of(head)
+        query = pair.session.encrypt(direction)
+        found = pair.session.decrypt(query, pair.answer(query))
+        assert np.abs(found - [largest, -largest]).max() <= head.manifest.head.error_bound
+
+
+def test_heads_beyond_every_exponent_are_refused():
+    with pytest.raises(ScaleError):
+        head_of(np.full((1, 4), 2.0**12), np.zeros(1), "strong")
+
+
+# --- zeros: SEAL refuses to multiply by them ----------------------------------------------------
+
+
+@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize("dimensions", [64, 384, 3000, 4096])
+def test_a_head_of_zeros_answers_with_its_bias(parameters, dimensions):
+    bias = np.array([0.5, -1.25, 0.0])
+    check_answers(head_of(np.zeros((3, dimensions)), bias, parameters))
+
+
+@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize("zero_rows", [[0], [21], [3, 4], range(5), range(5, 10), range(15)])
+def test_zero_rows_and_whole_groups_of_them(parameters, zero_rows):
+    random = np.random.default_rng(6)
+    weight = random.normal(scale=0.3, size=(22, 384))
+    weight[list(zero_rows)] = 0
+    check_answers(head_of(weight, random.normal(size=22), parameters), rows=1)
+
+
+@pytest.mark.parametrize("zero_piece", [slice(0, 2048), slice(2048, 3000)])
+def test_a_zero_piece_of_a_row(zero_piece):
+    random = np.random.default_rng(7)
+    weight = random.normal(scale=0.1, size=(3, 3000))
+    weight[1, zero_piece] = 0
+    check_answers(head_of(weight, random.normal(size=3)))
+
+
+def test_weights_that_round_to_zero():
+    check_answers(head_of(np.full((2, 384), 1e-9), np.array([0.0, 0.25])))
+
+
+def test_a_zero_embedding_gets_the_bias():
+    head = artifact(22, 384)
+    pair = Pair.of(head)
+    query = pair.session.encrypt(np.zeros(384))
+    found = pair.session.decrypt(query, pair.answer(query))
+    assert np.abs(found - head.bias).max() <= head.manifest.head.error_bound
+
+
+# --- messages -----------------------------------------------------------------------------------
+
+
+class SecretOfAnyDialect:
+    """Keys and queries of one ternary secret, in every PRNG and domain.
+
+    SEAL expands seeds and transforms; the product with the secret is the independent client's.
+    """
+
+    def __init__(self, independent, head):
+        self._independent = independent
+        self.model = independent.Model.from_manifest(head.manifest.serialize())
+        self.parameters = head.manifest.parameter_set
+        random = np.random.default_rng(8)
+        self.secret = random.integers(-1, 2, size=self.parameters.poly_modulus_degree)
+        self._random = random
+
+    def _encrypt(self, level, message, primes, prng, domain):
+        """Packed residues and seed of -(a s + e) + message."""
+        seed = self._random.bytes(64)
+        degree = len(message)
+        zero = np.zeros((len(primes), degree), dtype=np.uint64)
+        in_ntt = domain is Domain.NTT
+        expanded = seal_io.load_seeded_ciphertext(
+            level, zero, seed, prng=prng, ntt_form=in_ntt, scale_bits=0
+        )
+        level.evaluator.transform_from_ntt_inplace(expanded)
+        masks = seal_io.save_ciphertext(expanded)[1].astype(np.int64)  # [L, N]
+        error = self._random.integers(-3, 4, size=degree)
+        residues = np.stack(
+            [
+                (
+                    message % prime
+                    - self._independent.times_ternary(mask, self.secret, prime)
+                    - error
+                )
+                % prime
+                for mask, prime in zip(masks, primes, strict=True)
+            ]
+        ).astype(np.uint64)
+        if in_ntt:
+            # As coefficients under any seed: only its c0 is of interest.
+            ciphertext = seal_io.load_seeded_ciphertext(
+                level, residues, seed, prng=prng, ntt_form=False, scale_bits=0
+            )
+            residues = seal_io.save_ciphertext(ciphertext)[0]
+        rows = zip(residues, primes, strict=True)
+        return b"".join(pack_bits(row, prime.bit_length()) for row, prime in rows) + seed
+
+    def key(self, prng, domain):
+        message = np.zeros(self.model.degree, dtype=np.int64)
+        level = seal_io._key_level_runtime(self.parameters)
+        body = self._encrypt(level, message, self.parameters.key_primes, prng, domain)
+        return self.model.prefix(1, prng, domain) + body
+
+    def query(self, embedding, key_id, prng, domain):
+        model = self.model
+        coefficients = np.zeros(model.pieces * model.degree, dtype=np.int64)
+        coefficients[: model.dimensions] = np.rint(embedding * 2.0**model.query_scale_bits)
+        level = seal_io.runtime(self.parameters)
+        body = b"".join(
+            self._encrypt(level, piece, self.parameters.data_primes, prng, domain)
+            for piece in coefficients.reshape(model.pieces, model.degree)
+        )
+        return model.prefix(2, prng, domain) + model.target(key_id, model.pieces) + body
+
+    def decrypt(self, query, reply, key_id):
+        client = self._independent.Client(self.model, self.secret)
+        client.key_id = key_id
+        return client.logits(query, reply)
+
+
+DIALECTS = list(product([Prng.BLAKE2XB, Prng.SHAKE256], [Domain.COEFFICIENT, Domain.NTT]))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "dimensions"), [("compact", 384), ("compact", 3000), ("strong", 384)]
+)
+def test_every_dialect_of_key_and_query_gives_the_same_logits(independent, parameters, dimensions):
+    head = artifact(3, dimensions, parameters=parameters, scale=0.1)
+    secret = SecretOfAnyDialect(independent, head)
+    served = EncryptedHead(head.manifest, head.weight, head.bias)
+    embedding = unit_rows(1, dimensions)[0]
+    expected = head.weight @ embedding + head.bias
+    for key_dialect in DIALECTS:
+        message = secret.key(*key_dialect)
+        key = ClientKey.from_message(message)
+        assert key.id == hashlib.sha256(message).digest()
+        for query_dialect in DIALECTS:
+            query = secret.query(embedding, key.id, *query_dialect)
+            found = secret.decrypt(query, served.evaluate(query, key), key.id)
+            assert np.abs(found - expected).max() <= head.manifest.head.error_bound
+
+
+def test_compact_messages_are_as_small_as_promised():
+    head = artifact(22, 384)
+    pair = Pair.of(head)
+    query = pair.session.encrypt(unit_rows(1, 384)[0])
+    assert len(query.key.message) <= 14_200
+    assert len(query.data) <= 14_200
+    assert head.manifest.layout.replies == 5
+    assert len(pair.answer(query)) <= 5 * 7_400
+
+
+def parse(pair, query, reply):
+    manifest = pair.artifact.manifest
+    return ReplyMessage.deserialize(
+        reply,
+        manifest.parameter_set,
+        manifest.layout,
+        manifest.head.reply_bits,
+        model_digest=manifest.digest,
+        key_id=query.key.id,
+        query_digest=query.digest,
+    )
+
+
+@pytest.mark.parametrize("parameters", ["compact", "strong"])
+def test_the_same_query_gets_another_reply_with_the_same_logits(parameters):
+    pair = Pair.of(artifact(11, 384, parameters=parameters))
+    query = pair.session.encrypt(unit_rows(1, 384)[0])
+    replies = [pair.answer(query) for _ in range(3)]
+    parsed = [parse(pair, query, reply) for reply in replies]
+    masks = [polynomial.c1 for message in parsed for polynomial in message.polynomials]
+    for index, first in enumerate(masks):
+        for second in masks[:index]:
+            assert (first == second).mean() < 0.01
+    logits = [pair.session.decrypt(query, reply) for reply in replies]
+    bound = pair.artifact.manifest.head.error_bound
+    assert all(np.abs(found - logits[0]).max() <= 2 * bound for found in logits)
+
+
+@pytest.mark.parametrize("parameters", ["compact", "strong"])
+def test_the_masks_of_a_zero_head_are_as_random(parameters):
+    pair = Pair.of(head_of(np.zeros((2, 384)), np.zeros(2), parameters))
+    query = pair.session.encrypt(unit_rows(1, 384)[0])
+    first, second = (parse(pair, query, pair.answer(query)).polynomials[0].c1 for _ in range(2))
+    assert (first == second).mean() < 0.01
+    bits = pair.artifact.manifest.head.reply_bits
+    assert abs(first.astype(float).mean() / 2**bits - 0.5) < 0.05
+
+
+def test_queries_of_other_models_keys_and_sets_are_refused():
+    first, second = Pair.of(artifact(3, 64, seed=1)), Pair.of(artifact(3, 64, seed=2))
+    strong = Pair.of(artifact(3, 64, parameters="strong"))
+    row = unit_rows(1, 64)[0]
+    query = first.session.encrypt(row)
+    key = ClientKey.from_message(query.key.message)
+    with pytest.raises(ModelMismatchError):
+        second.head.evaluate(query.data, key)
+    other = ClientKey.from_message(second.session.encrypt(row).key.message)
+    with pytest.raises(KeyMismatchError):
+        first.head.evaluate(query.data, other)
+    strong_query = strong.session.encrypt(row)
+    strong_key = ClientKey.from_message(strong_query.key.message)
+    with pytest.raises(ParameterMismatchError):
+        first.head.evaluate(query.data, strong_key)
+    with pytest.raises(ParameterMismatchError):
+        first.head.evaluate(strong_query.data, key)
+
+
+# --- truncation ---------------------------------------------------------------------------------
+
+
+def exact(values, modulus, bits):
+    """round(2^bits c / Q) modulo 2^bits, and the distance to the next tie, in whole numbers."""
+    rounded = [((value << (bits + 1)) + modulus) // (2 * modulus) % (1 << bits) for value in values]
+    ties = [abs(((value << bits) % modulus) / modulus - 0.5) for value in values]  # 0 at a tie
+    return np.array(rounded, dtype=np.int64), np.array(ties)
+
+
+def check_truncation(values, parameters, bits):
+    modulus = parameters.data_modulus
+    residues = np.array(
+        [[value % prime for value in values] for prime in parameters.data_primes], dtype=np.uint64
+    )
+    found = truncate(residues, parameters, bits).astype(np.int64)
+    expected, ties = exact(values, modulus, bits)
+    difference = (found - expected + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1))
+    assert np.abs(difference).max() <= 1
+    assert (difference[ties > 2.0**-20] == 0).all()
+    return ties
+
+
+@pytest.mark.parametrize("parameters", [COMPACT, STRONG], ids=["compact", "strong"])
+@pytest.mark.parametrize("bits", [21, 26, 28, 33])
+def test_truncation_rounds_as_whole_numbers_do(parameters, bits):
+    modulus = parameters.data_modulus
+    random = np.random.default_rng(bits)
+    values = [int.from_bytes(random.bytes(16), "little") % modulus for _ in range(20_000)]
+    ties = check_truncation(values, parameters, bits)
+    assert (ties > 2.0**-20).mean() > 0.99
+
+
+@pytest.mark.parametrize("parameters", [COMPACT, STRONG], ids=["compact", "strong"])
+def test_truncation_at_the_edges(parameters):
+    modulus, bits = parameters.data_modulus, 28
+    step = modulus >> bits
+    values = [0, 1, modulus - 1, modulus // 2, modulus // 2 + 1, step, step - 1, step + 1]
+    values += [modulus - step // 2 + offset for offset in (-1000, 1000)]
+    for prime in parameters.data_primes:
+        values += [prime % modulus, modulus - prime, prime - 1]
+    check_truncation(values, parameters, bits)
+    near_ties = [
+        ((2 * unit + 1) * modulus >> (bits + 1)) + offset
+        for unit in (0, 1, 2**20, 2**27, 2**28 - 1)
+        for offset in (-(step >> 10), -1, 0, 1, step >> 10)
+    ]
+    check_truncation(near_ties, parameters, bits)
+
+
+def test_the_top_of_the_range_wraps_to_zero():
+    for parameters in (COMPACT, STRONG):
+        largest = [[prime - 1] for prime in parameters.data_primes]  # Q - 1
+        assert truncate(np.array(largest, dtype=np.uint64), parameters, 28).tolist() == [0]
+
+
+# --- what is not there --------------------------------------------------------------------------
+
+
+def test_no_evaluation_keys_are_made_anywhere():
+    packages = (veilhead, veilhead_models, veilhead_protocol, veilhead_service)
+    sources = [path for package in packages for path in Path(package.__file__).parent.rglob("*.py")]
+    assert len(sources) > 20
+    for path in sources:
+        text = path.read_text().lower()
+        for word in ("galois", "relin"):
+            assert word not in text, path
+
+
+def test_nothing_of_the_head_is_shown():
+    head = artifact(5, 64)
+    pair = Pair.of(head)
+    assert repr(pair.head) == f"EncryptedHead('model', {head.manifest.digest.hex()[:12]})"
+    for shown in (repr(pair.head), str(pair.head), f"{pair.head}"):
+        assert "array" not in shown
+        assert "Plaintext" not in shown
+        assert not any(f"{value:.3f}" in shown for value in head.weight.ravel())

@@ -35,12 +35,12 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except VeilheadError as error:
-        _console.print(f"veilhead-server: {error}", markup=False)
+        typer.echo(f"veilhead-server: {error}", err=True)
         raise typer.Exit(1) from error
     except ModuleNotFoundError as error:
-        _console.print(
+        typer.echo(
             f"veilhead-server: this needs {error.name!r}: pip install 'veilhead[service,train]'",
-            markup=False,
+            err=True,
         )
         raise typer.Exit(1) from error
 

@@ -37,10 +37,21 @@ MODELS = {
 }
 
 
+def _documented_problems():
+    """(code, status, retryable) of every row of the table of docs/http-api.md."""
+    page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (\d{3}) \| (yes|no) \|", page, re.MULTILINE)
+    return {(code, int(status), retryable == "yes") for code, status, retryable in rows}
+
+
+DOCUMENTED = _documented_problems()
+
+
 def check_problem(response, status, code, *, sent=b"", retryable=False):
     """A typed problem of that status, without anything of the request in it."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
+    assert (code, status, retryable) in DOCUMENTED
     body = response.json()
     assert set(body) == {"type", "title", "status", "detail", "request_id", "retryable"}
     assert body["type"] == f"urn:veilhead:problem:{code}"

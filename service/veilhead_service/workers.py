@@ -156,7 +156,13 @@ class _Worker:
                 # An interrupt at the terminal is for the service, which then ends its workers.
                 start_new_session=True,
             )
-        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            reader, writer = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            process.kill()
+            process.wait()
+            raise
         worker = cls(process, reader, writer)
         try:
             async with asyncio.timeout(_START_SECONDS):
@@ -165,6 +171,7 @@ class _Worker:
                     await worker.load(model)
         except BaseException as error:
             worker.stop()
+            await worker.gone.wait()
             if isinstance(error, OSError | EOFError):
                 raise WorkerError(
                     "an evaluating process ended while starting; its own message is in the log"
@@ -273,7 +280,12 @@ class WorkerPool:
         Raises:
             WorkerError: when one does not come up.
         """
-        await asyncio.gather(*(self._add() for _ in range(self._size)))
+        added = await asyncio.gather(
+            *(self._add() for _ in range(self._size)), return_exceptions=True
+        )
+        for result in added:
+            if result is not None:
+                raise result
         self._spawn(self._keep_warm())
 
     async def stop(self) -> None:

@@ -179,7 +179,9 @@ def run_soak(
 
             def run(number: int) -> None:
                 artifact = artifacts[number % len(artifacts)]
-                options = {"api_key": api_keys[number % len(api_keys)]} if api_keys else {}
+                options: dict[str, Any] = {}
+                if api_keys:
+                    options["api_key"] = api_keys[number % len(api_keys)]
                 model = artifact.manifest.name
                 dimensions = artifact.manifest.head.dimensions
                 with Client(service.url, model, concurrency=2, timeout=120.0, **options) as client:
@@ -189,8 +191,15 @@ def run_soak(
                         rows = unit_rows(_ROWS, dimensions, number * 2**20 + call)
                         _ask(client, artifact, rows, tally)
 
+            def run_counted(number: int) -> None:
+                try:
+                    run(number)
+                except Exception as error:  # a client that is gone must not look like one that ends
+                    kind = error.code if isinstance(error, VeilheadError) else type(error).__name__
+                    tally.add(1, right=0, errors=[kind])
+
             threads = [
-                threading.Thread(target=run, args=(number,), daemon=True)
+                threading.Thread(target=run_counted, args=(number,), daemon=True)
                 for number in range(clients)
             ]
             started = time.monotonic()

@@ -23,7 +23,7 @@ class Settings(BaseSettings):
         worker_memory_bytes: a worker that holds more after an answer is replaced (resident memory).
         worker_head_bytes: encoded heads that a worker keeps; the least recently used go first.
         worker_max_evaluations: a worker is replaced after so many; never when None.
-        body_seconds: a request's body must arrive within so long, counted from its header.
+        body_seconds: a request's header must arrive within so long, and then its body.
         max_bodies: bodies that may be on their way at once; further requests are refused.
         drain_delay_seconds: how long a stopping service still accepts connections, so that a load
             balancer sees `/readyz` fail first.

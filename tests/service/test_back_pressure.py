@@ -313,3 +313,34 @@ def test_a_slow_client_is_cut_off_and_its_connection_closed(store, tmp_path):
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"connection: close" in answer.lower()
         assert b"body-timeout" in answer
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_connection_that_never_ends_its_header_is_closed(store, tmp_path, before):
+    good = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    with (
+        ServiceProcess(store, tmp_path / "log", settings={"body_seconds": 0.5}) as service,
+        socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection,
+    ):
+        for _ in range(before):
+            connection.sendall(good)
+            answer = b""
+            while not answer.endswith(b'{"status":"live"}'):
+                answer += connection.recv(65536)
+        started = time.monotonic()
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost")
+        assert connection.recv(65536) == b""
+        assert 0.4 < time.monotonic() - started < 5
+
+
+def test_a_connection_that_asks_again_and_again_stays(store, tmp_path):
+    with (
+        ServiceProcess(store, tmp_path / "log", settings={"body_seconds": 0.5}) as service,
+        httpx2.Client(base_url=service.url, trust_env=False) as client,
+    ):
+        sockets = set()
+        for _ in range(30):
+            response = client.get("/livez")
+            sockets.add(response.extensions["network_stream"].get_extra_info("client_addr"))
+            time.sleep(0.05)
+        assert len(sockets) == 1

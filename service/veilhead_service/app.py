@@ -63,6 +63,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         settings.workers,
         waiting_per_worker=settings.waiting_per_worker,
         evaluation_seconds=settings.evaluation_seconds,
+        queue_seconds=settings.queue_seconds,
         memory_bytes=settings.worker_memory_bytes,
         head_bytes=settings.worker_head_bytes,
         max_evaluations=settings.worker_max_evaluations,

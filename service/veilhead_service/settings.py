@@ -20,6 +20,7 @@ class Settings(BaseSettings):
         key_memory_bytes: memory for registered keys; the least recently used go first.
         key_idle_seconds: a key that was not used for so long is dropped.
         key_lifetime_seconds: a key is dropped after so long, used or not.
+        queue_seconds: a query that waits longer for a worker is answered as retryable.
         worker_memory_bytes: a worker that holds more after an answer is replaced (resident memory).
         worker_head_bytes: encoded heads that a worker keeps; the least recently used go first.
         worker_max_evaluations: a worker is replaced after so many; never when None.
@@ -39,6 +40,7 @@ class Settings(BaseSettings):
     key_memory_bytes: int = Field(default=64 * 2**20, ge=2**16)
     key_idle_seconds: float = Field(default=1800.0, gt=0)
     key_lifetime_seconds: float = Field(default=7200.0, gt=0)
+    queue_seconds: float = Field(default=20.0, gt=0)
     worker_memory_bytes: int = Field(default=2 * 2**30, ge=2**26)
     worker_head_bytes: int = Field(default=2**30, ge=2**20)
     worker_max_evaluations: int | None = Field(default=None, ge=1)

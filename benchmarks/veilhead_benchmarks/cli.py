@@ -40,3 +40,53 @@ def run(
     from veilhead_benchmarks.runner import run_benchmarks
 
     run_benchmarks(out)
+
+
+@app.command()
+def chaos(
+    short: Annotated[bool, typer.Option("--short", help="A few seconds for each fault.")] = False,
+) -> None:
+    """Kill, starve and damage a running service under load, and watch what callers see.
+
+    Exit status 1 when any call was wrong or lost, or any other promise was broken.
+    """
+    from veilhead_benchmarks.chaos import run_chaos
+
+    outcomes = run_chaos(seconds=3.0 if short else 20.0)
+    raise typer.Exit(0 if all(outcome.passed for outcome in outcomes) else 1)
+
+
+@app.command()
+def soak(
+    seconds: Annotated[float, typer.Option(help="How long to ask, at least.")] = 600.0,
+    clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 64,
+    texts: Annotated[int, typer.Option(min=1, help="Texts to ask for, at least.")] = 10_000,
+    workers: Annotated[int, typer.Option(min=1, help="Evaluating processes.")] = 2,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="A file of bearer keys, one a line; without it there are no tenants."),
+    ] = None,
+    state_directory: Annotated[
+        Path | None, typer.Option(help="The state directory that knows these keys.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
+        "benchmarks/results/soak.json"
+    ),
+) -> None:
+    """Let many clients ask at once for a long time; check every answer, memory and /livez.
+
+    Exit status 1 when any text was not answered, or wrongly.
+    """
+    from veilhead_benchmarks.soak import run_soak, show
+
+    keys = [] if api_keys is None else api_keys.read_text("utf-8").split()
+    report = run_soak(
+        seconds=seconds,
+        clients=clients,
+        texts=texts,
+        workers=workers,
+        api_keys=keys,
+        state_directory=state_directory,
+    )
+    show(report, out)
+    raise typer.Exit(0 if report.passed else 1)

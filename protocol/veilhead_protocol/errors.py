@@ -27,7 +27,9 @@ VeilheadError
 │   └── ArtifactError
 ├── ServiceError                 the service cannot do what it was asked
 │   ├── StoreError
-│   └── WorkerError
+│   └── WorkerError              no worker could answer; the same request can succeed later
+│       ├── QueueFullError       too many queries wait, or too many bodies are on their way
+│       └── DrainingError        the service is about to stop
 └── ClientError                  the data owner's side
     ├── InsecureTransportError   plain HTTP to something that is not loopback
     ├── TransportError           no complete answer, after the retries
@@ -215,6 +217,18 @@ class WorkerError(ServiceError):
     """The evaluating process died, or none is free."""
 
     code = "worker-unavailable"
+
+
+class QueueFullError(WorkerError):
+    """Too many queries wait already, or too many bodies are on their way."""
+
+    code = "queue-full"
+
+
+class DrainingError(WorkerError):
+    """The service is about to stop, and takes no new queries."""
+
+    code = "draining"
 
 
 class ClientError(VeilheadError):

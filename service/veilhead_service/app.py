@@ -12,11 +12,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veilhead_service import problems
+from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
 from veilhead_service.model_store import ModelSource, ModelStore
 from veilhead_service.routes import Services, router
 from veilhead_service.settings import Settings
-from veilhead_service.workers import WorkerPool
+from veilhead_service.workers import WorkerPool, current_models
 
 
 class _RequestContext:
@@ -57,19 +58,26 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
 
     The workers start and end with the application's lifespan.
     """
+    source = ModelStore(settings.store) if models is None else models
     pool = WorkerPool(
         settings.workers,
         waiting_per_worker=settings.waiting_per_worker,
         evaluation_seconds=settings.evaluation_seconds,
+        queue_seconds=settings.queue_seconds,
+        memory_bytes=settings.worker_memory_bytes,
+        head_bytes=settings.worker_head_bytes,
+        max_evaluations=settings.worker_max_evaluations,
+        preload=lambda: current_models(source),
     )
     services = Services(
-        models=ModelStore(settings.store) if models is None else models,
+        models=source,
         keys=KeyStore(
             max_bytes=settings.key_memory_bytes,
             idle_seconds=settings.key_idle_seconds,
             lifetime_seconds=settings.key_lifetime_seconds,
         ),
         pool=pool,
+        intake=Intake(max_bodies=settings.max_bodies, body_seconds=settings.body_seconds),
     )
 
     @asynccontextmanager

@@ -136,12 +136,11 @@ def run(
     Example: veilhead-server run --store store
     """
     with _reported():
-        import uvicorn
-
         from veilhead_service.app import create_app
+        from veilhead_service.server import serve
         from veilhead_service.settings import Settings
 
         settings = (
             Settings(store=store) if workers is None else Settings(store=store, workers=workers)
         )
-        uvicorn.run(create_app(settings), host=host, port=port, access_log=False)
+        serve(create_app(settings), settings, host=host, port=port)

@@ -91,6 +91,12 @@ class EncryptedHead:
         group = self.layout.group
         self._offsets = [offsets[start : start + group] for start in range(0, len(bias), group)]
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the encoded weights, which are nearly all that a head holds."""
+        polynomials = sum(weight is not None for row in self._weights for weight in row)
+        return polynomials * self.layout.degree * len(self.parameters.data_primes) * 8
+
     def __repr__(self) -> str:
         return f"EncryptedHead({self.manifest.name!r}, {self.manifest.digest.hex()[:12]})"
 

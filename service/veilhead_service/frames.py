@@ -1,6 +1,7 @@
 """Frames between the service and its workers: parts of bytes, each with its length.
 
 Both ends are ours and the socket is private to them, so a malformed frame is a bug, not an attack.
+The header has a fixed size and says how much follows, so that a frame costs two reads.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-COUNT: Final = struct.Struct("<B")
-LENGTH: Final = struct.Struct("<I")
+#: Number of parts, and bytes after the header.
+HEADER: Final = struct.Struct("<BI")
+
+_LENGTH: Final = struct.Struct("<I")
 
 #: What a worker is asked for, or answers: the first part of a frame.
 EVALUATE: Final = b"evaluate"
+LOAD: Final = b"load"
 READY: Final = b"ready"
 REPLY: Final = b"reply"
 REFUSED: Final = b"refused"
@@ -22,5 +26,16 @@ FAILED: Final = b"failed"
 
 def write(parts: Sequence[bytes]) -> bytes:
     """The bytes of a frame."""
-    lengths = b"".join(LENGTH.pack(len(part)) for part in parts)
-    return b"".join([COUNT.pack(len(parts)), lengths, *parts])
+    lengths = b"".join(_LENGTH.pack(len(part)) for part in parts)
+    size = len(lengths) + sum(map(len, parts))
+    return b"".join([HEADER.pack(len(parts), size), lengths, *parts])
+
+
+def read(count: int, body: bytes) -> list[bytes]:
+    """The parts of a frame, of the header's count and the bytes after it."""
+    start = _LENGTH.size * count
+    parts = []
+    for (length,) in _LENGTH.iter_unpack(body[:start]):
+        parts.append(body[start : start + length])
+        start += length
+    return parts

@@ -27,6 +27,7 @@ from veilhead_protocol.wire import (
     QueryMessage,
     key_id,
 )
+from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
 from veilhead_service.model_store import ModelSource, StoredModel
 from veilhead_service.problems import (
@@ -53,6 +54,7 @@ class Services:
     models: ModelSource
     keys: KeyStore
     pool: WorkerPool
+    intake: Intake
 
 
 def _services(request: Request) -> Services:
@@ -92,10 +94,11 @@ async def _body(request: Request, limit: int) -> bytes:
     if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
         raise too_large
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise too_large
+    async with _services(request).intake.body():
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                raise too_large
     return bytes(body)
 
 
@@ -254,6 +257,7 @@ async def forget_key(id: str, services: _Services) -> Response:  # noqa: A002
 async def infer(name: str, request: Request, services: _Services) -> Response:
     """Evaluate the head on an encrypted embedding and answer with a reply message."""
     _current(services, name)
+    services.pool.admit()  # before the body: a query that must wait too long is not even read
     body = await _body(request, MAX_QUERY_BYTES)
     header = QueryHeader.deserialize(body)
     model = services.models.version(name, header.model_digest)
@@ -268,7 +272,12 @@ async def infer(name: str, request: Request, services: _Services) -> Response:
     key = services.keys.get(header.key_id)
     if key is None:
         raise key_not_registered()
+    request.state.key_id = header.key_id
+    request.state.model = name
+    request.state.model_digest = header.model_digest
     evaluation = await services.pool.evaluate(model, header.key_id, key, body)
+    request.state.queue_seconds = evaluation.queue_seconds
+    request.state.evaluate_seconds = evaluation.seconds
     return Response(
         evaluation.reply,
         media_type=MESSAGE_TYPE,

@@ -23,9 +23,15 @@ from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol.errors import VeilheadError, WireError
 from veilhead_service import frames
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
+from veilhead_service.hardening import forbid_core_dumps
 
-_HEADS: Final = 32
+#: Bytes of heads when the command line gives none.
+_HEAD_BYTES: Final = 2**30
+
 _KEYS: Final = 256
+
+#: Below the service's own priority: when every core evaluates, it must still answer at once.
+_NICENESS: Final = 5
 
 _Value = TypeVar("_Value")
 
@@ -33,17 +39,20 @@ logger = logging.getLogger("veilhead.worker")
 
 
 class _Recent(OrderedDict[bytes, _Value]):
-    """The most recently used values."""
+    """The most recently used values, as many as the capacity holds; the newest always stays."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, size: Callable[[_Value], int] = lambda _: 1) -> None:
         super().__init__()
         self._capacity = capacity
+        self._size = size
+        self._held = 0
 
     def find(self, key: bytes, make: Callable[[], _Value]) -> _Value:
         if key not in self:
-            self[key] = make()
-            if len(self) > self._capacity:
-                self.popitem(last=False)
+            self[key] = made = make()
+            self._held += self._size(made)
+            while self._held > self._capacity and len(self) > 1:
+                self._held -= self._size(self.popitem(last=False)[1])
         self.move_to_end(key)
         return self[key]
 
@@ -51,17 +60,21 @@ class _Recent(OrderedDict[bytes, _Value]):
 class Evaluator:
     """Heads and keys that this process has met, and the evaluation of a query with them."""
 
-    def __init__(self) -> None:
-        self._heads: _Recent[EncryptedHead] = _Recent(_HEADS)
+    def __init__(self, head_bytes: int = _HEAD_BYTES) -> None:
+        self._heads = _Recent[EncryptedHead](head_bytes, lambda head: head.held_bytes)
         self._keys: _Recent[ClientKey] = _Recent(_KEYS)
 
     def evaluate(
         self, model_digest: bytes, directory: bytes, key_id: bytes, key: bytes, query: bytes
     ) -> bytes:
         """The reply to a query, under the key of that id and message."""
-        head = self._heads.find(model_digest, lambda: _load_head(Path(os.fsdecode(directory))))
+        head = self.head(model_digest, directory)
         client_key = self._keys.find(key_id, lambda: ClientKey.from_message(key))
         return head.evaluate(query, client_key)
+
+    def head(self, model_digest: bytes, directory: bytes) -> EncryptedHead:
+        """The head of this version, loaded when it is not here yet."""
+        return self._heads.find(model_digest, lambda: _load_head(Path(os.fsdecode(directory))))
 
 
 def _load_head(directory: Path) -> EncryptedHead:
@@ -72,8 +85,11 @@ def _load_head(directory: Path) -> EncryptedHead:
 def _answer(evaluator: Evaluator, request: list[bytes]) -> list[bytes]:
     """The parts of the answer to a request's parts."""
     started = time.perf_counter()
-    _, model_digest, directory, key_id, key, query = request
     try:
+        if request[0] == frames.LOAD:
+            evaluator.head(*request[1:])
+            return [frames.READY]
+        _, model_digest, directory, key_id, key, query = request
         reply = evaluator.evaluate(model_digest, directory, key_id, key, query)
     except WireError as error:
         refusal = json.dumps([type(error).__name__, str(error)])
@@ -89,26 +105,30 @@ def _answer(evaluator: Evaluator, request: list[bytes]) -> list[bytes]:
 
 
 def _read_exactly(connection: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        piece = connection.recv(size - len(data))
+    data = b""
+    while len(data) < size:  # a signal may cut a read short
+        piece = connection.recv(size - len(data), socket.MSG_WAITALL)
         if not piece:
             raise EOFError
         data += piece
-    return bytes(data)
+    return data
 
 
 def _read(connection: socket.socket) -> list[bytes]:
-    (count,) = frames.COUNT.unpack(_read_exactly(connection, frames.COUNT.size))
-    lengths = [
-        frames.LENGTH.unpack(_read_exactly(connection, frames.LENGTH.size))[0] for _ in range(count)
-    ]
-    return [_read_exactly(connection, length) for length in lengths]
+    count, size = frames.HEADER.unpack(_read_exactly(connection, frames.HEADER.size))
+    return frames.read(count, _read_exactly(connection, size))
 
 
-def main(descriptor: int) -> None:
-    """Answer frames until the service closes the socket."""
-    evaluator = Evaluator()
+def main(descriptor: int, head_bytes: int = _HEAD_BYTES) -> None:
+    """Answer frames until the service closes the socket.
+
+    Args:
+        descriptor: the inherited socket.
+        head_bytes: encoded heads to keep, in bytes.
+    """
+    forbid_core_dumps()
+    os.nice(_NICENESS)
+    evaluator = Evaluator(head_bytes)
     with socket.socket(fileno=descriptor) as connection:
         connection.sendall(frames.write([frames.READY]))
         try:
@@ -121,6 +141,6 @@ def main(descriptor: int) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
-        main(int(sys.argv[1]))
+        main(*map(int, sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(0)

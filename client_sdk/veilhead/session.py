@@ -73,7 +73,7 @@ class SecretKey:
         return SeededPolynomial(c0, seed)
 
     def decrypt(self, reply: ReplyMessage) -> NDArray[np.float64]:
-        """Wanted coefficients of c0 + c1 s modulo 2^kappa, centred: [replies, G]. Never published."""
+        """Wanted coefficients of c0 + c1 s, as `wanted_values` has them: never published."""
         return wanted_values(reply, self._rows)
 
 

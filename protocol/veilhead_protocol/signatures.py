@@ -162,7 +162,9 @@ def require_signature(
         SignatureError: when none of them did.
     """
     for key in keys:
-        if any(item.key_id == key.id and item.verifies(key, manifest_digest) for item in signatures):
+        if any(
+            item.key_id == key.id and item.verifies(key, manifest_digest) for item in signatures
+        ):
             return key
     accepted = ", ".join(key.id.hex() for key in keys)
     if not signatures:

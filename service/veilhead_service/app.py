@@ -57,13 +57,21 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
 
     The workers start and end with the application's lifespan.
     """
+    head_key = settings.open_head_key()
     pool = WorkerPool(
         settings.workers,
         waiting_per_worker=settings.waiting_per_worker,
         evaluation_seconds=settings.evaluation_seconds,
+        head_key=head_key,
     )
+    if models is None:
+        models = ModelStore(
+            settings.store,
+            head_key_id=None if head_key is None else head_key.id,
+            require_encrypted_heads=settings.require_encrypted_heads,
+        )
     services = Services(
-        models=ModelStore(settings.store) if models is None else models,
+        models=models,
         keys=KeyStore(
             max_bytes=settings.key_memory_bytes,
             idle_seconds=settings.key_idle_seconds,

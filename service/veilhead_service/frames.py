@@ -12,6 +12,10 @@ from typing import Final
 COUNT: Final = struct.Struct("<B")
 LENGTH: Final = struct.Struct("<I")
 
+#: The first frame to a worker: the key of encrypted heads, or nothing. It goes over the socket, as
+#: arguments and environment of a process can be read by others of its user.
+CONFIGURE: Final = b"configure"
+
 #: What a worker is asked for, or answers: the first part of a frame.
 EVALUATE: Final = b"evaluate"
 READY: Final = b"ready"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from veilhead_service.head_encryption import HeadKey, find_head_key
 
 
 class Settings(BaseSettings):
@@ -20,6 +22,9 @@ class Settings(BaseSettings):
         key_memory_bytes: memory for registered keys; the least recently used go first.
         key_idle_seconds: a key that was not used for so long is dropped.
         key_lifetime_seconds: a key is dropped after so long, used or not.
+        head_key_file: file of the key that encrypted heads are under.
+        head_key: that key itself, for places where secrets come as variables; a file is better.
+        require_encrypted_heads: whether versions with a plaintext head are refused.
     """
 
     model_config = SettingsConfigDict(env_prefix="VEILHEAD_SERVER_", frozen=True)
@@ -31,3 +36,16 @@ class Settings(BaseSettings):
     key_memory_bytes: int = Field(default=64 * 2**20, ge=2**16)
     key_idle_seconds: float = Field(default=1800.0, gt=0)
     key_lifetime_seconds: float = Field(default=7200.0, gt=0)
+    head_key_file: Path | None = None
+    head_key: SecretStr | None = None
+    require_encrypted_heads: bool = False
+
+    def open_head_key(self) -> HeadKey | None:
+        """The key that encrypted heads are under, or None when none was given.
+
+        Raises:
+            SecretFileError: when it was given twice, or is not one.
+        """
+        return find_head_key(
+            self.head_key_file, None if self.head_key is None else self.head_key.get_secret_value()
+        )

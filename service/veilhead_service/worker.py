@@ -19,10 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from veilhead_models.artifact import HeadArtifact
-from veilhead_protocol.errors import VeilheadError, WireError
+from veilhead_protocol.errors import ModelUnavailableError, VeilheadError, WireError
 from veilhead_service import frames
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
+from veilhead_service.head_encryption import HeadKey
+from veilhead_service.head_loading import HeadLoader
 
 _HEADS: Final = 32
 _KEYS: Final = 256
@@ -51,7 +52,8 @@ class _Recent(OrderedDict[bytes, _Value]):
 class Evaluator:
     """Heads and keys that this process has met, and the evaluation of a query with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, loader: HeadLoader) -> None:
+        self._loader = loader
         self._heads: _Recent[EncryptedHead] = _Recent(_HEADS)
         self._keys: _Recent[ClientKey] = _Recent(_KEYS)
 
@@ -59,14 +61,11 @@ class Evaluator:
         self, model_digest: bytes, directory: bytes, key_id: bytes, key: bytes, query: bytes
     ) -> bytes:
         """The reply to a query, under the key of that id and message."""
-        head = self._heads.find(model_digest, lambda: _load_head(Path(os.fsdecode(directory))))
+        head = self._heads.find(
+            model_digest, lambda: self._loader.load(Path(os.fsdecode(directory)))
+        )
         client_key = self._keys.find(key_id, lambda: ClientKey.from_message(key))
         return head.evaluate(query, client_key)
-
-
-def _load_head(directory: Path) -> EncryptedHead:
-    artifact = HeadArtifact.load(directory, verify_backbone=False)
-    return EncryptedHead(artifact.manifest, artifact.weight, artifact.bias)
 
 
 def _answer(evaluator: Evaluator, request: list[bytes]) -> list[bytes]:
@@ -75,7 +74,7 @@ def _answer(evaluator: Evaluator, request: list[bytes]) -> list[bytes]:
     _, model_digest, directory, key_id, key, query = request
     try:
         reply = evaluator.evaluate(model_digest, directory, key_id, key, query)
-    except WireError as error:
+    except (WireError, ModelUnavailableError) as error:
         refusal = json.dumps([type(error).__name__, str(error)])
         return [frames.REFUSED, refusal.encode()]
     except VeilheadError as error:
@@ -108,8 +107,9 @@ def _read(connection: socket.socket) -> list[bytes]:
 
 def main(descriptor: int) -> None:
     """Answer frames until the service closes the socket."""
-    evaluator = Evaluator()
     with socket.socket(fileno=descriptor) as connection:
+        _, head_key = _read(connection)
+        evaluator = Evaluator(HeadLoader(HeadKey(head_key) if head_key else None))
         connection.sendall(frames.write([frames.READY]))
         try:
             while True:

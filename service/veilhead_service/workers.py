@@ -19,8 +19,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from veilhead_protocol import errors
-from veilhead_protocol.errors import ServiceError, WireError, WorkerError
+from veilhead_protocol.errors import (
+    ModelUnavailableError,
+    ServiceError,
+    WireError,
+    WorkerError,
+)
 from veilhead_service import frames
+from veilhead_service.head_encryption import HeadKey
 from veilhead_service.model_store import StoredModel
 
 #: A worker imports its libraries before it answers: seconds at most.
@@ -51,10 +57,11 @@ class _Worker:
         self._writer = writer
 
     @classmethod
-    async def start(cls) -> _Worker:
+    async def start(cls, head_key: HeadKey | None) -> _Worker:
         ours, theirs = socket.socketpair()
         # One thread each: the pool has a process for every core.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment.pop("VEILHEAD_SERVER_HEAD_KEY", None)  # it goes over the socket instead
         with theirs:
             process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", "veilhead_service.worker", str(theirs.fileno())],
@@ -69,6 +76,8 @@ class _Worker:
         worker = cls(process, reader, writer)
         try:
             async with asyncio.timeout(_START_SECONDS):
+                secret = b"" if head_key is None else head_key.data
+                writer.write(frames.write([frames.CONFIGURE, secret]))
                 await worker._read()
         except BaseException as error:
             worker.stop()
@@ -100,7 +109,15 @@ class _Worker:
 class WorkerPool:
     """A fixed number of workers, and a bounded line of queries that wait for them."""
 
-    def __init__(self, workers: int, *, waiting_per_worker: int, evaluation_seconds: float) -> None:
+    def __init__(
+        self,
+        workers: int,
+        *,
+        waiting_per_worker: int,
+        evaluation_seconds: float,
+        head_key: HeadKey | None = None,
+    ) -> None:
+        self._head_key = head_key
         self._size = workers
         self._max_waiting = workers * waiting_per_worker
         self._evaluation_seconds = evaluation_seconds
@@ -138,6 +155,7 @@ class WorkerPool:
 
         Raises:
             WireError: one of its kinds, when the head refuses the query.
+            ModelUnavailableError: when the head cannot be loaded or failed its self-test.
             WorkerError: when the line is full or the worker was lost; the same query may be sent
                 again.
             ServiceError: when the evaluation failed for a reason of the service's own.
@@ -155,7 +173,7 @@ class WorkerPool:
             return Evaluation(rest[0], struct.unpack("<d", rest[1])[0])
         if kind == frames.REFUSED:
             name, message = json.loads(rest[0])
-            refusal: type[WireError] = getattr(errors, name)
+            refusal: type[WireError | ModelUnavailableError] = getattr(errors, name)
             raise refusal(message)
         raise ServiceError("the evaluation failed; the worker's log names the kind of error")
 
@@ -182,7 +200,7 @@ class WorkerPool:
         return answer
 
     async def _add(self) -> None:
-        worker = await _Worker.start()
+        worker = await _Worker.start(self._head_key)
         self._alive.add(worker)
         self._free.put_nowait(worker)
 

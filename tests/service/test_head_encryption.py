@@ -6,18 +6,22 @@ import copy
 import os
 import pickle
 import stat
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 from support.heads import artifact
 
 from veilhead_models.artifact import ENCRYPTED_HEAD_FILE, HEAD_FILE, HeadArtifact
 from veilhead_protocol.errors import HeadKeyError, ModelUnavailableError, SecretFileError
 from veilhead_service import head_encryption
+from veilhead_service.app import create_app
 from veilhead_service.head_encryption import HeadKey, find_head_key, key_id_of
 from veilhead_service.head_loading import FAILURE_SECONDS, HeadLoader, load_artifact
-from veilhead_service.model_store import ModelStore
+from veilhead_service.model_store import ModelStore, publish
+from veilhead_service.settings import Settings
 
 KEY = HeadKey(bytes(range(32)))
 OTHER = HeadKey(bytes(range(1, 33)))
@@ -164,7 +168,7 @@ def test_the_plaintext_head_never_touches_the_store(vendor, monkeypatch):
     def watching(descriptor):
         written.append(
             os.pread(descriptor, 1 << 20, 0)
-            if not os.path.isdir(f"/proc/self/fd/{descriptor}")
+            if not Path(f"/proc/self/fd/{descriptor}").is_dir()
             else b""
         )
         sync(descriptor)
@@ -172,8 +176,6 @@ def test_the_plaintext_head_never_touches_the_store(vendor, monkeypatch):
     directory = vendor.save(head)
     monkeypatch.setattr(os, "open", _readable(os.open))
     monkeypatch.setattr(os, "fsync", watching)
-    from veilhead_service.model_store import publish
-
     publish(directory, vendor.store, head_key=KEY)
     assert secret in (directory / HEAD_FILE).read_bytes()  # what is looked for is there to find
     assert any(written)
@@ -236,8 +238,6 @@ def test_a_plaintext_head_in_place_of_the_encrypted_one_must_be_the_committed_on
 def test_publishing_again_encrypts_and_changes_the_key(vendor):
     head = artifact(4, 32, name="quiet")
     directory = vendor.save(head)
-    from veilhead_service.model_store import publish
-
     digest = publish(directory, vendor.store).digest.hex()
     version = vendor.version("quiet", digest)
     assert (version / HEAD_FILE).is_file()
@@ -291,3 +291,46 @@ def test_a_failure_is_remembered_for_half_a_minute(vendor):
         loader.load(version)
     now = FAILURE_SECONDS
     assert loader.load(version).manifest.name == "quiet"
+
+
+def test_the_service_answers_with_encrypted_heads(vendor, make_service, problem, monkeypatch):
+    """The key is in no worker's arguments or environment; a version under another key is 500."""
+    heads = {name: artifact(4, 32, name=name) for name in ("quiet", "foreign", "plain")}
+    vendor.publish(heads["quiet"], head_key=KEY)
+    vendor.publish(heads["foreign"], head_key=OTHER)
+    vendor.publish(heads["plain"])
+    monkeypatch.setenv("VEILHEAD_SERVER_HEAD_KEY", TEXT)
+    settings = Settings(store=vendor.store, workers=1)
+    assert TEXT[10:] not in repr(settings)
+    with TestClient(create_app(settings)) as client:
+        service = make_service(client, heads)
+        service.check_answers("quiet")
+        service.check_answers("plain")
+        listed = client.get("/v1/models").json()["models"]
+        assert [row["name"] for row in listed] == ["plain", "quiet"]
+        query = service.query("foreign")
+        for answer in (client.get("/v1/models/foreign"), service.infer("foreign", query.data)):
+            body = problem(answer, 500, "model-unavailable", sent=query.data)
+            assert str(vendor.store) not in body["detail"]
+        workers = [
+            path
+            for path in Path("/proc").glob("[0-9]*")
+            if b"veilhead_service.worker" in _read(path / "cmdline")
+            and _parent(path) == os.getpid()
+        ]
+        assert workers
+        for path in workers:
+            assert TEXT[10:].encode() not in _read(path / "cmdline") + _read(path / "environ")
+            assert b"OMP_NUM_THREADS" in _read(path / "environ")
+
+
+def _read(path):
+    try:
+        return path.read_bytes()
+    except OSError:  # the process is gone, or another user's
+        return b""
+
+
+def _parent(path):
+    fields = _read(path / "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if fields else None

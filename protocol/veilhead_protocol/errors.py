@@ -31,8 +31,8 @@ VeilheadError
 │   │   ├── ModelUnavailableError    a published version that cannot be served
 │   │   │   ├── HeadKeyError         its head is encrypted under a key that is not here
 │   │   │   └── SelfTestError        it answers a known embedding wrongly
+│   │   ├── ModelRetiredError        a version that the vendor has taken out of service
 │   │   └── SecretFileError          a file of a signing or head key that cannot be used
-│   ├── ModelRetiredError        a version, or a name, that the vendor has taken out of service
 │   └── WorkerError
 └── ClientError                  the data owner's side
     ├── InsecureTransportError   plain HTTP to something that is not loopback
@@ -218,7 +218,7 @@ class ServiceError(VeilheadError):
 
 
 class StoreError(ServiceError):
-    """A model store that cannot be read or written."""
+    """A model store that cannot give or take what was asked."""
 
     code = "model-store"
 
@@ -247,7 +247,7 @@ class SecretFileError(StoreError):
     code = "secret-file"
 
 
-class ModelRetiredError(ServiceError):
+class ModelRetiredError(StoreError):
     """A version, or a name's current version, that the vendor has taken out of service."""
 
     code = "model-retired"

@@ -12,12 +12,11 @@ from typing import Final
 COUNT: Final = struct.Struct("<B")
 LENGTH: Final = struct.Struct("<I")
 
-#: The first frame to a worker: the key of encrypted heads, or nothing. It goes over the socket, as
-#: arguments and environment of a process can be read by others of its user.
-CONFIGURE: Final = b"configure"
-
 #: What a worker is asked for, or answers: the first part of a frame.
 EVALUATE: Final = b"evaluate"
+#: The key of encrypted heads. It goes over the socket, since other processes of the same user can
+#: read a process's arguments and environment.
+HEAD_KEY: Final = b"head-key"
 READY: Final = b"ready"
 REPLY: Final = b"reply"
 REFUSED: Final = b"refused"

@@ -184,7 +184,7 @@ class ModelStore:
             return model
         try:
             current = self.current(name)
-        except (ModelRetiredError, StoreError):
+        except StoreError:
             current = None
         advice = (
             "the name has no current version: ask its vendor for another"

@@ -52,10 +52,14 @@ class _Recent(OrderedDict[bytes, _Value]):
 class Evaluator:
     """Heads and keys that this process has met, and the evaluation of a query with them."""
 
-    def __init__(self, loader: HeadLoader) -> None:
-        self._loader = loader
+    def __init__(self) -> None:
+        self._loader = HeadLoader()
         self._heads: _Recent[EncryptedHead] = _Recent(_HEADS)
         self._keys: _Recent[ClientKey] = _Recent(_KEYS)
+
+    def use_head_key(self, key: bytes) -> None:
+        """Load encrypted heads with this key from now on."""
+        self._loader = HeadLoader(HeadKey(key))
 
     def evaluate(
         self, model_digest: bytes, directory: bytes, key_id: bytes, key: bytes, query: bytes
@@ -71,6 +75,9 @@ class Evaluator:
 def _answer(evaluator: Evaluator, request: list[bytes]) -> list[bytes]:
     """The parts of the answer to a request's parts."""
     started = time.perf_counter()
+    if request[0] == frames.HEAD_KEY:
+        evaluator.use_head_key(request[1])
+        return [frames.READY]
     _, model_digest, directory, key_id, key, query = request
     try:
         reply = evaluator.evaluate(model_digest, directory, key_id, key, query)
@@ -107,9 +114,8 @@ def _read(connection: socket.socket) -> list[bytes]:
 
 def main(descriptor: int) -> None:
     """Answer frames until the service closes the socket."""
+    evaluator = Evaluator()
     with socket.socket(fileno=descriptor) as connection:
-        _, head_key = _read(connection)
-        evaluator = Evaluator(HeadLoader(HeadKey(head_key) if head_key else None))
         connection.sendall(frames.write([frames.READY]))
         try:
             while True:

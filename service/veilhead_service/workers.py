@@ -76,9 +76,9 @@ class _Worker:
         worker = cls(process, reader, writer)
         try:
             async with asyncio.timeout(_START_SECONDS):
-                secret = b"" if head_key is None else head_key.data
-                writer.write(frames.write([frames.CONFIGURE, secret]))
                 await worker._read()
+                if head_key is not None:
+                    await worker.ask([frames.HEAD_KEY, head_key.data])
         except BaseException as error:
             worker.stop()
             if isinstance(error, OSError | EOFError):

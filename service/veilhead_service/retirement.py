@@ -14,7 +14,6 @@ from veilhead_protocol.errors import StoreError
 FORMAT: Final = "veilhead-retirement/1"
 
 _DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}(?:[T ].+)?")
-_STAMP: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Retirement:
         object.__setattr__(self, "after", self.after.astimezone(UTC).replace(microsecond=0))
 
     def __str__(self) -> str:
-        return self.after.strftime(_STAMP)
+        return self.after.isoformat().replace("+00:00", "Z")
 
     def is_over(self, now: datetime) -> bool:
         """Whether the version is retired at `now`."""

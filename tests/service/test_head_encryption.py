@@ -78,6 +78,12 @@ def test_every_truncation_is_noticed(length):
         KEY.decrypt(GOLDEN[:length], DIGEST)
 
 
+@given(st.binary(max_size=100).map(lambda rest: GOLDEN[:20] + rest) | st.binary(max_size=100))
+def test_any_other_content_is_one_error(content):
+    with pytest.raises(HeadKeyError):
+        KEY.decrypt(content, DIGEST)
+
+
 def test_an_appended_byte_is_noticed():
     with pytest.raises(HeadKeyError):
         KEY.decrypt(GOLDEN + b"\0", DIGEST)

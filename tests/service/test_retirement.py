@@ -60,8 +60,8 @@ def test_other_dates_are_refused(text):
 
 @given(
     st.datetimes(
-        min_value=datetime(1971, 1, 1),
-        max_value=datetime(2200, 1, 1),
+        min_value=datetime(1000, 1, 1),
+        max_value=datetime(9998, 1, 1),
         timezones=st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=30))]),
     )
 )
@@ -69,6 +69,11 @@ def test_records_and_headers_keep_the_second(moment):
     retirement = Retirement(moment)
     assert Retirement.deserialize(retirement.serialize()) == retirement
     assert parsedate_to_datetime(retirement.http_date) == moment.replace(microsecond=0)
+
+
+def test_a_record_of_a_mistyped_year_is_readable():
+    retirement = Retirement.parse("0202-03-31")
+    assert Retirement.deserialize(retirement.serialize()) == retirement
 
 
 @pytest.mark.parametrize(
@@ -89,6 +94,12 @@ def test_a_damaged_record_is_an_error_and_not_a_pardon(vendor, models, content):
     vendor.version("model", f"{digest}.retired").write_bytes(content)
     with pytest.raises(StoreError):
         models.current("model")
+
+
+@given(st.binary(max_size=200) | st.text(max_size=40).map(lambda text: text.encode()))
+def test_any_other_record_is_one_error(content):
+    with pytest.raises(StoreError):
+        Retirement.deserialize(content)
 
 
 # --- without a restart ----------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except (VeilheadError, ValueError) as error:
-        _errors.print(f"veilhead: {error}", markup=False, highlight=False)
+        typer.echo(f"veilhead: {error}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -251,7 +251,7 @@ def _print_row(number: int, row: list[Prediction] | VeilheadError, as_json: bool
             typer.echo(json.dumps({"row": number, "error": problem}))
         else:
             typer.echo("")  # one line a text, so that lines and texts stay side by side
-            _errors.print(f"row {number}: {row}", markup=False, highlight=False)
+            typer.echo(f"row {number}: {row}", err=True)
     elif as_json:
         found = [asdict(prediction) for prediction in row]
         typer.echo(json.dumps({"row": number, "predictions": found}, ensure_ascii=False))

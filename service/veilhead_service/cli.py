@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -40,12 +41,12 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except VeilheadError as error:
-        _console.print(f"veilhead-server: {error}", markup=False)
+        typer.echo(f"veilhead-server: {error}", err=True)
         raise typer.Exit(1) from error
     except ModuleNotFoundError as error:
-        _console.print(
+        typer.echo(
             f"veilhead-server: this needs {error.name!r}: pip install 'veilhead[service,train]'",
-            markup=False,
+            err=True,
         )
         raise typer.Exit(1) from error
 
@@ -77,6 +78,10 @@ def train(
     Example: veilhead-server train icd10-chapters --out artifacts/icd10-chapters
     """
     with _reported():
+        for name in ("torch", "transformers", "sklearn"):
+            if find_spec(name) is None:  # before anything is fetched
+                raise ModuleNotFoundError(name=name)
+
         from veilhead_models.backbone import describe, minilm
         from veilhead_models.datasets import load_dataset
         from veilhead_models.training import train_artifact

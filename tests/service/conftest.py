@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -37,10 +38,21 @@ MODELS = {
 }
 
 
+def _documented_problems():
+    """(code, status, retryable) of every row of the table of docs/http-api.md."""
+    page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (\d{3}) \| (yes|no) \|", page, re.MULTILINE)
+    return {(code, int(status), retryable == "yes") for code, status, retryable in rows}
+
+
+DOCUMENTED = _documented_problems()
+
+
 def check_problem(response, status, code, *, sent=b"", retryable=False):
     """A typed problem of that status, without anything of the request in it."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
+    assert (code, status, retryable) in DOCUMENTED
     body = response.json()
     assert set(body) == {"type", "title", "status", "detail", "request_id", "retryable"}
     assert body["type"] == f"urn:veilhead:problem:{code}"
@@ -127,9 +139,28 @@ def service(store, artifacts):
         yield Service(client, artifacts)
 
 
+def list_child_workers() -> set[int]:
+    """The evaluating processes that this process has started and that have not ended."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            status = (entry / "stat").read_text()
+            command = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        state, parent = status.rpartition(")")[2].split()[:2]
+        is_ours = int(parent) == os.getpid()
+        # A zombie has no command line: one that nobody waited for counts.
+        if is_ours and (b"veilhead_service.worker" in command or state == "Z"):
+            found.add(int(entry.name))
+    return found
+
+
 @pytest.fixture(scope="session")
-def octets():
-    return OCTETS
+def child_workers():
+    return list_child_workers
 
 
 @pytest.fixture(scope="session")

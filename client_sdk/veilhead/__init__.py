@@ -13,6 +13,7 @@ from veilhead_protocol.errors import (
     ProtocolError,
     ReplyError,
     ServiceResponseError,
+    SignatureError,
     TransportError,
     VeilheadError,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "QueryTrace",
     "ReplyError",
     "ServiceResponseError",
+    "SignatureError",
     "TransportError",
     "VeilheadError",
 ]

@@ -53,6 +53,13 @@ _Minimum = Annotated[
 _Digest = Annotated[
     str | None, typer.Option(help="The model version to accept, 64 hexadecimal digits.")
 ]
+_VendorKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Accept only manifests signed by this key: ed25519:..., or @FILE with one a line. "
+        "May be repeated."
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
@@ -77,6 +84,7 @@ def classify(
     device: _Device = "auto",
     minimum_parameters: _Minimum = "compact",
     digest: _Digest = None,
+    vendor_key: _VendorKey = None,
 ) -> None:
     """Classify texts, files or standard input.
 
@@ -87,7 +95,9 @@ def classify(
     """
     with _reported():
         rows = _texts(texts, file, column)
-        with _opened(url, model, backbone, device, minimum_parameters, digest) as client:
+        with _opened(
+            url, model, backbone, device, minimum_parameters, digest, vendor_key
+        ) as client:
             failed = False
             for number, row in enumerate(_answers(client, rows, top_k)):
                 failed |= isinstance(row, VeilheadError)
@@ -107,6 +117,7 @@ def evaluate(
     device: _Device = "auto",
     minimum_parameters: _Minimum = "compact",
     digest: _Digest = None,
+    vendor_key: _VendorKey = None,
 ) -> None:
     """Measure a model on your own labelled texts, over the encrypted path.
 
@@ -115,7 +126,9 @@ def evaluate(
     """
     with _reported():
         texts, labels = read_columns(file, [text, label])
-        with _opened(url, model, backbone, device, minimum_parameters, digest) as client:
+        with _opened(
+            url, model, backbone, device, minimum_parameters, digest, vendor_key
+        ) as client:
             rows = list(_answers(client, texts, 1))
             unknown = {str(name) for name in labels} - set(client.labels)
         answers = [None if isinstance(row, VeilheadError) else row[0].label for row in rows]
@@ -159,6 +172,7 @@ def _opened(
     device: str,
     minimum_parameters: str,
     digest: str | None,
+    vendor_key: list[str] | None,
 ) -> Iterator[Client]:
     def announce(path: str, size: int) -> None:
         if _errors.is_terminal:
@@ -171,9 +185,27 @@ def _opened(
         device=device,
         minimum_parameters=minimum_parameters,
         digest=digest,
+        vendor_key=_vendor_keys(vendor_key),
         on_download=announce,
     ) as client:
         yield client
+
+
+def _vendor_keys(given: list[str] | None) -> list[str] | None:
+    """The keys of --vendor-key, those of files among them."""
+    if not given:
+        return None
+    keys: list[str] = []
+    for item in given:
+        if not item.startswith("@"):
+            keys.append(item)
+            continue
+        try:
+            lines = Path(item[1:]).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the vendor key file {item[1:]} cannot be read") from error
+        keys += [line for line in lines if line.strip() and not line.startswith("#")]
+    return keys
 
 
 def _texts(texts: Sequence[str] | None, file: Path | None, column: str | None) -> list[Any]:

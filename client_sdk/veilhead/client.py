@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 import weakref
@@ -34,12 +35,14 @@ from veilhead_protocol.errors import (
     ParameterError,
     ReplyError,
     ServiceResponseError,
+    SignatureError,
     TransportError,
     VeilheadError,
     WireError,
 )
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.parameters import parameter_set
+from veilhead_protocol.signatures import VendorKey, read_signatures, require_signature
 
 if TYPE_CHECKING:
     from veilhead_models.backbone import Backbone
@@ -102,12 +105,19 @@ class _Engine:
     _registration: anyio.Lock = field(init=False)
     _registered: weakref.WeakSet[SecretKey] = field(init=False, default_factory=weakref.WeakSet)
 
-    async def open(self, digest: str | None, minimum_parameters: str) -> None:
-        """Read and pin the manifest."""
+    async def open(
+        self, digest: str | None, minimum_parameters: str, vendor_keys: Sequence[VendorKey]
+    ) -> None:
+        """Read, check and pin the manifest."""
         self._slots = anyio.Semaphore(self.concurrency)
         self._registration = anyio.Lock()
         minimum = parameter_set(minimum_parameters)
-        manifest = Manifest.deserialize(await self.transport.get_manifest(self.model, digest))
+        answer = await self.transport.get_manifest(self.model, digest)
+        if vendor_keys:
+            # Before anything is parsed: the digest is that of the very bytes.
+            found = hashlib.sha256(answer.body).digest()
+            require_signature(found, read_signatures(answer.signatures), vendor_keys)
+        manifest = Manifest.deserialize(answer.body)
         if manifest.name != self.model:
             raise ManifestError("the service sent the manifest of another model")
         if digest is not None and manifest.digest.hex() != digest:
@@ -211,6 +221,7 @@ class Client:
         device: str = "auto",
         digest: str | None = None,
         minimum_parameters: str = "compact",
+        vendor_key: str | Sequence[str] | None = None,
         concurrency: int = 8,
         timeout: float = 30.0,
         on_query: Callable[[QueryTrace], None] | None = None,
@@ -227,6 +238,9 @@ class Client:
             device: `auto` (CUDA, then MPS, then CPU), or a torch device.
             digest: the model version to accept, in hexadecimal; any when it is None.
             minimum_parameters: the weakest parameter set to accept, `compact` or `strong`.
+            vendor_key: the vendor's public key, `ed25519:<base64>`, or several while the vendor
+                changes it: manifests that none of them signed are refused. Without one, any
+                manifest is believed (`digest` pins a single version all the same).
             concurrency: queries in flight at once.
             timeout: seconds to wait for each connection, write and read.
             on_query: called with the cost of every answered query, on another thread.
@@ -239,10 +253,12 @@ class Client:
             ServiceResponseError: when the service knows no such model.
             TransportError: when it does not answer.
             ManifestError: when its manifest is not one, or not the pinned one.
+            SignatureError: when no accepted vendor key signed it, or a vendor key is not one.
             ParameterError: when the model's parameters are below the minimum.
         """
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        vendor_keys = _vendor_keys(vendor_key)
         stack = ExitStack()
         # Closes at exit or when the client is collected; it must not hold the client itself.
         self._finalizer = weakref.finalize(self, stack.close)
@@ -255,6 +271,7 @@ class Client:
                         model,
                         digest=digest,
                         minimum_parameters=minimum_parameters,
+                        vendor_keys=vendor_keys,
                         concurrency=concurrency,
                         timeout=timeout,
                         on_query=on_query,
@@ -448,6 +465,7 @@ async def _opened(
     *,
     digest: str | None,
     minimum_parameters: str,
+    vendor_keys: Sequence[VendorKey],
     concurrency: int,
     timeout: float,
     on_query: Callable[[QueryTrace], None] | None,
@@ -457,11 +475,21 @@ async def _opened(
         url, timeout=timeout, connections=concurrency, transport=transport
     ) as connection:
         engine = _Engine(connection, model, concurrency, on_query)
-        await engine.open(digest, minimum_parameters)
+        await engine.open(digest, minimum_parameters, vendor_keys)
         try:
             yield engine
         finally:
             await engine.close()
+
+
+def _vendor_keys(given: str | Sequence[str] | None) -> tuple[VendorKey, ...]:
+    """The keys of `vendor_key`. An empty list is refused: it would read as "check nothing"."""
+    if given is None:
+        return ()
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts:
+        raise SignatureError("got no vendor key in the list, expected at least one, or None")
+    return tuple(map(VendorKey.parse, texts))
 
 
 def _embedded(

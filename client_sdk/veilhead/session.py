@@ -18,11 +18,17 @@ from numpy.typing import NDArray
 from tenseal import sealapi
 
 from veilhead_protocol import seal_io
-from veilhead_protocol.encoding import decode, encode
+from veilhead_protocol.decryption import (
+    decryption_rows,
+    rounded_logits,
+    secret_coefficients,
+    wanted_values,
+)
+from veilhead_protocol.encoding import encode
 from veilhead_protocol.layout import Layout
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.parameters import ParameterSet
-from veilhead_protocol.scales import project, round_logits
+from veilhead_protocol.scales import project
 from veilhead_protocol.wire import (
     Domain,
     KeyMessage,
@@ -36,8 +42,6 @@ from veilhead_protocol.wire import (
 #: A key is replaced after so many queries or seconds, whichever comes first.
 MAX_QUERIES_PER_KEY: Final = 100
 MAX_KEY_SECONDS: Final = 600.0
-
-_PROBE_BITS: Final = 30
 
 
 class SecretKey:
@@ -54,8 +58,7 @@ class SecretKey:
         self.message = message.serialize()
         self.id = key_id(self.message)
         self._seal = seal
-        coefficients = _secret_coefficients(seal, secret)
-        self._rows = _decryption_rows(coefficients, layout)
+        self._rows = decryption_rows(secret_coefficients(seal, secret), layout)
 
     def __repr__(self) -> str:
         return f"SecretKey(id={self.id.hex()[:12]})"
@@ -70,42 +73,8 @@ class SecretKey:
         return SeededPolynomial(c0, seed)
 
     def decrypt(self, reply: ReplyMessage) -> NDArray[np.float64]:
-        """Wanted coefficients of c0 + c1 s modulo 2^kappa, centred: [replies, G]. Never published.
-
-        Every sum is an integer below 2^46, so float64 is exact.
-        """
-        c1 = np.stack([polynomial.c1 for polynomial in reply.polynomials]).astype(np.float64)
-        values: NDArray[np.float64] = c1 @ self._rows.T
-        for row, polynomial in zip(values, reply.polynomials, strict=True):
-            row[: len(polynomial.c0)] += polynomial.c0
-        modulus = 2.0**reply.reply_bits
-        centred: NDArray[np.float64] = values - modulus * np.rint(values / modulus)
-        return centred
-
-
-def _secret_coefficients(seal: seal_io.Runtime, secret: Any) -> NDArray[np.float64]:
-    """The secret's coefficients in {-1, 0, 1}, [N]: the decryption of the ciphertext (0, 2^30).
-
-    SEAL would have to write the key to a file to show it otherwise.
-    """
-    degree = seal.parameters.poly_modulus_degree
-    residues = np.zeros((2, len(seal.parameters.data_primes), degree), dtype=np.uint64)
-    residues[1] = 1 << _PROBE_BITS
-    probe = seal_io.load_ciphertext(seal, residues, scale_bits=_PROBE_BITS)
-    plaintext = seal.new_plaintext()
-    sealapi.Decryptor(seal.context, secret).decrypt(probe, plaintext)
-    return np.rint(decode(seal, plaintext))
-
-
-def _decryption_rows(secret: NDArray[np.float64], layout: Layout) -> NDArray[np.float64]:
-    """Rows [G, N] whose product with c1 is a wanted coefficient of c1 times the secret.
-
-    The wanted coefficients of every reply polynomial begin those of the first.
-    """
-    distance = layout.wanted(0)[:, np.newaxis] - np.arange(layout.degree)  # [G, N]
-    sign = np.where(distance < 0, -1.0, 1.0)
-    rows: NDArray[np.float64] = sign * secret[distance % layout.degree]
-    return rows
+        """Wanted coefficients of c0 + c1 s, as `wanted_values` has them: never published."""
+        return wanted_values(reply, self._rows)
 
 
 @dataclass(frozen=True)
@@ -173,12 +142,7 @@ class Session:
             key_id=query.key.id,
             query_digest=query.digest,
         )
-        # 2^kappa Delta / Q units make a logit of one.
-        unit = self._parameters.data_modulus / 2 ** (
-            self._scales.reply_bits + self._scales.scale_bits
-        )
-        logits = query.key.decrypt(message).reshape(-1)[: self._layout.classes] * unit
-        return round_logits(logits)
+        return rounded_logits(query.key.decrypt(message), self._manifest)
 
     @property
     def reply_bytes(self) -> int:

@@ -29,6 +29,7 @@ from veilhead_protocol.errors import (
     TransportError,
 )
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES
+from veilhead_protocol.signatures import SIGNATURE_HEADER
 
 MESSAGE_TYPE: Final = "application/octet-stream"
 PROBLEM_TYPE: Final = "urn:veilhead:problem:"
@@ -49,6 +50,14 @@ class Answer:
 
     body: bytes
     evaluate_seconds: float
+
+
+@dataclass(frozen=True)
+class ManifestAnswer:
+    """A manifest's bytes, and the header that holds its signatures: nothing of it is checked."""
+
+    body: bytes
+    signatures: str
 
 
 def check_url(url: str) -> httpx2.URL:
@@ -118,14 +127,15 @@ class Transport:
     ) -> None:
         await self._http.__aexit__(kind, error, traceback)
 
-    async def get_manifest(self, model: str, digest: str | None) -> bytes:
-        """A manifest's bytes: of the version with this digest, or of the current one."""
+    async def get_manifest(self, model: str, digest: str | None) -> ManifestAnswer:
+        """A manifest, of the version with this digest or of the current one, and its signatures."""
 
-        async def attempt() -> bytes:
+        async def attempt() -> ManifestAnswer:
             url = f"/v1/models/{quote(model, safe='')}"
             parameters = {} if digest is None else {"digest": digest}
             async with self._request("GET", url, params=parameters) as response:
-                return await _read(response, MAX_MANIFEST_BYTES)
+                signatures = response.headers.get(SIGNATURE_HEADER, "")
+                return ManifestAnswer(await _read(response, MAX_MANIFEST_BYTES), signatures)
 
         return await _retried(attempt)
 

@@ -3,6 +3,7 @@
 An artefact is a directory:
 
     head.safetensors   private: weight [C, d] and bias [C] as served, and the commitment's salt
+                       (in a store it may be head.safetensors.enc, encrypted by whoever published)
     manifest.json      public: the manifest's canonical bytes
     report.json        private, optional: how the head was trained and what it scored
     backbone/          public, optional: the files of the transformer that makes the embeddings
@@ -19,7 +20,7 @@ import secrets
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,8 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load as deserialize_tensors
 from safetensors.numpy import save as serialize_tensors
 
 from veilhead_protocol.errors import ArtifactError, BackboneError, ManifestError, ScaleError
@@ -45,6 +47,7 @@ from veilhead_protocol.scales import HeadScales, plan_scales, project
 
 __all__ = [
     "BACKBONE_DIRECTORY",
+    "ENCRYPTED_HEAD_FILE",
     "HEAD_FILE",
     "MANIFEST_FILE",
     "REPORT_FILE",
@@ -54,6 +57,7 @@ __all__ = [
 ]
 
 HEAD_FILE: Final = "head.safetensors"
+ENCRYPTED_HEAD_FILE: Final = "head.safetensors.enc"
 MANIFEST_FILE: Final = "manifest.json"
 REPORT_FILE: Final = "report.json"
 BACKBONE_DIRECTORY: Final = "backbone"
@@ -281,7 +285,20 @@ class HeadArtifact:
         result: NDArray[np.float64] = projected @ self.weight.T + self.bias  # [batch, C]
         return result
 
-    def save(self, directory: str | Path, *, report: Mapping[str, Any] | None = None) -> Manifest:
+    def head_bytes(self) -> bytes:
+        """What `head.safetensors` holds of this head: private."""
+        return serialize_tensors(
+            {"weight": np.ascontiguousarray(self.weight), "bias": np.ascontiguousarray(self.bias)},
+            metadata={"format": _HEAD_FORMAT, "salt": self.salt.hex()},
+        )
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        report: Mapping[str, Any] | None = None,
+        encrypt_head: Callable[[bytes, bytes], bytes] | None = None,
+    ) -> Manifest:
         """Write the artefact, whole or not at all, and return its manifest.
 
         Everything is written to a hidden directory beside the target and then renamed. An artefact
@@ -291,6 +308,8 @@ class HeadArtifact:
         Args:
             directory: the target; its last component is the name of a head that has none.
             report: anything JSON can carry, for `report.json`; private.
+            encrypt_head: what makes the bytes of `head.safetensors.enc` of the head's bytes and
+                the manifest's digest; the head is then never written in plaintext.
 
         Raises:
             ArtifactError: when the target is something else, its name cannot be the model's, or
@@ -308,7 +327,7 @@ class HeadArtifact:
         except OSError as error:
             raise _cannot_write(target, error) from error
         try:
-            named._write(staging, manifest, report)
+            named._write(staging, manifest, report, encrypt_head)
             _swap(staging, target)
         except OSError as error:
             raise _cannot_write(target, error) from error
@@ -318,11 +337,18 @@ class HeadArtifact:
         return manifest
 
     @classmethod
-    def load(cls, directory: str | Path, *, verify_backbone: bool = True) -> HeadArtifact:
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        verify_backbone: bool = True,
+        decrypt_head: Callable[[bytes], bytes] | None = None,
+    ) -> HeadArtifact:
         """Read an artefact and check every part of it against its manifest.
 
         Without `verify_backbone` the backbone's files, tens of megabytes that clients check
-        themselves, are not read.
+        themselves, are not read. With `decrypt_head` the head is what it makes, in memory, of the
+        manifest's digest: `head.safetensors` is not read. Its errors pass through.
 
         Raises:
             ArtifactError: when a file is missing or is not what the manifest says.
@@ -337,16 +363,25 @@ class HeadArtifact:
             ) from error
         except ManifestError as error:
             raise ArtifactError(f"{source / MANIFEST_FILE}: {error}") from error
-        weight, bias, salt = _read_head(source / HEAD_FILE)
+        if decrypt_head is None:
+            head_file = source / HEAD_FILE
+            try:
+                content = head_file.read_bytes()
+            except OSError as error:
+                raise _unreadable_head(head_file) from error
+        else:
+            head_file = source / ENCRYPTED_HEAD_FILE
+            content = decrypt_head(manifest.digest)
+        weight, bias, salt = _read_head(content, head_file)
         expected = (len(manifest.head.labels), manifest.head.dimensions)
         if weight.shape != expected or bias.shape != expected[:1]:
             raise ArtifactError(
-                f"{source / HEAD_FILE} holds a weight of shape {list(weight.shape)} and a bias of "
+                f"{head_file} holds a weight of shape {list(weight.shape)} and a bias of "
                 f"shape {list(bias.shape)}, the manifest says {list(expected)} and {[expected[0]]}"
             )
         if head_commitment(weight, bias, salt) != manifest.head.commitment:
             raise ArtifactError(
-                f"{source / HEAD_FILE} is not the head that the manifest commits to: "
+                f"{head_file} is not the head that the manifest commits to: "
                 "one of them was changed or comes from another artefact; save the artefact again"
             )
         if manifest.backbone is not None and verify_backbone:
@@ -404,12 +439,18 @@ class HeadArtifact:
             }
         )
 
-    def _write(self, directory: Path, manifest: Manifest, report: Mapping[str, Any] | None) -> None:
-        head = serialize_tensors(
-            {"weight": np.ascontiguousarray(self.weight), "bias": np.ascontiguousarray(self.bias)},
-            metadata={"format": _HEAD_FORMAT, "salt": self.salt.hex()},
-        )
-        _write_file(directory / HEAD_FILE, head, private=True)
+    def _write(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        report: Mapping[str, Any] | None,
+        encrypt_head: Callable[[bytes, bytes], bytes] | None,
+    ) -> None:
+        if encrypt_head is None:
+            _write_file(directory / HEAD_FILE, self.head_bytes(), private=True)
+        else:
+            encrypted = encrypt_head(self.head_bytes(), manifest.digest)
+            _write_file(directory / ENCRYPTED_HEAD_FILE, encrypted, private=True)
         _write_file(directory / MANIFEST_FILE, manifest.serialize(), private=False)
         if report is not None:
             content = _as_json(report, "report").encode("utf-8")
@@ -520,17 +561,25 @@ def _swap(staging: Path, target: Path) -> None:
     _fsync(target.parent)
 
 
-def _read_head(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64], bytes]:
-    """Weight, bias and salt of a head file, of whatever shapes it holds."""
+def _unreadable_head(path: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{path} cannot be read as a safetensors file with a salt: save the artefact again"
+    )
+
+
+def _read_head(
+    content: bytes, path: Path
+) -> tuple[NDArray[np.float64], NDArray[np.float64], bytes]:
+    """Weight, bias and salt of a head file's bytes, of whatever shapes it holds."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = deserialize_tensors(content)  # checks the header before it allocates
+        # The metadata is in the header, whose length comes first; safetensors reads it of files
+        # only.
+        (length,) = struct.unpack_from("<Q", content)
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
         salt = bytes.fromhex(metadata.get("salt", ""))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read as a safetensors file with a salt: save the artefact again"
-        ) from error
+    except (SafetensorError, ValueError, KeyError, struct.error) as error:
+        raise _unreadable_head(path) from error
     if metadata.get("format") != _HEAD_FORMAT or len(salt) != _SALT_BYTES:
         raise ArtifactError(
             f"{path} is not a head of format {_HEAD_FORMAT!r}: save the artefact again"

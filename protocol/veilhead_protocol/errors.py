@@ -6,6 +6,7 @@ VeilheadError
 │   ├── ScaleError               a head whose weights no scale of its parameter set can carry
 │   ├── LayoutError              counts for which no layout exists
 │   ├── ManifestError            a manifest that is malformed, inconsistent or too new
+│   │   └── SignatureError       a manifest without the vendor's signature, or a malformed one
 │   └── WireError                a message that is not what it must be
 │       ├── MessageLengthError
 │       ├── MessageTypeError
@@ -27,6 +28,11 @@ VeilheadError
 │   └── ArtifactError
 ├── ServiceError                 the service cannot do what it was asked
 │   ├── StoreError
+│   │   ├── ModelUnavailableError    a published version that cannot be served
+│   │   │   ├── HeadKeyError         its head is encrypted under a key that is not here
+│   │   │   └── SelfTestError        it answers a known embedding wrongly
+│   │   ├── ModelRetiredError        a version that the vendor has taken out of service
+│   │   └── SecretFileError          a file of a signing or head key that cannot be used
 │   └── WorkerError              no worker could answer; the same request can succeed later
 │       ├── QueueFullError       too many queries wait, or too many bodies are on their way
 │       └── DrainingError        the service is about to stop
@@ -85,6 +91,12 @@ class ManifestError(ProtocolError):
     """A manifest that is malformed, inconsistent or made by a newer version."""
 
     code = "manifest"
+
+
+class SignatureError(ManifestError):
+    """A manifest that no accepted vendor key has signed, or a signature or key that is not one."""
+
+    code = "signature"
 
 
 class WireError(ProtocolError):
@@ -208,9 +220,39 @@ class ServiceError(VeilheadError):
 
 
 class StoreError(ServiceError):
-    """A model store that cannot be read or written."""
+    """A model store that cannot give or take what was asked."""
 
     code = "model-store"
+
+
+class ModelUnavailableError(StoreError):
+    """A published version that cannot be served, for a reason that only its vendor can mend."""
+
+    code = "model-unavailable"
+
+
+class HeadKeyError(ModelUnavailableError):
+    """A head that is encrypted under a key that is missing or another one, or was altered."""
+
+    code = "head-key"
+
+
+class SelfTestError(ModelUnavailableError):
+    """A version that answers a known embedding wrongly."""
+
+    code = "self-test"
+
+
+class SecretFileError(StoreError):
+    """A file of a signing or head key that is absent, malformed or would be overwritten."""
+
+    code = "secret-file"
+
+
+class ModelRetiredError(StoreError):
+    """A version, or a name's current version, that the vendor has taken out of service."""
+
+    code = "model-retired"
 
 
 class WorkerError(ServiceError):

@@ -58,7 +58,14 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
 
     The workers start and end with the application's lifespan.
     """
-    source = ModelStore(settings.store) if models is None else models
+    head_key = settings.open_head_key()
+    source = models
+    if source is None:
+        source = ModelStore(
+            settings.store,
+            head_key_id=None if head_key is None else head_key.id,
+            require_encrypted_heads=settings.require_encrypted_heads,
+        )
     pool = WorkerPool(
         settings.workers,
         waiting_per_worker=settings.waiting_per_worker,
@@ -68,6 +75,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         head_bytes=settings.worker_head_bytes,
         max_evaluations=settings.worker_max_evaluations,
         preload=lambda: current_models(source),
+        head_key=head_key,
     )
     services = Services(
         models=source,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from veilhead_protocol.errors import VeilheadError
+from veilhead_service import models_cli
 
 app = typer.Typer(
     name="veilhead-server",
@@ -25,6 +26,11 @@ app = typer.Typer(
         "text, an embedding, a logit or a label."
     ),
 )
+
+app.add_typer(models_cli.models_app, name="models")
+app.add_typer(models_cli.signing_key_app, name="signing-key")
+app.add_typer(models_cli.head_key_app, name="head-key")
+app.command("retire")(models_cli.retire_model)
 
 _console = Console(stderr=True, highlight=False)
 
@@ -107,15 +113,46 @@ def train(
 def publish(
     directory: Annotated[Path, typer.Argument(help="An artefact that `train` made.")],
     store: Annotated[Path, typer.Option(help="The store that `run` serves.")],
+    sign_with: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Sign the manifest with this signing key.")
+    ] = None,
+    head_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Encrypt the head in the store; VEILHEAD_SERVER_HEAD_KEY_FILE when absent.",
+        ),
+    ] = None,
+    retire_previous_after: Annotated[
+        str | None,
+        typer.Option(metavar="DATE", help="Serve the version before this one until then; UTC."),
+    ] = None,
 ) -> None:
     """Put an artefact into a store. A service that runs on the store notices by itself.
+
+    The head first answers a self-test. Published again, the same artefact gains a signature or
+    an encrypted head.
 
     Example: veilhead-server publish artifacts/icd10-chapters --store store
     """
     with _reported():
+        from veilhead_service.head_encryption import HeadKey
         from veilhead_service.model_store import publish as publish_artifact
+        from veilhead_service.retirement import Retirement
+        from veilhead_service.settings import Settings
+        from veilhead_service.signing import SigningKey
 
-        manifest = publish_artifact(directory, store)
+        manifest = publish_artifact(
+            directory,
+            store,
+            signing_key=None if sign_with is None else SigningKey.load(sign_with),
+            head_key=(
+                Settings().open_head_key() if head_key_file is None else HeadKey.load(head_key_file)
+            ),
+            retire_previous=(
+                None if retire_previous_after is None else Retirement.parse(retire_previous_after)
+            ),
+        )
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")
 
 

@@ -18,6 +18,9 @@ _LENGTH: Final = struct.Struct("<I")
 #: What a worker is asked for, or answers: the first part of a frame.
 EVALUATE: Final = b"evaluate"
 LOAD: Final = b"load"
+#: The key of encrypted heads. It goes over the socket, since other processes of the same user can
+#: read a process's arguments and environment.
+HEAD_KEY: Final = b"head-key"
 READY: Final = b"ready"
 REPLY: Final = b"reply"
 REFUSED: Final = b"refused"

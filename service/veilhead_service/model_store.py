@@ -1,41 +1,80 @@
 """Published models on disk.
 
-    STORE/<name>/<digest>/    one version: manifest.json, head.safetensors, backbone/
-    STORE/<name>/current      the digest that the name stands for
+    STORE/<name>/<digest>/              one version: manifest.json, backbone/, and the head:
+                                        head.safetensors, or encrypted head.safetensors.enc
+    STORE/<name>/<digest>.signatures    who signed its manifest, a line each
+    STORE/<name>/<digest>.retired       when it stops being served
+    STORE/<name>/current                the digest that the name stands for
 
 Versions never change: a directory is named by the digest of its manifest and renamed into place
-whole. `current` is read at every look-up, so a running service notices what is published.
+whole. What may change about a version stands beside it, in small files that are replaced whole.
+They and `current` are looked at with every look-up, so a running service notices what is published,
+signed and retired.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from veilhead_models.artifact import MANIFEST_FILE, HeadArtifact
-from veilhead_protocol.errors import ManifestError, StoreError
+from veilhead_models.artifact import ENCRYPTED_HEAD_FILE, HEAD_FILE, MANIFEST_FILE, HeadArtifact
+from veilhead_protocol.errors import (
+    HeadKeyError,
+    ManifestError,
+    ModelRetiredError,
+    ModelUnavailableError,
+    StoreError,
+)
 from veilhead_protocol.manifest import NAME_PATTERN, Manifest
+from veilhead_protocol.signatures import (
+    MAX_SIGNATURES,
+    ManifestSignature,
+    read_signatures,
+)
+from veilhead_service.head_encryption import HEADER_BYTES, HeadKey, key_id_of
+from veilhead_service.retirement import Retirement
+from veilhead_service.signing import SigningKey
+from veilhead_service.store_files import sync_directory, write_atomically
 
 _CURRENT = "current"
+_SIGNATURES = ".signatures"
+_RETIRED = ".retired"
 _DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
+
+#: Time, inode and size of a file, or None when it is absent: what tells that it was replaced.
+_Stamp = tuple[int, int, int] | None
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """One version of a model, ready to be served."""
+    """One version of a model, ready to be served.
+
+    Attributes:
+        manifest: what clients are told.
+        directory: where its files are.
+        signatures: the vendor's, of the manifest.
+        retirement: when it stops being served; None when no end is known.
+    """
 
     manifest: Manifest
     directory: Path
+    signatures: tuple[ManifestSignature, ...] = ()
+    retirement: Retirement | None = None
 
     @cached_property
     def manifest_bytes(self) -> bytes:
         """The canonical bytes that clients pin."""
         return self.manifest.serialize()
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the head is encrypted at rest."""
+        return (self.directory / ENCRYPTED_HEAD_FILE).is_file()
 
     @classmethod
     def open(cls, directory: Path) -> StoredModel:
@@ -58,18 +97,51 @@ class ModelSource(Protocol):
         """The names of all models."""
 
     def current(self, name: str) -> StoredModel | None:
-        """The version that a name stands for, or None."""
+        """The version that a name stands for, or None.
+
+        Raises:
+            ModelRetiredError: when it is retired.
+        """
 
     def version(self, name: str, digest: bytes) -> StoredModel | None:
-        """The version of this digest, or None."""
+        """The version of this digest, or None.
+
+        Raises:
+            ModelRetiredError: when it is retired.
+        """
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 class ModelStore:
-    """A directory of published models."""
+    """A directory of published models.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: the directory.
+        head_key_id: the id of the key that encrypted heads are under; versions under another one
+            are refused here, before a client makes a query for them.
+        require_encrypted_heads: whether versions with a plaintext head are refused.
+        check_heads: whether any of that is looked at; not where nothing is served.
+        clock: the time that retirements are held against.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        head_key_id: bytes | None = None,
+        require_encrypted_heads: bool = False,
+        check_heads: bool = True,
+        clock: Callable[[], datetime] = _now,
+    ) -> None:
         self._root = root
-        self._opened: dict[tuple[str, str], StoredModel] = {}
+        self._head_key_id = head_key_id
+        self._require_encrypted_heads = require_encrypted_heads
+        self._check_heads = check_heads
+        self._clock = clock
+        self._opened: dict[tuple[str, str], tuple[tuple[_Stamp, ...], StoredModel]] = {}
 
     def names(self) -> list[str]:
         """The names of all models, sorted."""
@@ -83,7 +155,63 @@ class ModelStore:
                 yield entry.name
 
     def current(self, name: str) -> StoredModel | None:
-        """The version that a name stands for, or None when nothing is published under it."""
+        """The version that a name stands for, or None when nothing is published under it.
+
+        Raises:
+            ModelRetiredError: when that version is retired.
+            StoreError: when it cannot be served.
+        """
+        digest = self.current_digest(name)
+        model = None if digest is None else self._open(name, digest)
+        if model is None or not self._is_retired(model):
+            return model
+        raise ModelRetiredError(
+            f"this model was retired on {model.retirement} and has no current version: "
+            "ask its vendor for another"
+        )
+
+    def version(self, name: str, digest: bytes) -> StoredModel | None:
+        """The version of this digest under this name, or None.
+
+        Raises:
+            ModelRetiredError: when it is retired.
+            StoreError: when it cannot be served.
+        """
+        if not NAME_PATTERN.fullmatch(name):
+            return None
+        model = self._open(name, digest.hex())
+        if model is None or not self._is_retired(model):
+            return model
+        try:
+            current = self.current(name)
+        except StoreError:
+            current = None
+        advice = (
+            "the name has no current version: ask its vendor for another"
+            if current is None
+            else f"the current one is {current.manifest.digest.hex()}: read the manifest again"
+        )
+        raise ModelRetiredError(f"this version was retired on {model.retirement}; {advice}")
+
+    def versions(self, name: str) -> Iterator[tuple[str, StoredModel | StoreError]]:
+        """Every version of a name by its digest, the retired ones too, and why one is unusable."""
+        for entry in sorted((self._root / name).iterdir()):
+            if not (_DIGEST_PATTERN.fullmatch(entry.name) and entry.is_dir()):
+                continue
+            try:
+                model = self._open(name, entry.name)
+            except StoreError as error:
+                yield entry.name, error
+            else:
+                if model is not None:
+                    yield entry.name, model
+
+    def current_digest(self, name: str) -> str | None:
+        """The digest that a name stands for, in hexadecimal, whatever became of that version.
+
+        Raises:
+            StoreError: when it cannot be read.
+        """
         if not NAME_PATTERN.fullmatch(name):
             return None
         try:
@@ -94,26 +222,101 @@ class ModelStore:
             raise StoreError(f"{self._root / name / _CURRENT} cannot be read: {error}") from error
         if not _DIGEST_PATTERN.fullmatch(digest):
             raise StoreError(f"{self._root / name / _CURRENT} does not hold a digest")
-        return self._open(name, digest)
+        return digest
 
-    def version(self, name: str, digest: bytes) -> StoredModel | None:
-        """The version of this digest under this name, or None."""
-        if not NAME_PATTERN.fullmatch(name):
-            return None
-        return self._open(name, digest.hex())
+    def _is_retired(self, model: StoredModel) -> bool:
+        return model.retirement is not None and model.retirement.is_over(self._clock())
 
     def _open(self, name: str, digest: str) -> StoredModel | None:
-        known = self._opened.get((name, digest))
-        if known is not None:
-            return known
         directory = self._root / name / digest
         if not directory.is_dir():
+            self._opened.pop((name, digest), None)
             return None
-        model = StoredModel.open(directory)
-        if model.manifest.digest.hex() != digest or model.manifest.name != name:
+        paths = (
+            directory,
+            directory.with_name(digest + _SIGNATURES),
+            directory.with_name(digest + _RETIRED),
+        )
+        stamps = tuple(map(_stamp, paths))
+        known = self._opened.get((name, digest))
+        if known is not None and known[0] == stamps:
+            return known[1]
+        opened = StoredModel.open(directory)
+        if opened.manifest.digest.hex() != digest or opened.manifest.name != name:
             raise StoreError(f"{directory} holds another model than its name says")
-        self._opened[name, digest] = model
+        if self._check_heads:
+            self._check_head(opened)
+        model = StoredModel(
+            opened.manifest, directory, _read_signatures(directory), _read_retirement(directory)
+        )
+        self._opened[name, digest] = (stamps, model)
         return model
+
+    def _check_head(self, model: StoredModel) -> None:
+        """Refuse what no worker could load; only the first bytes of the head are read."""
+        encrypted = model.directory / ENCRYPTED_HEAD_FILE
+        if not model.is_encrypted:
+            if self._require_encrypted_heads:
+                raise ModelUnavailableError(
+                    f"{model.directory} holds a plaintext head, and only encrypted ones are "
+                    "allowed: publish it again with a head key"
+                )
+            return
+        if self._head_key_id is None:
+            raise HeadKeyError(
+                f"{encrypted} is encrypted and no head key was given: "
+                "set VEILHEAD_SERVER_HEAD_KEY_FILE"
+            )
+        try:
+            with encrypted.open("rb") as file:
+                found = key_id_of(file.read(HEADER_BYTES))
+        except (OSError, HeadKeyError) as error:
+            raise HeadKeyError(f"{encrypted} is not readable: {error}") from error
+        if found != self._head_key_id:
+            raise HeadKeyError(
+                f"{encrypted} is encrypted under the key {found.hex()}, "
+                f"got the key {self._head_key_id.hex()}"
+            )
+
+
+def _stamp(path: Path) -> _Stamp:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _read_beside(directory: Path, suffix: str) -> bytes | None:
+    path = directory.with_name(directory.name + suffix)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_signatures(directory: Path) -> tuple[ManifestSignature, ...]:
+    content = _read_beside(directory, _SIGNATURES)
+    if content is None:
+        return ()
+    try:
+        return read_signatures(",".join(content.decode("ascii").splitlines()))
+    except (ValueError, ManifestError) as error:
+        raise StoreError(
+            f"{directory}{_SIGNATURES} does not hold signatures: remove it and sign again"
+        ) from error
+
+
+def _read_retirement(directory: Path) -> Retirement | None:
+    content = _read_beside(directory, _RETIRED)
+    try:
+        return None if content is None else Retirement.deserialize(content)
+    except StoreError as error:
+        raise StoreError(f"{directory}{_RETIRED}: {error}") from error
 
 
 class SingleModel:
@@ -135,25 +338,116 @@ class SingleModel:
         return self.current(name) if digest == self._model.manifest.digest else None
 
 
-def publish(directory: Path, store: Path) -> Manifest:
+def publish(
+    directory: Path,
+    store: Path,
+    *,
+    signing_key: SigningKey | None = None,
+    head_key: HeadKey | None = None,
+    retire_previous: Retirement | None = None,
+) -> Manifest:
     """Copy a verified artefact into a store and let its name stand for it.
 
-    Publishing the same artefact again changes nothing.
+    Publishing the same artefact again changes nothing, but adds the signature, and encrypts a head
+    that was not under `head_key`.
+
+    Args:
+        directory: the artefact.
+        store: the store; it is made when it is absent.
+        signing_key: signs the manifest.
+        head_key: encrypts the head, which is then never in the store in plaintext.
+        retire_previous: when the version that the name stood for stops being served; an earlier
+            date that it already has stays.
 
     Raises:
         ArtifactError: when the directory is not a whole, consistent artefact.
-        StoreError: when the store cannot be written.
+        SelfTestError: when the encrypted head does not answer as the plaintext one.
+        StoreError: when the store cannot be written, or the version was retired.
     """
+    # Lazily: they load SEAL, and the process that answers HTTP keeps clear of it.
+    from veilhead_service.encrypted_head import EncryptedHead
+    from veilhead_service.self_test import self_test
+
     artifact = HeadArtifact.load(directory)
     manifest = artifact.manifest
-    digest = manifest.digest.hex()
+    self_test(EncryptedHead(manifest, artifact.weight, artifact.bias), artifact)
     home = store / manifest.name
+    version = home / manifest.digest.hex()
+    if _read_retirement(version) is not None:
+        raise StoreError(
+            f"this version of {manifest.name} was retired: withdraw that first, with "
+            f"`veilhead-server retire {manifest.name} {version.name} --withdraw`"
+        )
+    previous = ModelStore(store).current_digest(manifest.name)
     try:
-        if not (home / digest).is_dir():
-            artifact.save(home / digest)
-        pointer = home / f".{_CURRENT}.{os.getpid()}"
-        pointer.write_text(digest + "\n", "ascii")
-        pointer.replace(home / _CURRENT)
+        if not version.is_dir():
+            encrypt = None if head_key is None else head_key.encrypt
+            artifact.save(version, encrypt_head=encrypt)
+        elif head_key is not None:
+            _encrypt_in_place(version, artifact, head_key)
+        if signing_key is not None:
+            _add_signature(version, signing_key.sign(manifest.digest))
+        write_atomically(home / _CURRENT, f"{version.name}\n".encode())
+        if retire_previous is not None and previous not in (None, version.name):
+            _retire_no_later(home / str(previous), retire_previous)
     except OSError as error:
         raise StoreError(f"the store {store} cannot be written: {error}") from error
     return manifest
+
+
+def retire(store: Path, name: str, digest: str | None, retirement: Retirement | None) -> str:
+    """Set when a version stops being served, or withdraw that with None; returns its digest.
+
+    Args:
+        store: the store.
+        name: the model's name.
+        digest: the version, in hexadecimal; the current one when it is None.
+        retirement: the moment.
+
+    Raises:
+        StoreError: when there is no such version, or the store cannot be written.
+    """
+    if digest is None:
+        digest = ModelStore(store).current_digest(name)
+        if digest is None:
+            raise StoreError(f"no model {name[:64]!r} is published in {store}")
+    valid = NAME_PATTERN.fullmatch(name) and _DIGEST_PATTERN.fullmatch(digest)
+    version = store / name / digest
+    if not valid or not version.is_dir():
+        raise StoreError(
+            f"{store} has no such version of {name[:64]!r}: `veilhead-server models list` shows "
+            "the digests, 64 hexadecimal digits each"
+        )
+    record = version.with_name(digest + _RETIRED)
+    try:
+        if retirement is None:
+            record.unlink(missing_ok=True)
+            sync_directory(record.parent)
+        else:
+            write_atomically(record, retirement.serialize())
+    except OSError as error:
+        raise StoreError(f"the store {store} cannot be written: {error}") from error
+    return digest
+
+
+def _retire_no_later(version: Path, retirement: Retirement) -> None:
+    known = _read_retirement(version)
+    if known is None or retirement.after < known.after:
+        write_atomically(version.with_name(version.name + _RETIRED), retirement.serialize())
+
+
+def _add_signature(version: Path, signature: ManifestSignature) -> None:
+    others = [item for item in _read_signatures(version) if item.key_id != signature.key_id]
+    if len(others) >= MAX_SIGNATURES:
+        raise StoreError(f"a version has at most {MAX_SIGNATURES} signatures")
+    lines = "".join(f"{item}\n" for item in (*others, signature))
+    write_atomically(version.with_name(version.name + _SIGNATURES), lines.encode())
+
+
+def _encrypt_in_place(version: Path, artifact: HeadArtifact, head_key: HeadKey) -> None:
+    """Put the head of a version that is already published under this key."""
+    encrypted = version / ENCRYPTED_HEAD_FILE
+    content = head_key.encrypt(artifact.head_bytes(), artifact.manifest.digest)
+    write_atomically(encrypted, content, mode=0o600)
+    (version / HEAD_FILE).unlink(missing_ok=True)
+    sync_directory(version)

@@ -18,6 +18,8 @@ from starlette.exceptions import HTTPException
 
 from veilhead_protocol.errors import (
     ModelMismatchError,
+    ModelRetiredError,
+    ModelUnavailableError,
     StoreError,
     VeilheadError,
     WireError,
@@ -98,6 +100,15 @@ def of_error(error: VeilheadError) -> Problem:
             str(error),
             retryable=True,
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+        )
+    if isinstance(error, ModelRetiredError):
+        return Problem(HTTPStatus.GONE, "model-retired", str(error))
+    if isinstance(error, ModelUnavailableError):
+        logger.error("a model cannot be served: %s", error)
+        return Problem(
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            "model-unavailable",
+            "this version is published here but cannot be served; the service's log says why",
         )
     if isinstance(error, StoreError):
         logger.error("the model store failed: %s", error)

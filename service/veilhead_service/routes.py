@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from importlib.metadata import version
@@ -15,8 +16,15 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from veilhead_models.artifact import BACKBONE_DIRECTORY
-from veilhead_protocol.errors import MessageLengthError, ModelMismatchError, StoreError
+from veilhead_protocol.errors import (
+    MessageLengthError,
+    ModelMismatchError,
+    ModelRetiredError,
+    ModelUnavailableError,
+    StoreError,
+)
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
+from veilhead_protocol.signatures import SIGNATURE_HEADER, write_signatures
 from veilhead_protocol.wire import (
     DIGEST_BYTES,
     FORMAT_VERSION,
@@ -125,6 +133,8 @@ async def list_models(services: _Services) -> dict[str, list[dict[str, str]]]:
     for name in services.models.names():
         try:
             model = services.models.current(name)
+        except ModelRetiredError:
+            continue
         except StoreError as error:  # a damaged model must not hide the others
             logger.error("a model is left out of the list: %s", error)
             continue
@@ -161,10 +171,18 @@ async def get_manifest(
     digest: _VersionDigest = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """The manifest's canonical bytes. The ETag is their SHA-256, which clients pin."""
+    """The manifest's canonical bytes. The ETag is their SHA-256, which clients pin.
+
+    Headers say who signed it, and when it will be retired.
+    """
     model = _version(services, name, digest)
     etag = _quoted(model.manifest.digest.hex())
     headers = {"ETag": etag, "Cache-Control": _REVALIDATE if digest is None else _CACHE_FOREVER}
+    if model.retirement is not None:
+        headers["Cache-Control"] = _REVALIDATE
+        headers["Sunset"] = model.retirement.http_date
+    if model.signatures:
+        headers[SIGNATURE_HEADER] = write_signatures(model.signatures)
     if _matches(if_none_match, etag):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     return Response(model.manifest_bytes, media_type="application/json", headers=headers)
@@ -256,7 +274,8 @@ async def forget_key(id: str, services: _Services) -> Response:  # noqa: A002
 )
 async def infer(name: str, request: Request, services: _Services) -> Response:
     """Evaluate the head on an encrypted embedding and answer with a reply message."""
-    _current(services, name)
+    with suppress(ModelRetiredError, ModelUnavailableError):  # another version may be served
+        _current(services, name)
     services.pool.admit()  # before the body: a query that must wait too long is not even read
     body = await _body(request, MAX_QUERY_BYTES)
     header = QueryHeader.deserialize(body)

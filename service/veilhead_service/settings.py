@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from veilhead_service.head_encryption import HeadKey, find_head_key
 
 
 class Settings(BaseSettings):
@@ -29,6 +31,9 @@ class Settings(BaseSettings):
         drain_delay_seconds: how long a stopping service still accepts connections, so that a load
             balancer sees `/readyz` fail first.
         drain_seconds: how long queries that run when the listener closes may take to end.
+        head_key_file: file of the key that encrypted heads are under.
+        head_key: that key itself, for places where secrets come as variables; a file is better.
+        require_encrypted_heads: whether versions with a plaintext head are refused.
     """
 
     model_config = SettingsConfigDict(env_prefix="VEILHEAD_SERVER_", frozen=True)
@@ -48,3 +53,16 @@ class Settings(BaseSettings):
     max_bodies: int = Field(default=1024, ge=1)
     drain_delay_seconds: float = Field(default=0.0, ge=0)
     drain_seconds: float = Field(default=30.0, gt=0)
+    head_key_file: Path | None = None
+    head_key: SecretStr | None = None
+    require_encrypted_heads: bool = False
+
+    def open_head_key(self) -> HeadKey | None:
+        """The key that encrypted heads are under, or None when none was given.
+
+        Raises:
+            SecretFileError: when it was given twice, or is not one.
+        """
+        return find_head_key(
+            self.head_key_file, None if self.head_key is None else self.head_key.get_secret_value()
+        )

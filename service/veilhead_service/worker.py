@@ -19,11 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from veilhead_models.artifact import HeadArtifact
-from veilhead_protocol.errors import VeilheadError, WireError
+from veilhead_protocol.errors import ModelUnavailableError, VeilheadError, WireError
 from veilhead_service import frames
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 from veilhead_service.hardening import forbid_core_dumps
+from veilhead_service.head_encryption import HeadKey
+from veilhead_service.head_loading import HeadLoader
 
 #: Bytes of heads when the command line gives none.
 _HEAD_BYTES: Final = 2**30
@@ -62,7 +63,12 @@ class Evaluator:
 
     def __init__(self, head_bytes: int = _HEAD_BYTES) -> None:
         self._heads = _Recent[EncryptedHead](head_bytes, lambda head: head.held_bytes)
+        self._loader = HeadLoader()
         self._keys: _Recent[ClientKey] = _Recent(_KEYS)
+
+    def use_head_key(self, key: bytes) -> None:
+        """Load encrypted heads with this key from now on."""
+        self._loader = HeadLoader(HeadKey(key))
 
     def evaluate(
         self, model_digest: bytes, directory: bytes, key_id: bytes, key: bytes, query: bytes
@@ -74,24 +80,24 @@ class Evaluator:
 
     def head(self, model_digest: bytes, directory: bytes) -> EncryptedHead:
         """The head of this version, loaded when it is not here yet."""
-        return self._heads.find(model_digest, lambda: _load_head(Path(os.fsdecode(directory))))
-
-
-def _load_head(directory: Path) -> EncryptedHead:
-    artifact = HeadArtifact.load(directory, verify_backbone=False)
-    return EncryptedHead(artifact.manifest, artifact.weight, artifact.bias)
+        return self._heads.find(
+            model_digest, lambda: self._loader.load(Path(os.fsdecode(directory)))
+        )
 
 
 def _answer(evaluator: Evaluator, request: list[bytes]) -> list[bytes]:
     """The parts of the answer to a request's parts."""
     started = time.perf_counter()
+    if request[0] == frames.HEAD_KEY:
+        evaluator.use_head_key(request[1])
+        return [frames.READY]
     try:
         if request[0] == frames.LOAD:
             evaluator.head(*request[1:])
             return [frames.READY]
         _, model_digest, directory, key_id, key, query = request
         reply = evaluator.evaluate(model_digest, directory, key_id, key, query)
-    except WireError as error:
+    except (WireError, ModelUnavailableError) as error:
         refusal = json.dumps([type(error).__name__, str(error)])
         return [frames.REFUSED, refusal.encode()]
     except VeilheadError as error:

@@ -28,6 +28,7 @@ from typing import Any, Final
 from veilhead_protocol import errors
 from veilhead_protocol.errors import (
     DrainingError,
+    ModelUnavailableError,
     QueueFullError,
     ServiceError,
     StoreError,
@@ -35,6 +36,7 @@ from veilhead_protocol.errors import (
     WorkerError,
 )
 from veilhead_service import frames
+from veilhead_service.head_encryption import HeadKey
 from veilhead_service.model_store import ModelSource, StoredModel
 
 #: A worker imports its libraries before it answers: seconds at most.
@@ -141,10 +143,13 @@ class _Worker:
         self._measured = time.monotonic()
 
     @classmethod
-    async def start(cls, head_bytes: int, models: Iterable[StoredModel]) -> _Worker:
+    async def start(
+        cls, head_bytes: int, models: Iterable[StoredModel], head_key: HeadKey | None
+    ) -> _Worker:
         ours, theirs = socket.socketpair()
         # One thread each: the pool has a process for every core.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment.pop("VEILHEAD_SERVER_HEAD_KEY", None)  # it goes over the socket instead
         descriptor = str(theirs.fileno())
         with theirs:
             process = subprocess.Popen(  # noqa: S603
@@ -167,6 +172,8 @@ class _Worker:
         try:
             async with asyncio.timeout(_START_SECONDS):
                 await worker._read()
+                if head_key is not None:
+                    await worker.ask([frames.HEAD_KEY, head_key.data])
                 for model in models:
                     await worker.load(model)
         except BaseException as error:
@@ -189,7 +196,7 @@ class _Worker:
         """Let the worker load a head; one that cannot be loaded is in its log."""
         self.met.add(model.manifest.digest)
         request = [frames.LOAD, model.manifest.digest, os.fsencode(model.directory)]
-        (kind,) = await self.ask(request)
+        kind, *_ = await self.ask(request)
         if kind != frames.READY:
             logger.error("the model %s cannot be loaded by a worker", model.manifest.name)
 
@@ -244,6 +251,7 @@ class WorkerPool:
         head_bytes: int = 2**30,
         max_evaluations: int | None = None,
         preload: Callable[[], Iterable[StoredModel]] = list,
+        head_key: HeadKey | None = None,
     ) -> None:
         """Make a pool; `start` starts its processes.
 
@@ -256,7 +264,9 @@ class WorkerPool:
             head_bytes: encoded heads that a worker keeps.
             max_evaluations: answers after which a worker is replaced.
             preload: the versions that every worker loads before it is asked for them.
+            head_key: what encrypted heads are under.
         """
+        self._head_key = head_key
         self._size = workers
         self._max_waiting = workers * waiting_per_worker
         self._evaluation_seconds = evaluation_seconds
@@ -358,6 +368,7 @@ class WorkerPool:
 
         Raises:
             WireError: one of its kinds, when the head refuses the query.
+            ModelUnavailableError: when the head cannot be loaded or failed its self-test.
             QueueFullError: when too many queries are waiting.
             WorkerError: when no worker was free in time, the worker was lost or the pool has
                 stopped; the same query may be sent again, as after QueueFullError.
@@ -380,7 +391,7 @@ class WorkerPool:
             return Evaluation(rest[0], struct.unpack("<d", rest[1])[0], queue_seconds)
         if kind == frames.REFUSED:
             name, message = json.loads(rest[0])
-            refusal: type[WireError] = getattr(errors, name)
+            refusal: type[WireError | ModelUnavailableError] = getattr(errors, name)
             raise refusal(message)
         raise ServiceError("the evaluation failed; the worker's log names the kind of error")
 
@@ -444,7 +455,7 @@ class WorkerPool:
         return answer
 
     async def _add(self) -> None:
-        worker = await _Worker.start(self._head_bytes, self._preload())
+        worker = await _Worker.start(self._head_bytes, self._preload(), self._head_key)
         if self._stopped:
             worker.stop()
             await worker.gone.wait()

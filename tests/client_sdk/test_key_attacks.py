@@ -111,7 +111,7 @@ def wide():
 
 
 def test_unrounded_logits_give_the_whole_key(wide, monkeypatch):
-    monkeypatch.setattr("veilhead.session.round_logits", lambda logits: logits)
+    monkeypatch.setattr("veilhead_protocol.decryption.round_logits", lambda logits: logits)
     pair = Pair.of(wide)
     found = recover_secret(pair, 30)
     secret = secret_of(pair.session._key, int(pair.head.layout.wanted(0)[0]))

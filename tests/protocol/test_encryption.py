@@ -12,6 +12,7 @@ from veilhead import session as session_module
 from veilhead.session import SecretKey, Session
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol import seal_io
+from veilhead_protocol.decryption import secret_coefficients
 from veilhead_protocol.encoding import decode, encode
 from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STRONG, ParameterSet
 from veilhead_protocol.scales import project
@@ -172,7 +173,7 @@ def test_the_secret_is_read_right(
     layout = make_artifact(2, 384, parameters.name).manifest.layout
     key = SecretKey(parameters, layout)
     seal = seal_io.runtime(parameters)
-    coefficients = session_module._secret_coefficients(seal, captured[0])
+    coefficients = secret_coefficients(seal, captured[0])
     assert set(coefficients.tolist()) == {-1.0, 0.0, 1.0}
     counts = np.unique(coefficients, return_counts=True)[1] / len(coefficients)
     assert np.abs(counts - 1 / 3).max() < 0.06

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 from support.heads import artifact, unit_rows
+from support.stores import Clock, Vendor
 
 from veilhead.session import EncryptedQuery, Session
 from veilhead_models.artifact import HeadArtifact
@@ -259,3 +260,13 @@ async def _request(app, method, path, *, headers=None, receive=None) -> Answer:
 def request_raw() -> Callable[..., Answer]:
     """`_request` from a test that is not a coroutine, for routes that need no worker."""
     return lambda *args, **options: asyncio.run(_request(*args, **options))
+
+
+@pytest.fixture
+def vendor(tmp_path) -> Vendor:
+    return Vendor(tmp_path)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

@@ -1,0 +1,184 @@
+"""`veilhead-server models`, `retire`, `signing-key` and `head-key`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from veilhead_protocol.errors import StoreError, VeilheadError
+from veilhead_service.head_encryption import HeadKey
+from veilhead_service.model_store import ModelStore, StoredModel, retire
+from veilhead_service.retirement import Retirement
+from veilhead_service.signing import SigningKey
+
+models_app = typer.Typer(no_args_is_help=True, help="Look at what a store holds.")
+signing_key_app = typer.Typer(
+    no_args_is_help=True, help="Keys that sign manifests: clients pin the public half."
+)
+head_key_app = typer.Typer(no_args_is_help=True, help="Keys that encrypt private heads at rest.")
+
+_Store = Annotated[Path, typer.Option(help="The store.")]
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Errors of ours as one line on standard error, and exit status 1."""
+    try:
+        yield
+    except VeilheadError as error:
+        typer.echo(f"veilhead-server: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@models_app.callback()
+def _models() -> None:
+    """Keep `models` a command with subcommands."""
+
+
+@head_key_app.callback()
+def _head_key() -> None:
+    """Keep `head-key` a command with subcommands."""
+
+
+@models_app.command("list")
+def list_models(
+    store: _Store, as_json: Annotated[bool, typer.Option("--json", help="JSON.")] = False
+) -> None:
+    """Every version of every model: current, signed, encrypted, retired, and its size.
+
+    Example: veilhead-server models list --store store
+    """
+    with _reported():
+        rows = list(_rows(store, datetime.now(UTC)))
+    if as_json:
+        typer.echo(json.dumps({"models": rows}, indent=2))
+        return
+    table = Table("name", "current", "state", "head", "signed by", "MB", "digest", box=None)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            "yes" if row["current"] else "",
+            row["state"] if row["until"] is None else f"{row['state']}, until {row['until']}",
+            row["head"] or "",
+            " ".join(row["signed_by"]),
+            f"{row['bytes'] / 1e6:.1f}",
+            row["digest"],
+        )
+    # Wide enough for a digest wherever it is printed: digests are there to be copied.
+    console = Console(markup=False, highlight=False, width=200, soft_wrap=True)
+    console.print(table)
+
+
+def _rows(store: Path, now: datetime) -> Iterator[dict[str, Any]]:
+    if not store.is_dir():
+        raise StoreError(f"{store} is not a directory: expected a store that `publish` made")
+    models = ModelStore(store, check_heads=False)
+    for name in models.names():
+        current = models.current_digest(name)
+        for digest, model in models.versions(name):
+            yield {"name": name, "digest": digest, "current": digest == current} | (
+                _damaged(store / name / digest, model)
+                if isinstance(model, StoreError)
+                else _state(model, now)
+            )
+
+
+def _state(model: StoredModel, now: datetime) -> dict[str, Any]:
+    retirement = model.retirement
+    over = retirement is not None and retirement.is_over(now)
+    return {
+        "state": "retired" if over else "served",
+        "until": None if retirement is None else str(retirement),
+        "head": "encrypted" if model.is_encrypted else "plaintext",
+        "signed_by": [item.key_id.hex() for item in model.signatures],
+        "bytes": _size(model.directory),
+    }
+
+
+def _damaged(directory: Path, error: StoreError) -> dict[str, Any]:
+    return {
+        "state": "damaged",
+        "until": None,
+        "head": None,
+        "signed_by": [],
+        "bytes": _size(directory),
+        "error": str(error),
+    }
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def retire_model(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    digest: Annotated[
+        str | None, typer.Argument(help="The version; the current one when it is absent.")
+    ] = None,
+    store: _Store = Path("store"),
+    after: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATE",
+            help="The moment it ends: 2027-03-31 (as that day begins) or 2027-03-31T18:00Z; UTC.",
+        ),
+    ] = None,
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Serve it on after all.")] = False,
+) -> None:
+    """Take a version out of service from a date on. A running service notices by itself.
+
+    Until then it answers as before, and its manifest says so in a `Sunset` header. From then on
+    clients get 410. Nothing is deleted.
+
+    Example: veilhead-server retire icd10-chapters --after 2027-03-31 --store store
+    """
+    if (after is None) != withdraw:
+        raise typer.BadParameter("give --after DATE or --withdraw")
+    with _reported():
+        retirement = None if after is None else Retirement.parse(after)
+        found = retire(store, name, digest, retirement)
+    if retirement is None:
+        typer.echo(f"{name}: {found} is served again")
+    elif retirement.is_over(datetime.now(UTC)):
+        typer.echo(f"{name}: {found} is not served any more")
+    else:
+        typer.echo(f"{name}: {found} is served until {retirement}")
+
+
+@signing_key_app.command("new")
+def new_signing_key(
+    file: Annotated[Path, typer.Argument(help="A new file; keep it off the server.")],
+) -> None:
+    """Make a signing key and print its public half, which clients pass as --vendor-key.
+
+    Example: veilhead-server signing-key new vendor.pem
+    """
+    with _reported():
+        typer.echo(str(SigningKey.create(file).public))
+
+
+@signing_key_app.command("show")
+def show_signing_key(file: Annotated[Path, typer.Argument(help="A signing key.")]) -> None:
+    """Print the public half of a signing key."""
+    with _reported():
+        typer.echo(str(SigningKey.load(file).public))
+
+
+@head_key_app.command("new")
+def new_head_key(
+    file: Annotated[Path, typer.Argument(help="A new file; keep it off the store.")],
+) -> None:
+    """Make a key for private heads, and print its id. Without the key they cannot be read again.
+
+    Example: veilhead-server head-key new head.key
+    """
+    with _reported():
+        typer.echo(HeadKey.create(file).id.hex())

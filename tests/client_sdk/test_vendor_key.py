@@ -1,0 +1,203 @@
+"""A client that pins its vendor's key believes that key and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from support.heads import artifact, unit_rows
+from support.services import ScriptedService, running
+from support.stores import Vendor
+from typer.testing import CliRunner
+
+from veilhead import Client, SignatureError
+from veilhead.cli import app
+from veilhead.local import InProcessTransport
+from veilhead_protocol.errors import ManifestError
+from veilhead_service.app import create_app
+from veilhead_service.model_store import ModelStore
+from veilhead_service.settings import Settings
+from veilhead_service.signing import SigningKey
+
+KEY, OTHER = (SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32)) for n in (1, 2))
+FIRST, SECOND = (artifact(4, 32, seed=seed, name="model") for seed in (1, 2))
+NEIGHBOUR = artifact(4, 32, seed=3, name="neighbour")
+
+
+@pytest.fixture
+def vendor(tmp_path):
+    return Vendor(tmp_path)
+
+
+class Substituting(ScriptedService):
+    """A service that changes what it says about manifests before it is sent."""
+
+    change = None
+
+    async def handle_async_request(self, request):
+        response = await super().handle_async_request(request)
+        if self.change is not None and request.method == "GET":
+            await response.aread()
+            return self.change(response)
+        return response
+
+
+@pytest.fixture
+def connect(vendor):
+    clients = []
+
+    def make(*, change=None, model="model", **options):
+        service = Substituting(
+            InProcessTransport(create_app(Settings(workers=1), models=ModelStore(vendor.store)))
+        )
+        service.change = change
+        clients.append(Client("http://127.0.0.1", model, transport=service, **options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def public(key):
+    return str(key.public)
+
+
+def rewritten(body=None, signature=None):
+    """A change of the manifest's bytes, its signature header, or both."""
+
+    def change(response):
+        headers = {k: v for k, v in response.headers.items() if k != "content-length"}
+        if signature is not None:
+            headers["x-veilhead-signature"] = signature
+        if signature == "":
+            del headers["x-veilhead-signature"]
+        content = response.content if body is None else body
+        return type(response)(response.status_code, headers=headers, content=content)
+
+    return change
+
+
+# --- what is accepted -----------------------------------------------------------------------------
+
+
+def test_a_signed_model_answers(vendor, connect):
+    vendor.publish(FIRST, signing_key=KEY)
+    client = connect(vendor_key=public(KEY))
+    row = unit_rows(1, 32)
+    expected = FIRST.logits(row)
+    assert np.abs(client.logits(row) - expected).max() <= client.manifest.head.error_bound
+
+
+def test_during_a_change_of_keys_either_is_accepted(vendor, connect):
+    vendor.publish(FIRST, signing_key=KEY)
+    connect(vendor_key=[public(OTHER), public(KEY)])
+    vendor.publish(FIRST, signing_key=OTHER)
+    for accepted in (public(KEY), public(OTHER)):
+        connect(vendor_key=accepted)
+
+
+def test_without_a_vendor_key_nothing_of_signatures_is_read(vendor, connect):
+    vendor.publish(FIRST)
+    connect()
+    connect(change=rewritten(signature="nonsense"))
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_an_unsigned_manifest_is_refused(vendor, connect):
+    vendor.publish(FIRST)
+    with pytest.raises(SignatureError, match="not signed"):
+        connect(vendor_key=public(KEY))
+
+
+def test_leaving_the_signature_out_is_refused(vendor, connect):
+    vendor.publish(FIRST, signing_key=KEY)
+    with pytest.raises(SignatureError, match="not signed"):
+        connect(vendor_key=public(KEY), change=rewritten(signature=""))
+
+
+def test_another_vendors_signature_is_refused(vendor, connect):
+    vendor.publish(FIRST, signing_key=OTHER)
+    with pytest.raises(SignatureError, match=KEY.public.id.hex()):
+        connect(vendor_key=public(KEY))
+
+
+@pytest.mark.parametrize("signature", ["nonsense", "ed25519:" + "0" * 16 + ":AAAA", "," * 90])
+def test_a_malformed_signature_is_refused(vendor, connect, signature):
+    vendor.publish(FIRST, signing_key=KEY)
+    with pytest.raises(SignatureError):
+        connect(vendor_key=public(KEY), change=rewritten(signature=signature))
+
+
+def test_other_bytes_under_a_signature_are_refused(vendor, connect):
+    vendor.publish(FIRST, signing_key=KEY)
+    other = SECOND.manifest.serialize()
+    for body in (other, other + b" ", b"", b"{}"):
+        with pytest.raises(SignatureError):
+            connect(vendor_key=public(KEY), change=rewritten(body=body))
+
+
+def test_the_signed_manifest_of_another_model_is_refused(vendor, connect):
+    """Its signature is the vendor's own, but it is not what was asked for."""
+    vendor.publish(FIRST, signing_key=KEY)
+    signature = str(KEY.sign(NEIGHBOUR.manifest.digest))
+    replayed = rewritten(body=NEIGHBOUR.manifest.serialize(), signature=signature)
+    with pytest.raises(ManifestError, match="another model"):
+        connect(vendor_key=public(KEY), change=replayed)
+
+
+def test_the_signature_of_another_version_is_refused(vendor, connect):
+    vendor.publish(FIRST, signing_key=KEY)
+    signature = str(KEY.sign(SECOND.manifest.digest))
+    with pytest.raises(SignatureError):
+        connect(vendor_key=public(KEY), change=rewritten(signature=signature))
+
+
+def test_an_older_signed_version_is_refused_by_its_digest_only(vendor, connect):
+    """A signature says who made a version, not that it is the newest: docs say so."""
+    vendor.publish(SECOND, signing_key=KEY)
+    signature = str(KEY.sign(FIRST.manifest.digest))
+    older = rewritten(body=FIRST.manifest.serialize(), signature=signature)
+    connect(vendor_key=public(KEY), change=older)
+    with pytest.raises(ManifestError, match="another version"):
+        connect(vendor_key=public(KEY), change=older, digest=SECOND.manifest.digest.hex())
+
+
+@pytest.mark.parametrize("given", ["", "ed25519:", "ed448:AAAA", [], ["ed25519:AAAA"]])
+def test_what_is_no_vendor_key_is_refused_before_anything_is_asked(vendor, given):
+    with pytest.raises(SignatureError):
+        Client("http://127.0.0.1:1", "model", vendor_key=given)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_pins_keys(text_artifact, tmp_path):
+    from veilhead_service.model_store import publish
+
+    publish(text_artifact, tmp_path / "store", signing_key=KEY)
+    (tmp_path / "keys").write_text(f"# of the vendor\n{public(OTHER)}\n\n{public(KEY)}\n")
+    with running(tmp_path / "store", "--workers", "1") as url:
+
+        def run(*arguments):
+            at = ("--url", url, "--model", "colours", "mild fever")
+            return CliRunner().invoke(app, ["classify", *at, *arguments])
+
+        for accepted in (
+            ["--vendor-key", public(KEY)],
+            ["--vendor-key", public(OTHER), "--vendor-key", public(KEY)],
+            ["--vendor-key", f"@{tmp_path / 'keys'}"],
+        ):
+            assert run(*accepted).exit_code == 0, accepted
+        (tmp_path / "empty").write_text("# nothing\n")
+        for refused in (
+            ["--vendor-key", public(OTHER)],
+            ["--vendor-key", "nonsense"],
+            ["--vendor-key", f"@{tmp_path / 'empty'}"],
+            ["--vendor-key", f"@{tmp_path / 'absent'}"],
+        ):
+            result = run(*refused)
+            assert result.exit_code == 1, refused
+            assert result.stdout == ""

@@ -264,7 +264,7 @@ def generic_problems():
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return [await client.get("/nowhere"), await client.post("/livez")]
 
-    answers = anyio.run(ask, create_app(Settings(workers=1)))
+    answers = anyio.run(ask, create_app(Settings(workers=1, insecure_no_tenants=True)))
     bodies = [answer.json() for answer in answers]
     return {
         body["type"].removeprefix(problems.PROBLEM_TYPE): (body["status"], body["retryable"])
@@ -288,7 +288,7 @@ def test_every_problem_is_documented_with_its_status():
 
 
 def test_every_route_is_documented_and_no_other():
-    app = create_app(Settings(workers=1))
+    app = create_app(Settings(workers=1, insecure_no_tenants=True))
     routes = {
         (method.upper(), path)
         for path, methods in app.openapi()["paths"].items()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from veilhead.api_key import read_api_key_file
 from veilhead.client import Client
 from veilhead.evaluation import evaluate as score_answers
 from veilhead.predictions import Prediction
@@ -53,6 +54,10 @@ _Minimum = Annotated[
 _Digest = Annotated[
     str | None, typer.Option(help="The model version to accept, 64 hexadecimal digits.")
 ]
+_ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File with the vendor's API key, yours alone; else VEILHEAD_API_KEY."),
+]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
@@ -77,6 +82,7 @@ def classify(
     device: _Device = "auto",
     minimum_parameters: _Minimum = "compact",
     digest: _Digest = None,
+    api_key_file: _ApiKeyFile = None,
 ) -> None:
     """Classify texts, files or standard input.
 
@@ -87,7 +93,9 @@ def classify(
     """
     with _reported():
         rows = _texts(texts, file, column)
-        with _opened(url, model, backbone, device, minimum_parameters, digest) as client:
+        with _opened(
+            url, model, backbone, device, minimum_parameters, digest, api_key_file
+        ) as client:
             failed = False
             for number, row in enumerate(_answers(client, rows, top_k)):
                 failed |= isinstance(row, VeilheadError)
@@ -107,6 +115,7 @@ def evaluate(
     device: _Device = "auto",
     minimum_parameters: _Minimum = "compact",
     digest: _Digest = None,
+    api_key_file: _ApiKeyFile = None,
 ) -> None:
     """Measure a model on your own labelled texts, over the encrypted path.
 
@@ -115,7 +124,9 @@ def evaluate(
     """
     with _reported():
         texts, labels = read_columns(file, [text, label])
-        with _opened(url, model, backbone, device, minimum_parameters, digest) as client:
+        with _opened(
+            url, model, backbone, device, minimum_parameters, digest, api_key_file
+        ) as client:
             rows = list(_answers(client, texts, 1))
             unknown = {str(name) for name in labels} - set(client.labels)
         answers = [None if isinstance(row, VeilheadError) else row[0].label for row in rows]
@@ -159,6 +170,7 @@ def _opened(
     device: str,
     minimum_parameters: str,
     digest: str | None,
+    api_key_file: Path | None,
 ) -> Iterator[Client]:
     def announce(path: str, size: int) -> None:
         if _errors.is_terminal:
@@ -171,6 +183,7 @@ def _opened(
         device=device,
         minimum_parameters=minimum_parameters,
         digest=digest,
+        api_key=None if api_key_file is None else read_api_key_file(api_key_file),
         on_download=announce,
     ) as client:
         yield client

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from veilhead_protocol.errors import (
     ModelMismatchError,
+    StateError,
     StoreError,
     VeilheadError,
     WireError,
@@ -95,6 +96,15 @@ def of_error(error: VeilheadError) -> Problem:
             HTTPStatus.SERVICE_UNAVAILABLE,
             error.code,
             str(error),
+            retryable=True,
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+        )
+    if isinstance(error, StateError):
+        logger.error("the state failed: %s", error)
+        return Problem(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "state-unavailable",
+            "tenants and budgets cannot be looked up; send the same request again later",
             retryable=True,
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )

@@ -39,7 +39,9 @@ def _reported() -> Iterator[None]:
         yield
     except (VeilheadError, ValidationError) as error:
         if isinstance(error, ValidationError):  # of settings; what was given may be a secret
-            error = VeilheadError("; ".join(item["msg"] for item in error.errors()))
+            error = VeilheadError(
+                "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
+            )
         _console.print(f"veilhead-server: {error}", markup=False)
         raise typer.Exit(1) from error
     except ModuleNotFoundError as error:

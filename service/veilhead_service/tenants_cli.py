@@ -47,7 +47,7 @@ _State = Annotated[
 ]
 _Expires = Annotated[
     float | None,
-    typer.Option(min=0, metavar="DAYS", help="Days until the key ends; never if none."),
+    typer.Option(min=0, metavar="DAYS", help="Days until the key ends."),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
@@ -61,7 +61,7 @@ def _opened(directory: Path) -> Iterator[State]:
         with State(directory) as state:
             yield state
     except VeilheadError as error:
-        _errors.print(f"veilhead-server: {error}", markup=False)
+        _errors.print(f"veilhead-server: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 
@@ -81,10 +81,9 @@ def add(
     """
     with _opened(state) as opened:
         now = time.time()
+        ends = None if expires is None else _after(now, expires * _DAY)
         scopes = frozenset(scope) if scope else DEFAULT_SCOPES
-        key, written = new_api_key(
-            name, scopes, now=now, expires=None if expires is None else _after(now, expires * _DAY)
-        )
+        key, written = new_api_key(name, scopes, now=now, expires=ends)
         opened.add_tenant(key)
     _show_once(key, written)
 
@@ -100,7 +99,7 @@ def rotate(
 ) -> None:
     """Print a new API key of a tenant; its other keys end after the grace period.
 
-    The new key has the scopes of the newest old one.
+    The new key has the scopes of the newest old one, and without --expires its length of life.
 
     Example: veilhead-server tenants rotate clinic --grace 48
     """
@@ -109,12 +108,12 @@ def rotate(
         old = [key for key in opened.api_keys() if key.tenant == name]
         if not old:
             raise TenantError("there is no such tenant: `list` shows those that are")
-        key, written = new_api_key(
-            name,
-            old[-1].scopes,
-            now=now,
-            expires=None if expires is None else _after(now, expires * _DAY),
-        )
+        newest = old[-1]
+        if expires is not None:
+            ends = _after(now, expires * _DAY)
+        else:
+            ends = None if newest.expires is None else now + newest.expires - newest.created
+        key, written = new_api_key(name, newest.scopes, now=now, expires=ends)
         opened.rotate(key, others_end=_after(now, grace * _HOUR))
     _show_once(key, written)
 
@@ -148,7 +147,9 @@ def list_tenants(as_json: _Json = False, state: _State = _DEFAULT_STATE) -> None
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("tenant", "key", "status", "scopes", "expires", "limits", box=None)
+    table = Table(box=None)
+    for column in ("tenant", "key", "status", "scopes", "expires", "limits"):
+        table.add_column(column, no_wrap=column in ("tenant", "key", "status"))
     for row in rows:
         limits = ["{model}: {budget} a {period}".format(**item) for item in row["budgets"]]
         if row["rate_per_second"] is not None:
@@ -224,6 +225,7 @@ def _show_once(key: ApiKey, written: str) -> None:
     _errors.print(
         f"API key {key.id} of {key.tenant}, shown this once: keep it where only its user can read",
         markup=False,
+        soft_wrap=True,
     )
     typer.echo(written)
 

@@ -184,6 +184,66 @@ def test_expired_keys_go_before_living_ones(clock):
     ]
 
 
+# --- tenants ------------------------------------------------------------------------------------
+
+
+def two_tenants(clock, *, max_bytes=1000, max_tenant_bytes=1000):
+    return KeyStore(
+        max_bytes=max_bytes,
+        max_tenant_bytes=max_tenant_bytes,
+        idle_seconds=IDLE,
+        lifetime_seconds=LIFETIME,
+        clock=clock,
+    )
+
+
+def held(store, tenant, numbers=range(10)):
+    return [number for number in numbers if store.get(tenant, key(number)) is not None]
+
+
+def test_a_key_is_its_tenants_alone(clock):
+    both = two_tenants(clock)
+    both.put("a", key(1), b"12345")
+    assert both.get("b", key(1)) is None
+    assert not both.discard("b", key(1))
+    assert both.get("a", key(1)) == b"12345"
+
+
+def test_the_same_bytes_are_two_tenants_keys(clock):
+    both = two_tenants(clock)
+    assert both.put("a", key(1), b"12345")
+    assert both.put("b", key(1), b"12345")
+    assert (len(both), both.bytes_held) == (2, 10)
+    assert both.discard("a", key(1))
+    assert both.get("b", key(1)) == b"12345"
+
+
+def test_a_tenant_at_its_bound_loses_keys_of_its_own(clock):
+    both = two_tenants(clock, max_tenant_bytes=300)
+    both.put("b", key(0), bytes(100))  # the least recently used of all
+    for number in range(5):
+        both.put("a", key(number), bytes(100))
+    assert held(both, "a") == [2, 3, 4]
+    assert held(both, "b") == [0]
+
+
+def test_the_tenant_that_holds_most_makes_room(clock):
+    both = two_tenants(clock, max_bytes=500)
+    both.put("small", key(0), bytes(100))
+    for number in range(4):
+        both.put("large", key(number), bytes(100))
+    both.put("new", key(9), bytes(100))
+    assert held(both, "small") == [0]
+    assert held(both, "new") == [9]
+    assert held(both, "large") == [1, 2, 3]
+    # However much it goes on, it makes room for itself.
+    for number in range(4, 9):
+        both.put("large", key(number), bytes(100))
+    assert held(both, "small") == [0]
+    assert held(both, "new") == [9]
+    assert both.bytes_held == 500
+
+
 class Reference:
     """The same rules, as plainly as possible."""
 

@@ -109,10 +109,9 @@ def rotate(
         if not old:
             raise TenantError("there is no such tenant: `list` shows those that are")
         newest = old[-1]
+        ends = None if newest.expires is None else now + newest.expires - newest.created
         if expires is not None:
             ends = _after(now, expires * _DAY)
-        else:
-            ends = None if newest.expires is None else now + newest.expires - newest.created
         key, written = new_api_key(name, newest.scopes, now=now, expires=ends)
         opened.rotate(key, others_end=_after(now, grace * _HOUR))
     _show_once(key, written)

@@ -141,7 +141,7 @@ def test_the_image_runs_as_nobody_in_particular(stages):
     names = [name for name, _ in final]
     assert names.index("USER") < names.index("ENTRYPOINT")
     assert names[names.index("USER") :].count("RUN") == 0
-    assert only(final, "VOLUME") == "/store"
+    assert only(final, "VOLUME") == "/store /state"
     assert json.loads(only(final, "ENTRYPOINT")) == ["veilhead-server"]
 
 
@@ -223,9 +223,10 @@ def inside(environment, *command):
 
 
 @contextmanager
-def running(environment, final, store, port):
-    """The image's ENTRYPOINT and CMD, on this store and port of loopback; gives the process."""
-    replaced = {"/store": str(store), "0.0.0.0": "127.0.0.1", "8000": str(port)}  # noqa: S104
+def running(environment, final, store, state, port):
+    """The image's ENTRYPOINT and CMD, on these places and port of loopback; gives the process."""
+    replaced = {"/store": str(store), "/state": str(state), "8000": str(port)}
+    replaced |= {"0.0.0.0": "127.0.0.1"}  # noqa: S104
     entry, *arguments = json.loads(only(final, "ENTRYPOINT")) + json.loads(only(final, "CMD"))
     assert replaced.keys() <= set(arguments)
     command = [environment / "bin" / entry, *(replaced.get(word, word) for word in arguments)]
@@ -309,10 +310,13 @@ def test_the_image_serves_a_head_and_has_no_client(stages, tmp_path):
         store,
     )
     assert published.returncode == 0, published.stderr
+    state = tmp_path / "state"
+    added = inside(environment, "veilhead-server", "tenants", "add", "clinic", "--state", state)
+    assert added.returncode == 0, added.stderr
     port = free_port()
     health = health_command(final, port)
     assert inside(environment, *health).returncode != 0  # it can fail
-    with running(environment, final, store, port) as process:
+    with running(environment, final, store, state, port) as process:
         deadline = time.monotonic() + START_SECONDS
         while inside(environment, *health).returncode != 0:
             log = (tmp_path / "service.log").read_text()
@@ -320,7 +324,8 @@ def test_the_image_serves_a_head_and_has_no_client(stages, tmp_path):
             assert time.monotonic() < deadline, log
             time.sleep(0.1)
         embeddings = generator.normal(size=(4, 32)) / 8
-        with Client(f"http://127.0.0.1:{port}", model="small") as client:
+        url = f"http://127.0.0.1:{port}"
+        with Client(url, model="small", api_key=added.stdout.strip()) as client:
             logits = client.logits(embeddings)
             bound = client.manifest.head.error_bound
     assert np.abs(logits - artifact.logits(embeddings)).max() <= bound

@@ -215,6 +215,7 @@ def _service(store: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "veilhead_service", "run", "--store", str(store)]
+    command += ["--insecure-no-tenants"]  # on loopback, for as long as the demo runs
     process = subprocess.Popen(  # noqa: S603
         [*command, "--port", str(port)], env=os.environ | {"NO_COLOR": "1"}
     )

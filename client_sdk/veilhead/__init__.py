@@ -3,7 +3,9 @@
 from veilhead.client import Client, QueryTrace
 from veilhead.predictions import Prediction
 from veilhead_protocol.errors import (
+    AccessError,
     BatchError,
+    BudgetExhaustedError,
     ClientError,
     InputError,
     InsecureTransportError,
@@ -19,7 +21,9 @@ from veilhead_protocol.errors import (
 )
 
 __all__ = [
+    "AccessError",
     "BatchError",
+    "BudgetExhaustedError",
     "Client",
     "ClientError",
     "InputError",

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from veilhead.api_key import read_api_key_file
 from veilhead.client import Client
 from veilhead.evaluation import evaluate as score_answers
 from veilhead.predictions import Prediction
@@ -60,6 +61,10 @@ _VendorKey = Annotated[
         "May be repeated."
     ),
 ]
+_ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File with the vendor's API key, yours alone; else VEILHEAD_API_KEY."),
+]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
@@ -85,6 +90,7 @@ def classify(
     minimum_parameters: _Minimum = "compact",
     digest: _Digest = None,
     vendor_key: _VendorKey = None,
+    api_key_file: _ApiKeyFile = None,
 ) -> None:
     """Classify texts, files or standard input.
 
@@ -96,7 +102,7 @@ def classify(
     with _reported():
         rows = _texts(texts, file, column)
         with _opened(
-            url, model, backbone, device, minimum_parameters, digest, vendor_key
+            url, model, backbone, device, minimum_parameters, digest, vendor_key, api_key_file
         ) as client:
             failed = False
             for number, row in enumerate(_answers(client, rows, top_k)):
@@ -118,6 +124,7 @@ def evaluate(
     minimum_parameters: _Minimum = "compact",
     digest: _Digest = None,
     vendor_key: _VendorKey = None,
+    api_key_file: _ApiKeyFile = None,
 ) -> None:
     """Measure a model on your own labelled texts, over the encrypted path.
 
@@ -127,7 +134,7 @@ def evaluate(
     with _reported():
         texts, labels = read_columns(file, [text, label])
         with _opened(
-            url, model, backbone, device, minimum_parameters, digest, vendor_key
+            url, model, backbone, device, minimum_parameters, digest, vendor_key, api_key_file
         ) as client:
             rows = list(_answers(client, texts, 1))
             unknown = {str(name) for name in labels} - set(client.labels)
@@ -173,6 +180,7 @@ def _opened(
     minimum_parameters: str,
     digest: str | None,
     vendor_key: list[str] | None,
+    api_key_file: Path | None,
 ) -> Iterator[Client]:
     def announce(path: str, size: int) -> None:
         if _errors.is_terminal:
@@ -186,6 +194,7 @@ def _opened(
         minimum_parameters=minimum_parameters,
         digest=digest,
         vendor_key=_vendor_keys(vendor_key),
+        api_key=None if api_key_file is None else read_api_key_file(api_key_file),
         on_download=announce,
     ) as client:
         yield client

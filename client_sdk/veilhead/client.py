@@ -20,6 +20,7 @@ import numpy as np
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from numpy.typing import ArrayLike, NDArray
 
+from veilhead.api_key import find_api_key
 from veilhead.backbone_cache import fetch_backbone
 from veilhead.predictions import Prediction, predictions
 from veilhead.session import SecretKey, Session
@@ -222,6 +223,7 @@ class Client:
         digest: str | None = None,
         minimum_parameters: str = "compact",
         vendor_key: str | Sequence[str] | None = None,
+        api_key: str | None = None,
         concurrency: int = 8,
         timeout: float = 30.0,
         on_query: Callable[[QueryTrace], None] | None = None,
@@ -241,6 +243,7 @@ class Client:
             vendor_key: the vendor's public key, `ed25519:<base64>`, or several while the vendor
                 changes it: manifests that none of them signed are refused. Without one, any
                 manifest is believed (`digest` pins a single version all the same).
+            api_key: the key that the vendor gave; VEILHEAD_API_KEY when it is None.
             concurrency: queries in flight at once.
             timeout: seconds to wait for each connection, write and read.
             on_query: called with the cost of every answered query, on another thread.
@@ -250,6 +253,8 @@ class Client:
 
         Raises:
             InsecureTransportError: for plain HTTP to anything but loopback.
+            InputError: when the API key is not one.
+            AccessError: when the service wants another API key.
             ServiceResponseError: when the service knows no such model.
             TransportError: when it does not answer.
             ManifestError: when its manifest is not one, or not the pinned one.
@@ -259,6 +264,7 @@ class Client:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         vendor_keys = _vendor_keys(vendor_key)
+        api_key = find_api_key(api_key)
         stack = ExitStack()
         # Closes at exit or when the client is collected; it must not hold the client itself.
         self._finalizer = weakref.finalize(self, stack.close)
@@ -272,6 +278,7 @@ class Client:
                         digest=digest,
                         minimum_parameters=minimum_parameters,
                         vendor_keys=vendor_keys,
+                        api_key=api_key,
                         concurrency=concurrency,
                         timeout=timeout,
                         on_query=on_query,
@@ -466,13 +473,14 @@ async def _opened(
     digest: str | None,
     minimum_parameters: str,
     vendor_keys: Sequence[VendorKey],
+    api_key: str | None,
     concurrency: int,
     timeout: float,
     on_query: Callable[[QueryTrace], None] | None,
     transport: httpx2.AsyncBaseTransport | None,
 ) -> AsyncIterator[_Engine]:
     async with Transport(
-        url, timeout=timeout, connections=concurrency, transport=transport
+        url, timeout=timeout, connections=concurrency, api_key=api_key, transport=transport
     ) as connection:
         engine = _Engine(connection, model, concurrency, on_query)
         await engine.open(digest, minimum_parameters, vendor_keys)

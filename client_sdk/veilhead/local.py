@@ -61,6 +61,8 @@ def open_local(make: type[Client], directory: Path, options: dict[str, Any]) -> 
     model = SingleModel(directory.resolve())
     (name,) = model.names()
     # One worker: the process that asks is on the same machine.
-    app = create_app(Settings(workers=1), models=model)
+    # Nobody else reaches it: it listens on no socket.
+    settings = Settings(workers=1, host="127.0.0.1", insecure_no_tenants=True)
+    app = create_app(settings, models=model)
     options.setdefault("backbone", directory / BACKBONE_DIRECTORY)
     return make(_URL, name, transport=InProcessTransport(app), **options)

@@ -16,13 +16,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 from urllib.parse import quote
 
 import anyio
 import httpx2
 
 from veilhead_protocol.errors import (
+    AccessError,
+    BudgetExhaustedError,
     InsecureTransportError,
     ReplyError,
     ServiceResponseError,
@@ -38,6 +40,9 @@ _ATTEMPTS: Final = 5
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 30.0
 _RETRYABLE: Final = frozenset({429, 502, 503, 504})
+_ACCESS_ADVICE: Final = (
+    "give the vendor's API key with api_key=, --api-key-file or VEILHEAD_API_KEY"
+)
 _MAX_PROBLEM_BYTES: Final = 64 * 2**10
 _TIMING: Final = re.compile(r"evaluate;dur=([0-9]{1,9}(?:\.[0-9]{1,6})?)")
 
@@ -98,13 +103,17 @@ class Transport:
         *,
         timeout: float,
         connections: int,
+        api_key: str | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         base = check_url(url)
+        # Lengths are checked, and a compressed answer could grow without bound.
+        headers = {"Accept-Encoding": "identity"}
+        if api_key is not None:
+            headers["Authorization"] = f"Bearer {api_key}"
         self._http = httpx2.AsyncClient(
             base_url=base,
-            # Lengths are checked, and a compressed answer could grow without bound.
-            headers={"Accept-Encoding": "identity"},
+            headers=headers,
             timeout=timeout,
             limits=httpx2.Limits(
                 max_connections=connections, max_keepalive_connections=connections
@@ -264,23 +273,39 @@ async def _problem(response: httpx2.Response) -> Exception:
         document = {}
     if not isinstance(document, dict):
         document = {}
-    code = _printable(str(document.get("type", "")).removeprefix(PROBLEM_TYPE))
-    request_id = response.headers.get("x-request-id")
-    error = ServiceResponseError(
-        f"the service answered {status} {code}: "
-        f"{_printable(str(document.get('detail', 'no detail')))} "
-        f"(request {_printable(request_id or 'unknown')})",
-        status=status,
-        problem=code,
-        request_id=request_id,
-        retryable=status in _RETRYABLE,
+    code = str(document.get("type", "")).removeprefix(PROBLEM_TYPE)
+    # What the service repeats of the API key goes no further: errors end up in logs.
+    api_key = response.request.headers.get("authorization", "").removeprefix("Bearer ")
+    code, detail, request_id = (
+        text.replace(api_key, "<API key>") if api_key else text
+        for text in (
+            code,
+            str(document.get("detail", "no detail")),
+            response.headers.get("x-request-id", ""),
+        )
     )
+    message = (
+        f"the service answered {status} {_printable(code)}: {_printable(detail)} "
+        f"(request {_printable(request_id or 'unknown')})"
+    )
+    about: dict[str, Any] = {
+        "status": status,
+        "problem": _printable(code),
+        "request_id": _printable(request_id) or None,
+        "retryable": status in _RETRYABLE,
+    }
+    asked = response.headers.get("retry-after", "")
+    retry_after = int(asked) if re.fullmatch(r"[0-9]{1,8}", asked) else None
+    if status in (401, 403):
+        return AccessError(f"{message}; {_ACCESS_ADVICE}", **about)
+    if status == 429 and code == BudgetExhaustedError.code:
+        return BudgetExhaustedError(message, retry_after=retry_after or 0, **about)
+    error = ServiceResponseError(message, **about)
     if status not in _RETRYABLE:
         return error
-    retry_after = response.headers.get("retry-after", "")
-    return _PauseError(
-        error, float(retry_after) if re.fullmatch(r"[0-9]{1,6}", retry_after) else None
-    )
+    if status == 429 and retry_after is not None and retry_after > _LONGEST_PAUSE_SECONDS:
+        return error
+    return _PauseError(error, retry_after)
 
 
 def _printable(text: str) -> str:

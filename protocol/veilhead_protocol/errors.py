@@ -33,6 +33,8 @@ VeilheadError
 │   │   │   └── SelfTestError        it answers a known embedding wrongly
 │   │   ├── ModelRetiredError        a version that the vendor has taken out of service
 │   │   └── SecretFileError          a file of a signing or head key that cannot be used
+│   ├── StateError               tenants, keys and budgets cannot be read or written
+│   ├── TenantError              a tenant that is unknown, known already or badly named
 │   └── WorkerError              no worker could answer; the same request can succeed later
 │       ├── QueueFullError       too many queries wait, or too many bodies are on their way
 │       └── DrainingError        the service is about to stop
@@ -40,6 +42,8 @@ VeilheadError
     ├── InsecureTransportError   plain HTTP to something that is not loopback
     ├── TransportError           no complete answer, after the retries
     ├── ServiceResponseError     the service answered with a problem
+    │   ├── AccessError          no API key, a wrong one, or one that lacks a scope
+    │   └── BudgetExhaustedError no queries left in this period; `retry_after` says how long
     ├── ReplyError               the service answered with something that is not a reply
     ├── NoBackboneError          `classify` on a model that takes embeddings
     ├── InputError               a value that cannot be classified (not text, wrong shape)
@@ -255,6 +259,18 @@ class ModelRetiredError(StoreError):
     code = "model-retired"
 
 
+class StateError(ServiceError):
+    """Tenants, keys and budgets cannot be read or written."""
+
+    code = "state-unavailable"
+
+
+class TenantError(ServiceError):
+    """A tenant or an API key that is unknown, known already, or not one that can be made."""
+
+    code = "tenant"
+
+
 class WorkerError(ServiceError):
     """The evaluating process died, or none is free."""
 
@@ -308,6 +324,25 @@ class ServiceResponseError(ClientError):
         self.problem = problem
         self.request_id = request_id
         self.retryable = retryable
+
+
+class AccessError(ServiceResponseError):
+    """The service wants an API key, or another one than it got."""
+
+    code = "access"
+
+
+class BudgetExhaustedError(ServiceResponseError):
+    """The tenant has no queries left for this model in this period.
+
+    Attributes: `retry_after`, whole seconds until the period ends.
+    """
+
+    code = "budget-exhausted"
+
+    def __init__(self, message: str, *, retry_after: int, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.retry_after = retry_after
 
 
 class ReplyError(ClientError):

@@ -12,8 +12,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veilhead_service import problems
+from veilhead_service.access import AccessGate, InsecureAccess, TenantAccess
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
+from veilhead_service.limits import Budget, Period, Rate
 from veilhead_service.model_store import ModelSource, ModelStore
 from veilhead_service.routes import Services, router
 from veilhead_service.settings import Settings
@@ -77,24 +79,37 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         preload=lambda: current_models(source),
         head_key=head_key,
     )
+    access = (
+        InsecureAccess()
+        if settings.insecure_no_tenants
+        else TenantAccess(
+            settings.state_directory,
+            rate=Rate(settings.rate_per_second, settings.rate_burst),
+            budget=Budget(settings.query_budget, Period(settings.query_budget_period)),
+        )
+    )
     services = Services(
         models=source,
         keys=KeyStore(
             max_bytes=settings.key_memory_bytes,
+            max_tenant_bytes=settings.tenant_key_memory_bytes,
             idle_seconds=settings.key_idle_seconds,
             lifetime_seconds=settings.key_lifetime_seconds,
         ),
         pool=pool,
         intake=Intake(max_bodies=settings.max_bodies, body_seconds=settings.body_seconds),
+        access=access,
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
+            await access.start()
             await pool.start()
             yield
         finally:
             await pool.stop()
+            await access.stop()
 
     app = FastAPI(
         title="Veilhead",
@@ -106,5 +121,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
     app.state.services = services
     app.include_router(router)
     problems.install(app)
+    # The last one added is the first that a request meets.
+    app.add_middleware(AccessGate, access=access)
     app.add_middleware(_RequestContext)
     return app

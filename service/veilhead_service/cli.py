@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from veilhead_protocol.errors import VeilheadError
 from veilhead_service import models_cli
+from veilhead_service.tenants_cli import app as tenants_app
 
 app = typer.Typer(
     name="veilhead-server",
@@ -31,6 +33,7 @@ app.add_typer(models_cli.models_app, name="models")
 app.add_typer(models_cli.signing_key_app, name="signing-key")
 app.add_typer(models_cli.head_key_app, name="head-key")
 app.command("retire")(models_cli.retire_model)
+app.add_typer(tenants_app)
 
 _console = Console(stderr=True, highlight=False)
 
@@ -40,6 +43,10 @@ def _reported() -> Iterator[None]:
     """Errors of ours as one line on standard error, and exit status 1."""
     try:
         yield
+    except ValidationError as error:  # of settings; what was given may be a secret
+        messages = (item["msg"].removeprefix("Value error, ") for item in error.errors())
+        typer.echo(f"veilhead-server: {'; '.join(messages)}", err=True)
+        raise typer.Exit(1) from error
     except VeilheadError as error:
         typer.echo(f"veilhead-server: {error}", err=True)
         raise typer.Exit(1) from error
@@ -159,25 +166,48 @@ def publish(
 @app.command()
 def run(
     store: Annotated[Path, typer.Option(help="The store to serve.")],
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
+    host: Annotated[
+        str | None, typer.Option(help="The address to listen on; 127.0.0.1 when absent.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="The port to listen on; 8000 when absent.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Evaluating processes; one a core when absent.")
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Directory of tenants and budgets; `state` when absent."),
+    ] = None,
+    insecure_no_tenants: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-no-tenants", help="Let everybody do everything; loopback hosts only."
+        ),
+    ] = False,
 ) -> None:
     """Serve a store over HTTP until it is stopped.
 
-    This version knows no tenants: keep it on loopback, or behind a proxy that authenticates and
-    speaks TLS.
+    Every request needs an API key of a tenant, which `veilhead-server tenants add` makes. The
+    service speaks plain HTTP: beyond loopback, put a proxy in front that speaks TLS.
 
-    Example: veilhead-server run --store store
+    Example: veilhead-server run --store store --state state
     """
     with _reported():
         from veilhead_service.app import create_app
         from veilhead_service.server import serve
         from veilhead_service.settings import Settings
+        from veilhead_service.state import State
 
-        settings = (
-            Settings(store=store) if workers is None else Settings(store=store, workers=workers)
-        )
-        serve(create_app(settings), settings, host=host, port=port)
+        given = {
+            "host": host,
+            "port": port,
+            "workers": workers,
+            "state_directory": state,
+            "insecure_no_tenants": insecure_no_tenants or None,
+        }
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        settings = Settings(store=store, **chosen)
+        if not settings.insecure_no_tenants:
+            State(settings.state_directory).close()  # what is wrong with it is said right here
+        serve(create_app(settings), settings, host=settings.host, port=settings.port)

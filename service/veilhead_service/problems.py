@@ -20,6 +20,7 @@ from veilhead_protocol.errors import (
     ModelMismatchError,
     ModelRetiredError,
     ModelUnavailableError,
+    StateError,
     StoreError,
     VeilheadError,
     WireError,
@@ -109,6 +110,15 @@ def of_error(error: VeilheadError) -> Problem:
             HTTPStatus.INTERNAL_SERVER_ERROR,
             "model-unavailable",
             "this version is published here but cannot be served; the service's log says why",
+        )
+    if isinstance(error, StateError):
+        logger.error("the state failed: %s", error)
+        return Problem(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "state-unavailable",
+            "tenants and budgets cannot be looked up; send the same request again later",
+            retryable=True,
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
     if isinstance(error, StoreError):
         logger.error("the model store failed: %s", error)

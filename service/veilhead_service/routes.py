@@ -6,6 +6,7 @@ import hmac
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib.metadata import version
 from typing import Annotated, Any, Final
@@ -35,8 +36,10 @@ from veilhead_protocol.wire import (
     QueryMessage,
     key_id,
 )
+from veilhead_service.access import Access
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
+from veilhead_service.limits import Usage, charge
 from veilhead_service.model_store import ModelSource, StoredModel
 from veilhead_service.problems import (
     Problem,
@@ -63,6 +66,7 @@ class Services:
     keys: KeyStore
     pool: WorkerPool
     intake: Intake
+    access: Access
 
 
 def _services(request: Request) -> Services:
@@ -71,6 +75,14 @@ def _services(request: Request) -> Services:
 
 
 _Services = Annotated[Services, Depends(_services)]
+
+
+def _tenant(request: Request) -> str:
+    tenant: str = request.state.tenant  # set by the access gate, before any route
+    return tenant
+
+
+_Tenant = Annotated[str, Depends(_tenant)]
 
 
 def _digest(text: str) -> bytes:
@@ -235,7 +247,12 @@ async def get_file(
     status_code=HTTPStatus.CREATED,
     openapi_extra=_message_in("a key message"),
 )
-async def register_key(id: str, request: Request, services: _Services) -> Response:  # noqa: A002
+async def register_key(
+    id: str,  # noqa: A002
+    request: Request,
+    services: _Services,
+    tenant: _Tenant,
+) -> Response:
     """Register a key message under its SHA-256: 201 when it is new, 200 when it was known."""
     expected = _digest(id)
     body = await _body(request, MAX_KEY_BYTES)
@@ -246,22 +263,22 @@ async def register_key(id: str, request: Request, services: _Services) -> Respon
             "the SHA-256 of the body is not the id in the path",
         )
     KeyMessage.deserialize(body)
-    new = services.keys.put(expected, body)
+    new = services.keys.put(tenant, expected, body)
     return JSONResponse({"id": id}, HTTPStatus.CREATED if new else HTTPStatus.OK)
 
 
 @router.head("/v1/keys/{id}", tags=["keys"], response_class=Response)
-async def has_key(id: str, services: _Services) -> Response:  # noqa: A002
+async def has_key(id: str, services: _Services, tenant: _Tenant) -> Response:  # noqa: A002
     """200 when the key is registered, 404 when it is not."""
-    if services.keys.get(_digest(id)) is None:
+    if services.keys.get(tenant, _digest(id)) is None:
         raise key_not_registered()
     return Response()
 
 
 @router.delete("/v1/keys/{id}", tags=["keys"], status_code=HTTPStatus.NO_CONTENT)
-async def forget_key(id: str, services: _Services) -> Response:  # noqa: A002
+async def forget_key(id: str, services: _Services, tenant: _Tenant) -> Response:  # noqa: A002
     """Forget a key: 204, or 404 when it was not registered."""
-    if not services.keys.discard(_digest(id)):
+    if not services.keys.discard(tenant, _digest(id)):
         raise key_not_registered()
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
@@ -272,7 +289,7 @@ async def forget_key(id: str, services: _Services) -> Response:  # noqa: A002
     response_class=Response,
     openapi_extra=_message_in("a query message"),
 )
-async def infer(name: str, request: Request, services: _Services) -> Response:
+async def infer(name: str, request: Request, services: _Services, tenant: _Tenant) -> Response:
     """Evaluate the head on an encrypted embedding and answer with a reply message."""
     with suppress(ModelRetiredError, ModelUnavailableError):  # another version may be served
         _current(services, name)
@@ -288,13 +305,16 @@ async def infer(name: str, request: Request, services: _Services) -> Response:
     expected = QueryMessage.size(model.manifest.parameter_set, model.manifest.layout)
     if len(body) != expected:
         raise MessageLengthError(f"got {len(body)} bytes, expected {expected} for this model")
-    key = services.keys.get(header.key_id)
+    key = services.keys.get(tenant, header.key_id)
     if key is None:
         raise key_not_registered()
     request.state.key_id = header.key_id
     request.state.model = name
     request.state.model_digest = header.model_digest
-    evaluation = await services.pool.evaluate(model, header.key_id, key, body)
+    manifest = model.manifest
+    units = charge(manifest.layout, manifest.scales.exponent, manifest.parameter_set)
+    async with services.access.charged(tenant, name, units):
+        evaluation = await services.pool.evaluate(model, header.key_id, key, body)
     request.state.queue_seconds = evaluation.queue_seconds
     request.state.evaluate_seconds = evaluation.seconds
     return Response(
@@ -306,6 +326,28 @@ async def infer(name: str, request: Request, services: _Services) -> Response:
             "Cache-Control": "no-store",
         },
     )
+
+
+@router.get("/v1/usage", tags=["usage"])
+async def get_usage(services: _Services, tenant: _Tenant) -> dict[str, Any]:
+    """The tenant's rate limit, and for each model what is used and left of the budget."""
+    rate, found = await services.access.usage(tenant, services.models.names())
+    return {
+        "tenant": tenant,
+        "rate": None if rate is None else {"per_second": rate.per_second, "burst": rate.burst},
+        "models": [_usage_row(usage) for usage in found],
+    }
+
+
+def _usage_row(usage: Usage) -> dict[str, Any]:
+    return {
+        "model": usage.model,
+        "budget": usage.budget.units,
+        "used": usage.used,
+        "remaining": usage.remaining,
+        "period": usage.budget.period.value,
+        "period_ends": datetime.fromtimestamp(usage.ends, UTC).isoformat(),
+    }
 
 
 @router.get("/livez", tags=["health"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from veilhead_service.head_encryption import HeadKey, find_head_key
@@ -34,6 +36,16 @@ class Settings(BaseSettings):
         head_key_file: file of the key that encrypted heads are under.
         head_key: that key itself, for places where secrets come as variables; a file is better.
         require_encrypted_heads: whether versions with a plaintext head are refused.
+        host: address to listen on.
+        port: port to listen on.
+        state_directory: directory of tenants, API keys and budgets.
+        insecure_no_tenants: let everybody do everything, uncounted; on a loopback host only.
+        tenant_key_memory_bytes: memory for the registered keys of one tenant.
+        rate_per_second: requests a second of a tenant without a rate of its own.
+        rate_burst: requests at once of such a tenant.
+        query_budget: queries of a tenant and model without a budget of their own, in a period;
+            None for no limit.
+        query_budget_period: the calendar day or month, UTC, that budget is for.
     """
 
     model_config = SettingsConfigDict(env_prefix="VEILHEAD_SERVER_", frozen=True)
@@ -56,6 +68,24 @@ class Settings(BaseSettings):
     head_key_file: Path | None = None
     head_key: SecretStr | None = None
     require_encrypted_heads: bool = False
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    state_directory: Path = Path("state")
+    insecure_no_tenants: bool = False
+    tenant_key_memory_bytes: int = Field(default=16 * 2**20, ge=2**16)
+    rate_per_second: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
+    rate_burst: int = Field(default=2000, ge=1)
+    query_budget: int | None = Field(default=None, ge=0)
+    query_budget_period: Literal["day", "month"] = "day"
+
+    @model_validator(mode="after")
+    def _insecure_only_on_loopback(self) -> Self:
+        if self.insecure_no_tenants and not _is_loopback(self.host):
+            raise ValueError(
+                "insecure_no_tenants is for a loopback host such as 127.0.0.1: to listen "
+                "elsewhere, make tenants (`veilhead-server tenants add`)"
+            )
+        return self
 
     def open_head_key(self) -> HeadKey | None:
         """The key that encrypted heads are under, or None when none was given.
@@ -66,3 +96,12 @@ class Settings(BaseSettings):
         return find_head_key(
             self.head_key_file, None if self.head_key is None else self.head_key.get_secret_value()
         )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -41,7 +41,7 @@ def connect():
     def make(directory, *, model=None, **options):
         models = SingleModel(directory)
         (name,) = models.names()
-        app = create_app(Settings(workers=1), models=models)
+        app = create_app(Settings(workers=1, insecure_no_tenants=True), models=models)
         service = ScriptedService(InProcessTransport(app))
         client = Client("http://127.0.0.1", model or name, transport=service, **options)
         clients.append(client)

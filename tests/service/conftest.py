@@ -135,7 +135,9 @@ def store(artifacts, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def service(store, artifacts):
     """The app, running with two workers."""
-    with TestClient(create_app(Settings(store=store, workers=2))) as client:
+    with TestClient(
+        create_app(Settings(store=store, workers=2, insecure_no_tenants=True))
+    ) as client:
         yield Service(client, artifacts)
 
 

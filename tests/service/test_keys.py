@@ -30,7 +30,13 @@ def clock():
 
 
 def new_store(clock, *, max_bytes=1000):
-    return KeyStore(max_bytes=max_bytes, idle_seconds=IDLE, lifetime_seconds=LIFETIME, clock=clock)
+    return KeyStore(
+        max_bytes=max_bytes,
+        max_tenant_bytes=max_bytes,
+        idle_seconds=IDLE,
+        lifetime_seconds=LIFETIME,
+        clock=clock,
+    )
 
 
 def key(number):
@@ -39,45 +45,50 @@ def key(number):
 
 def test_what_is_put_is_found(clock):
     store = new_store(clock)
-    assert store.put(key(1), b"one")
-    assert store.put(key(2), b"three")
-    assert store.get(key(1)) == b"one"
-    assert store.get(key(2)) == b"three"
-    assert store.get(key(3)) is None
+    assert store.put("t", key(1), b"one")
+    assert store.put("t", key(2), b"three")
+    assert store.get("t", key(1)) == b"one"
+    assert store.get("t", key(2)) == b"three"
+    assert store.get("t", key(3)) is None
     assert (len(store), store.bytes_held) == (2, 8)
 
 
 def test_a_known_key_is_not_new_and_counts_once(clock):
     store = new_store(clock)
-    assert store.put(key(1), b"12345")
-    assert not store.put(key(1), b"12345")
+    assert store.put("t", key(1), b"12345")
+    assert not store.put("t", key(1), b"12345")
     assert (len(store), store.bytes_held) == (1, 5)
-    assert store.discard(key(1))
+    assert store.discard("t", key(1))
     assert (len(store), store.bytes_held) == (0, 0)
 
 
 def test_discard_tells_whether_the_key_was_known(clock):
     store = new_store(clock)
-    assert not store.discard(key(1))
-    store.put(key(1), b"12345")
-    assert store.discard(key(1))
-    assert not store.discard(key(1))
-    assert store.get(key(1)) is None
+    assert not store.discard("t", key(1))
+    store.put("t", key(1), b"12345")
+    assert store.discard("t", key(1))
+    assert not store.discard("t", key(1))
+    assert store.get("t", key(1)) is None
     assert store.bytes_held == 0
 
 
 def test_the_first_key_goes_when_memory_is_short(clock):
     store = new_store(clock, max_bytes=300)
     for number in range(4):
-        store.put(key(number), bytes(100))
-    assert [store.get(key(number)) is not None for number in range(4)] == [False, True, True, True]
+        store.put("t", key(number), bytes(100))
+    assert [store.get("t", key(number)) is not None for number in range(4)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     assert store.bytes_held == 300
 
 
 def test_exactly_as_much_as_allowed_fits(clock):
     store = new_store(clock, max_bytes=300)
     for number in range(3):
-        store.put(key(number), bytes(100))
+        store.put("t", key(number), bytes(100))
     assert len(store) == 3
 
 
@@ -85,21 +96,26 @@ def test_exactly_as_much_as_allowed_fits(clock):
 def test_a_used_key_stays_and_the_least_recently_used_goes(clock, touch):
     store = new_store(clock, max_bytes=300)
     for number in range(3):
-        store.put(key(number), bytes(100))
+        store.put("t", key(number), bytes(100))
     if touch == "get":
-        store.get(key(0))
+        store.get("t", key(0))
     else:
-        store.put(key(0), bytes(100))
-    store.put(key(3), bytes(100))
-    assert [store.get(key(number)) is not None for number in range(4)] == [True, False, True, True]
+        store.put("t", key(0), bytes(100))
+    store.put("t", key(3), bytes(100))
+    assert [store.get("t", key(number)) is not None for number in range(4)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_one_large_key_displaces_several(clock):
     store = new_store(clock, max_bytes=300)
     for number in range(3):
-        store.put(key(number), bytes(100))
-    store.put(key(3), bytes(250))
-    assert [store.get(key(number)) is not None for number in range(4)] == [
+        store.put("t", key(number), bytes(100))
+    store.put("t", key(3), bytes(250))
+    assert [store.get("t", key(number)) is not None for number in range(4)] == [
         False,
         False,
         False,
@@ -110,58 +126,123 @@ def test_one_large_key_displaces_several(clock):
 
 def test_a_key_larger_than_the_bound_is_alone(clock):
     store = new_store(clock, max_bytes=300)
-    store.put(key(0), bytes(100))
-    store.put(key(1), bytes(500))
+    store.put("t", key(0), bytes(100))
+    store.put("t", key(1), bytes(500))
     assert (len(store), store.bytes_held) == (1, 500)
-    assert store.get(key(1)) == bytes(500)
+    assert store.get("t", key(1)) == bytes(500)
 
 
 def test_an_idle_key_expires(clock):
     store = new_store(clock)
-    store.put(key(1), b"12345")
+    store.put("t", key(1), b"12345")
     clock.now += IDLE - 0.001
-    assert store.get(key(1)) == b"12345"  # and this was a use
+    assert store.get("t", key(1)) == b"12345"  # and this was a use
     clock.now += IDLE - 0.001
-    assert store.get(key(1)) == b"12345"
+    assert store.get("t", key(1)) == b"12345"
     clock.now += IDLE
-    assert store.get(key(1)) is None
+    assert store.get("t", key(1)) is None
     assert (len(store), store.bytes_held) == (0, 0)
 
 
 def test_a_key_in_use_expires_in_the_end_however_it_is_used(clock):
     store = new_store(clock)
-    store.put(key(1), b"12345")
+    store.put("t", key(1), b"12345")
     start = clock.now
     while clock.now + IDLE / 2 < start + LIFETIME:
         clock.now += IDLE / 2
-        assert store.get(key(1)) is not None
-        assert not store.put(key(1), b"12345")
+        assert store.get("t", key(1)) is not None
+        assert not store.put("t", key(1), b"12345")
     clock.now = start + LIFETIME
-    assert store.get(key(1)) is None
+    assert store.get("t", key(1)) is None
 
 
 def test_an_expired_key_is_new_again(clock):
     store = new_store(clock)
-    store.put(key(1), b"12345")
+    store.put("t", key(1), b"12345")
     clock.now += IDLE
-    assert store.put(key(1), b"12345")
+    assert store.put("t", key(1), b"12345")
     assert (len(store), store.bytes_held) == (1, 5)
     clock.now += IDLE / 2
-    assert store.get(key(1)) == b"12345"
+    assert store.get("t", key(1)) == b"12345"
 
 
 def test_an_expired_key_goes_before_living_ones_however_recently_it_was_used(clock):
     store = new_store(clock, max_bytes=300)
-    store.put(key(0), bytes(100))
+    store.put("t", key(0), bytes(100))
     start = clock.now
     for number, seconds in ((None, 9), (None, 18), (1, 27), (2, 30), (None, 34)):
         clock.now = start + seconds
         if number is not None:
-            store.put(key(number), bytes(100))
-        assert store.get(key(0)) is not None
+            store.put("t", key(number), bytes(100))
+        assert store.get("t", key(0)) is not None
     clock.now = start + LIFETIME
-    store.put(key(3), bytes(100))
-    assert [store.get(key(number)) is not None for number in range(4)] == [False, True, True, True]
+    store.put("t", key(3), bytes(100))
+    assert [store.get("t", key(number)) is not None for number in range(4)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
+# --- tenants ------------------------------------------------------------------------------------
+
+
+def two_tenants(clock, *, max_bytes=1000, max_tenant_bytes=1000):
+    return KeyStore(
+        max_bytes=max_bytes,
+        max_tenant_bytes=max_tenant_bytes,
+        idle_seconds=IDLE,
+        lifetime_seconds=LIFETIME,
+        clock=clock,
+    )
+
+
+def held(store, tenant, numbers=range(10)):
+    return [number for number in numbers if store.get(tenant, key(number)) is not None]
+
+
+def test_a_key_is_its_tenants_alone(clock):
+    both = two_tenants(clock)
+    both.put("a", key(1), b"12345")
+    assert both.get("b", key(1)) is None
+    assert not both.discard("b", key(1))
+    assert both.get("a", key(1)) == b"12345"
+
+
+def test_the_same_bytes_are_two_tenants_keys(clock):
+    both = two_tenants(clock)
+    assert both.put("a", key(1), b"12345")
+    assert both.put("b", key(1), b"12345")
+    assert (len(both), both.bytes_held) == (2, 10)
+    assert both.discard("a", key(1))
+    assert both.get("b", key(1)) == b"12345"
+
+
+def test_a_tenant_at_its_bound_loses_keys_of_its_own(clock):
+    both = two_tenants(clock, max_tenant_bytes=300)
+    both.put("b", key(0), bytes(100))  # the least recently used of all
+    for number in range(5):
+        both.put("a", key(number), bytes(100))
+    assert held(both, "a") == [2, 3, 4]
+    assert held(both, "b") == [0]
+
+
+def test_the_tenant_that_holds_most_makes_room(clock):
+    both = two_tenants(clock, max_bytes=500)
+    both.put("small", key(0), bytes(100))
+    for number in range(4):
+        both.put("large", key(number), bytes(100))
+    both.put("new", key(9), bytes(100))
+    assert held(both, "small") == [0]
+    assert held(both, "new") == [9]
+    assert held(both, "large") == [1, 2, 3]
+    # However much it goes on, it makes room for itself.
+    for number in range(4, 9):
+        both.put("large", key(number), bytes(100))
+    assert held(both, "small") == [0]
+    assert held(both, "new") == [9]
+    assert both.bytes_held == 500
 
 
 class Reference:
@@ -219,20 +300,20 @@ def test_any_sequence_of_operations_keeps_the_books(operations, max_bytes):
             clock.now += argument
         elif operation == "put":
             message = bytes(sizes[argument])
-            assert store.put(key(argument), message) == reference.put(argument, message)
+            assert store.put("t", key(argument), message) == reference.put(argument, message)
         elif operation == "get":
-            assert store.get(key(argument)) == reference.get(argument)
+            assert store.get("t", key(argument)) == reference.get(argument)
         else:
             # Whether an expired key that nobody asked for is "known" is the store's own affair.
             known = reference.get(argument) is not None
-            found = store.discard(key(argument))
+            found = store.discard("t", key(argument))
             assert found or not known
             reference.discard(argument)
         assert store.bytes_held >= 0
         assert store.bytes_held < max_bytes + largest
         if store.bytes_held > max_bytes:
             assert len(store) == 1
-    alive = [number for number in range(10) if store.get(key(number)) is not None]
+    alive = [number for number in range(10) if store.get("t", key(number)) is not None]
     assert alive == [number for number in range(10) if reference.get(number) is not None]
     assert len(store) == len(alive)
     assert store.bytes_held == sum(sizes[number] for number in alive)

@@ -123,7 +123,9 @@ def test_a_refused_key_is_not_registered(service, message, problem):
 
 def test_keys_make_room_for_newer_ones(store, artifacts, make_service, service):
     """With room for four keys, the fifth takes the place of the least recently used."""
-    app = create_app(Settings(store=store, key_memory_bytes=2**16))  # no workers are started
+    app = create_app(
+        Settings(store=store, key_memory_bytes=2**16, insecure_no_tenants=True)
+    )  # no workers are started
     small = make_service(TestClient(app), artifacts)
     manifest = artifacts["digits"].manifest
     keys = [SecretKey(manifest.parameter_set, manifest.layout).message for _ in range(5)]

@@ -454,7 +454,7 @@ def test_a_body_that_declares_too_much_is_not_read(store, request_raw, declared)
 
     headers = {"content-type": "application/octet-stream", "content-length": declared}
     status, found, _ = request_raw(
-        create_app(Settings(store=store)),
+        create_app(Settings(store=store, insecure_no_tenants=True)),
         "POST",
         "/v1/models/digits/infer",
         headers=headers,
@@ -488,7 +488,11 @@ def test_a_body_without_end_is_read_up_to_the_limit(
     if declared is not None:
         headers["content-length"] = declared
     status, found, _ = request_raw(
-        create_app(Settings(store=store)), method, path, headers=headers, receive=receive
+        create_app(Settings(store=store, insecure_no_tenants=True)),
+        method,
+        path,
+        headers=headers,
+        receive=receive,
     )
     assert status == 413
     assert found["content-type"] == "application/problem+json"

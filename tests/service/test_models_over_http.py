@@ -48,7 +48,7 @@ def put_out(tmp_path, own_store):
 @pytest.fixture
 def client(own_store):
     """A client of an app without workers: these routes need none."""
-    return TestClient(create_app(Settings(store=own_store)))
+    return TestClient(create_app(Settings(store=own_store, insecure_no_tenants=True)))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def with_backbone(backbone_directory, backbone_section, tmp_path_factory):
     head = artifact(3, 8, name="files").with_backbone(backbone_directory, backbone_section)
     head.save(root / "artifact", report={"accuracy": 0.5})
     publish(root / "artifact", root / "store")
-    client = TestClient(create_app(Settings(store=root / "store")))
+    client = TestClient(create_app(Settings(store=root / "store", insecure_no_tenants=True)))
     return client, published(root / "store", "files")
 
 
@@ -149,7 +149,7 @@ def test_an_unknown_model_is_not_found(service, problem, name):
 )
 def test_names_do_not_walk(store, request_raw, name):
     """Paths as a hostile client writes them, and as a server decodes them."""
-    app = create_app(Settings(store=store))
+    app = create_app(Settings(store=store, insecure_no_tenants=True))
     for path in (f"/v1/models/{name}", f"/v1/models/{name}/files/manifest.json"):
         status, headers, body = request_raw(app, "GET", path)
         assert status == 404
@@ -351,7 +351,9 @@ def test_what_is_published_while_the_app_runs_is_noticed(put_out, own_store, mak
     second = artifact(4, 16, name="model", seed=2)
     other = artifact(2, 16, name="another", seed=3)
     put_out(first)
-    with TestClient(create_app(Settings(store=own_store, workers=1))) as client:
+    with TestClient(
+        create_app(Settings(store=own_store, workers=1, insecure_no_tenants=True))
+    ) as client:
         old = make_service(client, {"model": first})
         old.check_answers("model")
         session = old.session("model")
@@ -559,7 +561,9 @@ def test_a_head_that_was_changed_in_the_store_is_not_served(
     put_out(healthy)
     put_out(sick)
     flip_last_byte(published(own_store, "sick") / HEAD_FILE)
-    with TestClient(create_app(Settings(store=own_store, workers=1))) as client:
+    with TestClient(
+        create_app(Settings(store=own_store, workers=1, insecure_no_tenants=True))
+    ) as client:
         service = make_service(client, {"healthy": healthy, "sick": sick})
         query = service.query("sick")
         answer = service.infer("sick", query.data)

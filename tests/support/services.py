@@ -62,14 +62,14 @@ def problem(status, code, **headers):
 
 
 @contextlib.contextmanager
-def running(store, *arguments):
+def running(store, *arguments, access=("--insecure-no-tenants",)):
     """The URL of `veilhead-server run` on a store, as its own process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "veilhead_service", "run", "--store", str(store)]
     process = subprocess.Popen(
-        [*command, "--port", str(port), *arguments],
+        [*command, "--port", str(port), *access, *arguments],
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
         stderr=subprocess.PIPE,
     )

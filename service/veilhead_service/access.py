@@ -1,0 +1,330 @@
+"""Who may do what: API keys, scopes, rates and budgets, before a route sees a request.
+
+`AccessGate` stands in front of every route, those of the framework and paths without a route too.
+A request without a good key gets the same 401 wherever it goes, and its body is never read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
+
+from fastapi import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from veilhead_protocol.errors import StateError, VeilheadError
+from veilhead_service import problems
+from veilhead_service.limits import Budget, Rate, RateLimiter, Usage
+from veilhead_service.problems import Problem
+from veilhead_service.state import State
+from veilhead_service.tenants import INSECURE_TENANT, ApiKey, KeyScope, Tenant, key_id_of, opens
+
+#: What anybody may ask: whether the service is up.
+OPEN_PATHS: Final = frozenset({"/livez", "/readyz"})
+
+#: The scope that a path needs. Any good key opens the others.
+_SCOPES: Final = (
+    (re.compile(r"/v1/models/[^/]+/infer/?"), KeyScope.INFER),
+    (re.compile(r"/v1/models(?:/.*)?", re.DOTALL), KeyScope.MODELS),
+    (re.compile(r"/v1/keys(?:/.*)?", re.DOTALL), KeyScope.INFER),
+    (re.compile(r"/v1/usage/?"), KeyScope.USAGE),
+    (re.compile(r"/metrics(?:/.*)?", re.DOTALL), KeyScope.METRICS),
+)
+
+#: Seconds after which the state is asked whether anything changed: how late a revocation is seen.
+_FRESH_SECONDS: Final = 0.25
+
+logger = logging.getLogger("veilhead.service")
+
+_Value = TypeVar("_Value")
+
+
+def scope_of(path: str) -> KeyScope | None:
+    """The scope that a path needs; None when any good key will do."""
+    for pattern, scope in _SCOPES:
+        if pattern.fullmatch(path):
+            return scope
+    return None
+
+
+@dataclass(frozen=True)
+class _Directory:
+    """Tenants and keys, as they were in the state at one moment."""
+
+    version: int
+    tenants: dict[str, Tenant]
+    keys: dict[str, ApiKey]
+
+
+class Access(Protocol):
+    """Who may do what, and what it costs them."""
+
+    async def start(self) -> None:
+        """Make ready; raises StateError when that fails."""
+
+    async def stop(self) -> None:
+        """Let go of what `start` opened."""
+
+    async def admit(self, authorization: list[str], path: str) -> str:
+        """The tenant of a request with these Authorization headers, which may ask for this path.
+
+        Raises:
+            Problem: unauthenticated, forbidden or rate-limited.
+            StateError: when it cannot be known.
+        """
+
+    def charged(self, tenant: str, model: str, units: int) -> AbstractAsyncContextManager[None]:
+        """Charge a budget for what the block does; given back when the block fails.
+
+        Raises:
+            Problem: budget-exhausted, before the block.
+            StateError: when it cannot be charged; the block does not run then.
+        """
+
+    async def usage(self, tenant: str, models: list[str]) -> tuple[Rate | None, list[Usage]]:
+        """A tenant's rate (None for no limit) and its budgets: of these models, and in use.
+
+        Raises:
+            StateError: when the state cannot be read.
+        """
+
+    async def usage_snapshot(self) -> list[Usage]:
+        """The current period of every budget that is set or in use, of all tenants, for metrics.
+
+        Raises:
+            StateError: when the state cannot be read.
+        """
+
+
+class TenantAccess:
+    """Access by API keys, on a state that others may change meanwhile.
+
+    The state is opened at `start`, or by the first request. It is used by one thread, so that no
+    disk and no lock ever holds up the event loop.
+    """
+
+    def __init__(
+        self,
+        state_directory: Path,
+        *,
+        rate: Rate,
+        budget: Budget,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Access by what a state holds.
+
+        Args:
+            state_directory: where the state is.
+            rate: of a tenant that has none of its own.
+            budget: of a tenant and model that have none of their own.
+            clock: seconds since 1970, for expiry and periods.
+            monotonic: seconds that only ever advance, for rates.
+        """
+        self._state_directory = state_directory
+        self._rate = rate
+        self._budget = budget
+        self._clock = clock
+        self._monotonic = monotonic
+        self._limiter = RateLimiter(clock=monotonic)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="veilhead-state")
+        self._state: State | None = None
+        self._directory: _Directory | None = None
+        self._checked = -math.inf
+
+    async def start(self) -> None:
+        """Open the state."""
+        directory = await self._in_thread(self._refresh)
+        if not directory.keys:
+            logger.warning("there are no tenants: `veilhead-server tenants add` makes one")
+
+    async def stop(self) -> None:
+        """Close the state."""
+        if self._state is not None:
+            await self._in_thread(self._state.close)
+        self._state = None
+        self._directory = None
+        self._checked = -math.inf
+
+    async def admit(self, authorization: list[str], path: str) -> str:
+        """Authenticate, then look at the scope, then at the rate."""
+        directory = await self._current()
+        scheme, _, written = (
+            authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
+        )
+        key = directory.keys.get(key_id_of(written) or "")
+        is_open = opens(key, written, now=self._clock())
+        if key is None or not is_open or scheme.lower() != "bearer":
+            raise Problem(
+                HTTPStatus.UNAUTHORIZED,
+                "unauthenticated",
+                "expected Authorization: Bearer and an API key of this service that is neither "
+                "expired nor revoked",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        needed = scope_of(path)
+        if needed is not None and needed not in key.scopes:
+            raise Problem(
+                HTTPStatus.FORBIDDEN,
+                "forbidden",
+                f"the API key lacks the scope {needed}; the vendor can make one that has it",
+            )
+        wait = self._limiter.take(key.tenant, self._rate_of(directory, key.tenant))
+        if wait > 0:
+            raise Problem(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                "rate-limited",
+                "too many requests of this tenant at once; send the same request again later",
+                retryable=True,
+                headers={"Retry-After": _whole(wait)},
+            )
+        return key.tenant
+
+    @asynccontextmanager
+    async def charged(self, tenant: str, model: str, units: int) -> AsyncIterator[None]:
+        """Charge, and give back when the block raises.
+
+        Only a block that was cancelled stays charged: nobody knows how far it came.
+        """
+        taken = await self._in_thread(
+            lambda: self._opened().charge(tenant, model, units, self._budget)
+        )
+        if isinstance(taken, Usage):
+            raise Problem(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                "budget-exhausted",
+                f"no queries of this model are left in this {taken.budget.period} (UTC); "
+                "GET /v1/usage shows the budgets",
+                retryable=True,
+                headers={"Retry-After": _whole(taken.ends - self._clock())},
+            )
+        try:
+            yield
+        except Exception:
+            try:
+                await self._in_thread(lambda: self._opened().refund(taken))
+            except StateError as error:
+                logger.error("a charge could not be given back: %s", error)
+            raise
+
+    async def usage(self, tenant: str, models: list[str]) -> tuple[Rate | None, list[Usage]]:
+        """The tenant's rows, sorted by model; unused models have the default budget."""
+        directory = await self._current()
+        found = await self._in_thread(lambda: self._opened().usage(self._budget, tenant=tenant))
+        ends = self._budget.period.ends(self._clock())
+        rows = {model: Usage(tenant, model, self._budget, 0, ends) for model in models}
+        rows |= {usage.model: usage for usage in found}
+        return self._rate_of(directory, tenant), [rows[model] for model in sorted(rows)]
+
+    async def usage_snapshot(self) -> list[Usage]:
+        """All tenants' rows."""
+        return await self._in_thread(lambda: self._opened().usage(self._budget))
+
+    def _rate_of(self, directory: _Directory, name: str) -> Rate:
+        tenant = directory.tenants[name]
+        return Rate(
+            tenant.rate_per_second or self._rate.per_second, tenant.burst or self._rate.burst
+        )
+
+    async def _current(self) -> _Directory:
+        if self._directory is None or self._monotonic() - self._checked >= _FRESH_SECONDS:
+            return await self._in_thread(self._refresh)
+        return self._directory
+
+    async def _in_thread(self, call: Callable[[], _Value]) -> _Value:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    # --- in the state's thread --------------------------------------------------------------------
+
+    def _opened(self) -> State:
+        if self._state is None:
+            self._state = State(self._state_directory, clock=self._clock)
+        return self._state
+
+    def _refresh(self) -> _Directory:
+        state = self._opened()
+        now = self._monotonic()
+        version = state.data_version()
+        directory = self._directory
+        if directory is None or directory.version != version:
+            # A change between these reads changes the number again, and is read the next time.
+            # Keys come first: tenants are never deleted, so every key finds its tenant.
+            keys = {key.id: key for key in state.api_keys()}
+            tenants = {tenant.name: tenant for tenant in state.tenants()}
+            directory = _Directory(version, tenants, keys)
+        self._directory, self._checked = directory, now
+        return directory
+
+
+class InsecureAccess:
+    """Access without tenants: everybody who reaches the service may do everything, uncounted."""
+
+    async def start(self) -> None:
+        """There is nothing to open."""
+
+    async def stop(self) -> None:
+        """There is nothing to close."""
+
+    async def admit(self, authorization: list[str], path: str) -> str:  # noqa: ARG002
+        """Everybody is the same tenant."""
+        return INSECURE_TENANT
+
+    @asynccontextmanager
+    async def charged(self, tenant: str, model: str, units: int) -> AsyncIterator[None]:  # noqa: ARG002
+        """There are no budgets."""
+        yield
+
+    async def usage(
+        self,
+        tenant: str,  # noqa: ARG002
+        models: list[str],  # noqa: ARG002
+    ) -> tuple[Rate | None, list[Usage]]:
+        """Nothing is counted."""
+        return None, []
+
+    async def usage_snapshot(self) -> list[Usage]:
+        """Nothing is counted."""
+        return []
+
+
+class AccessGate:
+    """Lets a request through to the app once its tenant is known: `request.state.tenant`."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request here, or hand it on."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            tenant = await self._access.admit(
+                request.headers.getlist("authorization"), scope["path"]
+            )
+        except Problem as problem:
+            await problems.respond(request, problem)(scope, receive, send)
+        except VeilheadError as error:
+            await problems.respond(request, problems.of_error(error))(scope, receive, send)
+        else:
+            request.state.tenant = tenant
+            await self._app(scope, receive, send)
+
+
+def _whole(seconds: float) -> str:
+    return str(max(1, math.ceil(seconds)))

@@ -27,7 +27,9 @@ VeilheadError
 │   └── ArtifactError
 ├── ServiceError                 the service cannot do what it was asked
 │   ├── StoreError
-│   └── WorkerError
+│   ├── WorkerError
+│   ├── ConfigurationError       a setting that is unknown, not valid, or at odds with another
+│   └── AccessLogError           an access log that cannot be written, or that is not whole
 └── ClientError                  the data owner's side
     ├── InsecureTransportError   plain HTTP to something that is not loopback
     ├── TransportError           no complete answer, after the retries
@@ -215,6 +217,18 @@ class WorkerError(ServiceError):
     """The evaluating process died, or none is free."""
 
     code = "worker-unavailable"
+
+
+class ConfigurationError(ServiceError):
+    """A setting that is unknown, not valid, or at odds with another one."""
+
+    code = "configuration"
+
+
+class AccessLogError(ServiceError):
+    """An access log that cannot be written, or whose chain of records is broken."""
+
+    code = "access-log-unavailable"
 
 
 class ClientError(VeilheadError):

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from veilhead_protocol.errors import VeilheadError
+from veilhead_service import access_log_cli, logs, settings_cli
+from veilhead_service.doctor import doctor
+from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
 
 app = typer.Typer(
     name="veilhead-server",
@@ -24,6 +27,10 @@ app = typer.Typer(
         "text, an embedding, a logit or a label."
     ),
 )
+
+app.add_typer(access_log_cli.app, name="access-log")
+app.command("settings")(settings_cli.show)
+app.command("doctor")(doctor)
 
 _console = Console(stderr=True, highlight=False)
 
@@ -116,17 +123,27 @@ def publish(
 
 @app.command()
 def run(
-    store: Annotated[Path, typer.Option(help="The store to serve.")],
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
+    store: Annotated[Path | None, typer.Option(help="The store to serve.")] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port to listen on.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Evaluating processes; one a core when absent.")
     ] = None,
+    state_directory: Annotated[
+        Path | None, typer.Option(help="Where the service keeps what it writes.")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="json or text.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
 ) -> None:
     """Serve a store over HTTP until it is stopped.
 
     This version knows no tenants: keep it on loopback, or behind a proxy that authenticates and
     speaks TLS.
+
+    Flags come before VEILHEAD_SERVER_* variables, these before the file; `veilhead-server
+    settings` prints what is in force.
 
     Example: veilhead-server run --store store
     """
@@ -134,9 +151,23 @@ def run(
         import uvicorn
 
         from veilhead_service.app import create_app
-        from veilhead_service.settings import Settings
 
-        settings = (
-            Settings(store=store) if workers is None else Settings(store=store, workers=workers)
+        settings, _ = from_flags(
+            config,
+            assignments,
+            store=store,
+            host=host,
+            port=port,
+            workers=workers,
+            state_directory=state_directory,
+            log_format=log_format,
+            log_level=log_level,
         )
-        uvicorn.run(create_app(settings), host=host, port=port, access_log=False)
+        logs.configure(settings.log_format, settings.log_level)
+        uvicorn.run(
+            create_app(settings),
+            host=settings.host,
+            port=settings.port,
+            access_log=False,
+            log_config=None,  # `logs.configure` did it
+        )

@@ -35,6 +35,8 @@ class KeyStore:
         self._lifetime = lifetime_seconds
         self._clock = clock
         self._bytes = 0
+        self._expired = 0
+        self._evicted = 0
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
 
     def __len__(self) -> int:
@@ -44,6 +46,16 @@ class KeyStore:
     def bytes_held(self) -> int:
         """Bytes of all the registered key messages."""
         return self._bytes
+
+    @property
+    def expired_total(self) -> int:
+        """Keys dropped so far because their time had come."""
+        return self._expired
+
+    @property
+    def evicted_total(self) -> int:
+        """Keys dropped so far to make room for others."""
+        return self._evicted
 
     def put(self, key_id: bytes, message: bytes) -> bool:
         """Register a checked key message; True when it was not known before."""
@@ -55,7 +67,7 @@ class KeyStore:
         self._entries[key_id] = _Entry(message, now, now)
         self._bytes += len(message)
         while self._bytes > self._max_bytes and len(self._entries) > 1:
-            self.discard(next(iter(self._entries)))
+            self._evicted += self.discard(next(iter(self._entries)))
         return True
 
     def get(self, key_id: bytes) -> bytes | None:
@@ -64,7 +76,7 @@ class KeyStore:
         if entry is None:
             return None
         if self._has_expired(entry):
-            self.discard(key_id)
+            self._expired += self.discard(key_id)
             return None
         entry.used = self._clock()
         self._entries.move_to_end(key_id)
@@ -84,4 +96,4 @@ class KeyStore:
 
     def _drop_expired(self) -> None:
         for key_id in [key for key, entry in self._entries.items() if self._has_expired(entry)]:
-            self.discard(key_id)
+            self._expired += self.discard(key_id)

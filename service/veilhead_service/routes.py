@@ -35,6 +35,8 @@ from veilhead_service.problems import (
     model_not_found,
     range_refused,
 )
+from veilhead_service.telemetry import MEDIA_TYPE as METRICS_TYPE
+from veilhead_service.telemetry import Telemetry
 from veilhead_service.workers import WorkerPool
 
 MESSAGE_TYPE: Final = "application/octet-stream"
@@ -53,6 +55,7 @@ class Services:
     models: ModelSource
     keys: KeyStore
     pool: WorkerPool
+    telemetry: Telemetry
 
 
 def _services(request: Request) -> Services:
@@ -146,6 +149,12 @@ def _version(services: Services, name: str, digest: str | None) -> StoredModel:
     return model
 
 
+def _note_model(request: Request, model: StoredModel) -> None:
+    """Tell `observation.py` which published model a request is about."""
+    request.state.model = model.manifest.name
+    request.state.model_digest = model.manifest.digest
+
+
 _VersionDigest = Annotated[
     str | None, Query(description="digest of a version; the current one when it is absent")
 ]
@@ -154,12 +163,14 @@ _VersionDigest = Annotated[
 @router.get("/v1/models/{name}", tags=["models"], response_class=Response)
 async def get_manifest(
     name: str,
+    request: Request,
     services: _Services,
     digest: _VersionDigest = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """The manifest's canonical bytes. The ETag is their SHA-256, which clients pin."""
     model = _version(services, name, digest)
+    _note_model(request, model)
     etag = _quoted(model.manifest.digest.hex())
     headers = {"ETag": etag, "Cache-Control": _REVALIDATE if digest is None else _CACHE_FOREVER}
     if _matches(if_none_match, etag):
@@ -184,12 +195,14 @@ class _PublicFile(FileResponse):
 async def get_file(
     name: str,
     path: str,
+    request: Request,
     services: _Services,
     digest: _VersionDigest = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """A file of the public backbone, as the manifest lists it; ranges are supported."""
     model = _version(services, name, digest)
+    _note_model(request, model)
     backbone = model.manifest.backbone
     entries = {} if backbone is None else {entry.path: entry for entry in backbone.files}
     entry = entries.get(path)  # only paths of the manifest: nothing of a request names a file
@@ -216,7 +229,7 @@ async def get_file(
 )
 async def register_key(id: str, request: Request, services: _Services) -> Response:  # noqa: A002
     """Register a key message under its SHA-256: 201 when it is new, 200 when it was known."""
-    expected = _digest(id)
+    expected = request.state.key_id = _digest(id)
     body = await _body(request, MAX_KEY_BYTES)
     if not hmac.compare_digest(key_id(body), expected):
         raise Problem(
@@ -230,17 +243,19 @@ async def register_key(id: str, request: Request, services: _Services) -> Respon
 
 
 @router.head("/v1/keys/{id}", tags=["keys"], response_class=Response)
-async def has_key(id: str, services: _Services) -> Response:  # noqa: A002
+async def has_key(id: str, request: Request, services: _Services) -> Response:  # noqa: A002
     """200 when the key is registered, 404 when it is not."""
-    if services.keys.get(_digest(id)) is None:
+    request.state.key_id = _digest(id)
+    if services.keys.get(request.state.key_id) is None:
         raise key_not_registered()
     return Response()
 
 
 @router.delete("/v1/keys/{id}", tags=["keys"], status_code=HTTPStatus.NO_CONTENT)
-async def forget_key(id: str, services: _Services) -> Response:  # noqa: A002
+async def forget_key(id: str, request: Request, services: _Services) -> Response:  # noqa: A002
     """Forget a key: 204, or 404 when it was not registered."""
-    if not services.keys.discard(_digest(id)):
+    request.state.key_id = _digest(id)
+    if not services.keys.discard(request.state.key_id):
         raise key_not_registered()
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
@@ -253,7 +268,7 @@ async def forget_key(id: str, services: _Services) -> Response:  # noqa: A002
 )
 async def infer(name: str, request: Request, services: _Services) -> Response:
     """Evaluate the head on an encrypted embedding and answer with a reply message."""
-    _current(services, name)
+    _note_model(request, _current(services, name))
     body = await _body(request, MAX_QUERY_BYTES)
     header = QueryHeader.deserialize(body)
     model = services.models.version(name, header.model_digest)
@@ -262,6 +277,8 @@ async def infer(name: str, request: Request, services: _Services) -> Response:
             "the query names a version of this model that is not published here; "
             "read the manifest again and make a new query"
         )
+    _note_model(request, model)
+    request.state.key_id = header.key_id
     expected = QueryMessage.size(model.manifest.parameter_set, model.manifest.layout)
     if len(body) != expected:
         raise MessageLengthError(f"got {len(body)} bytes, expected {expected} for this model")
@@ -269,6 +286,7 @@ async def infer(name: str, request: Request, services: _Services) -> Response:
     if key is None:
         raise key_not_registered()
     evaluation = await services.pool.evaluate(model, header.key_id, key, body)
+    request.state.evaluate_seconds = evaluation.seconds
     return Response(
         evaluation.reply,
         media_type=MESSAGE_TYPE,
@@ -302,3 +320,9 @@ async def get_version() -> dict[str, str | int]:
         "wire_format": FORMAT_VERSION,
         "manifest_format": MANIFEST_FORMAT,
     }
+
+
+@router.get("/metrics", tags=["health"], response_class=Response)
+async def get_metrics(services: _Services) -> Response:
+    """Metrics in Prometheus' text format, times in seconds and sizes in bytes."""
+    return Response(services.telemetry.expose(), headers={"Content-Type": METRICS_TYPE})

@@ -1,12 +1,31 @@
-"""Settings of the service, from VEILHEAD_SERVER_* variables or given by the caller."""
+"""Settings of the service: given by the caller, from VEILHEAD_SERVER_* variables, or from a file.
+
+What the caller gives (the flags of `veilhead-server run`) comes before the environment, and the
+environment before the file. An unknown name in any of them is an error.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from veilhead_protocol.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX: Final = "VEILHEAD_SERVER_"
+
+#: Names the settings file, unless `--config` does.
+CONFIG_VARIABLE: Final = "VEILHEAD_SERVER_CONFIG"
 
 
 class Settings(BaseSettings):
@@ -20,9 +39,31 @@ class Settings(BaseSettings):
         key_memory_bytes: memory for registered keys; the least recently used go first.
         key_idle_seconds: a key that was not used for so long is dropped.
         key_lifetime_seconds: a key is dropped after so long, used or not.
+        state_directory: directory of what the service itself writes.
+        host: the address to listen on.
+        port: the port to listen on.
+        log_format: `json` (one object a line) or `text`.
+        log_level: the least severe level that is logged.
+        access_log: whether requests are recorded in `<state_directory>/access.log`. `required`
+            answers 503 to what cannot be recorded; with `on`, answers do not wait for their lines
+            and leave unrecorded when there is no other way; `off`; `auto` is `on`, or `off` for a
+            service without tenants.
+        access_log_sync_seconds: force lines to the disk after so long; 0 forces each batch of
+            lines before their answers leave.
+        access_log_file_bytes: a file of the access log that reaches this size is closed, and the
+            chain goes on in a new one.
+        tracing: send OpenTelemetry spans of requests; needs the extra `otel`.
+        tracing_endpoint: the URL of an OTLP collector over HTTP; OpenTelemetry's own variables
+            when it is empty.
     """
 
-    model_config = SettingsConfigDict(env_prefix="VEILHEAD_SERVER_", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        frozen=True,
+        extra="forbid",
+        # A refused value may be a secret.
+        hide_input_in_errors=True,
+    )
 
     store: Path = Path("store")
     workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=256)
@@ -31,3 +72,136 @@ class Settings(BaseSettings):
     key_memory_bytes: int = Field(default=64 * 2**20, ge=2**16)
     key_idle_seconds: float = Field(default=1800.0, gt=0)
     key_lifetime_seconds: float = Field(default=7200.0, gt=0)
+    state_directory: Path = Path("state")
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8000, ge=0, le=65535)
+    log_format: Literal["json", "text"] = "json"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: Literal["auto", "off", "on", "required"] = "auto"
+    access_log_sync_seconds: float = Field(default=1.0, ge=0)
+    access_log_file_bytes: int = Field(default=64 * 2**20, ge=2**12)
+    tracing: bool = False
+    tracing_endpoint: str = ""
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.tracing_endpoint and not self.tracing:
+            raise ValueError("tracing_endpoint needs tracing")
+        state, store = self.state_directory.absolute(), self.store.absolute()
+        if state == store or state.is_relative_to(store) or store.is_relative_to(state):
+            raise ValueError(
+                "state_directory and store must not lie within each other: "
+                "the store can then be read-only"
+            )
+        return self
+
+    @property
+    def access_log_mode(self) -> Literal["off", "on", "required"]:
+        """`access_log`, with `auto` resolved."""
+        if self.access_log != "auto":
+            return self.access_log
+        return "off" if getattr(self, "insecure_no_tenants", True) else "on"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The sources, the first of which wins."""
+        sources = (init_settings, env_settings)
+        path = os.environ.get(CONFIG_VARIABLE)
+        return sources if not path else (*sources, _file_source(settings_cls, Path(path)))
+
+
+def _file_source(settings_cls: type[BaseSettings], path: Path) -> TomlConfigSettingsSource:
+    """The settings of a TOML file.
+
+    Raises:
+        ConfigurationError: when it cannot be read.
+    """
+    try:
+        path.stat()  # an absent file would otherwise be an empty one
+        return TomlConfigSettingsSource(settings_cls, path)
+    except OSError as error:
+        reason = error.strerror
+    except ValueError:  # its message would quote the file, which may hold secrets
+        reason = "it is not TOML"
+    raise ConfigurationError(f"the settings file {path} cannot be read: {reason}")
+
+
+def load_settings(
+    given: Mapping[str, Any] | None = None,
+    *,
+    config: Path | None = None,
+    kind: type[Settings] = Settings,
+) -> Settings:
+    """Settings from everywhere.
+
+    Args:
+        given: by name, what comes before everything else; values may be text, as in a variable.
+        config: the settings file; that of `VEILHEAD_SERVER_CONFIG` when it is None.
+        kind: `Settings`, or a class with more of them.
+
+    Raises:
+        ConfigurationError: naming every setting that is unknown or not valid, without its value.
+    """
+    if config is not None:
+        file = config
+
+        class FromFile(kind):  # type: ignore[valid-type, misc]
+            @classmethod
+            def settings_customise_sources(
+                cls, settings_cls: type[BaseSettings], *args: Any, **sources: Any
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                init, environment = (sources[name] for name in ("init_settings", "env_settings"))
+                return (init, environment, _file_source(settings_cls, file))
+
+        source: type[Settings] = FromFile
+    else:
+        source = kind
+    try:
+        return source(**(given or {}))
+    except ValidationError as error:
+        raise ConfigurationError(_explained(error)) from None
+    except SettingsError:
+        raise ConfigurationError(
+            f"a {ENVIRONMENT_PREFIX}* variable is not valid; docs/http-api.md lists them"
+        ) from None
+
+
+def _explained(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_input=False, include_url=False, include_context=False):
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"there is no setting {name!r}")
+        else:
+            lines.append(": ".join(part for part in (name, item["msg"]) if part))
+    return "; ".join(lines) + "; `veilhead-server settings` prints all of them"
+
+
+def printed(
+    settings: Settings, given: Mapping[str, Any] | None = None
+) -> list[tuple[str, str, str]]:
+    """Every setting as (name, value, origin), secrets masked.
+
+    The origin is `flag`, `environment`, `file` or `default`; `given` are the flags.
+    """
+    flags = set(given or {})
+    variables = {name.lower() for name in os.environ}
+    rows = []
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if name in flags:
+            origin = "flag"
+        elif f"{ENVIRONMENT_PREFIX}{name}".lower() in variables:
+            origin = "environment"
+        else:
+            origin = "file" if name in settings.model_fields_set else "default"
+        shown = "**********" if isinstance(value, SecretStr) else str(value)
+        rows.append((name, shown, origin))
+    return rows

@@ -24,6 +24,7 @@ from veilhead.predictions import Prediction, predictions
 from veilhead.session import SecretKey, Session
 from veilhead.transport import Answer, Transport
 from veilhead_protocol.errors import (
+    BackboneError,
     BatchError,
     InputError,
     ManifestError,
@@ -478,7 +479,16 @@ def _embedded(
             if error is not None:
                 errors[index] = error
             chunk.append("" if error is not None else text)
-        embeddings = backbone.embed(chunk)
+        try:
+            embeddings = backbone.embed(chunk)
+        except Exception as error:  # out of memory, say: whatever torch raises
+            failure = BackboneError(
+                f"the backbone failed on the texts of rows {start} to {start + len(chunk) - 1}: "
+                f"{type(error).__name__}"
+            )
+            for index in range(start, start + len(chunk)):
+                errors.setdefault(index, failure)
+            embeddings = np.zeros((len(chunk), backbone.dimensions))
         for index in errors:
             if start <= index:
                 embeddings[index - start] = 0.0

@@ -254,10 +254,10 @@ async def _problem(response: httpx2.Response) -> Exception:
         document = {}
     if not isinstance(document, dict):
         document = {}
-    code = str(document.get("type", "")).removeprefix(PROBLEM_TYPE)
+    code = _printable(str(document.get("type", "")).removeprefix(PROBLEM_TYPE))
     request_id = response.headers.get("x-request-id")
     error = ServiceResponseError(
-        f"the service answered {status} {_printable(code)}: "
+        f"the service answered {status} {code}: "
         f"{_printable(str(document.get('detail', 'no detail')))} "
         f"(request {_printable(request_id or 'unknown')})",
         status=status,

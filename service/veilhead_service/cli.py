@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +79,10 @@ def train(
     Example: veilhead-server train icd10-chapters --out artifacts/icd10-chapters
     """
     with _reported():
+        for name in ("torch", "transformers", "sklearn"):
+            if find_spec(name) is None:  # before anything is fetched
+                raise ModuleNotFoundError(name=name)
+
         from veilhead_models.backbone import describe, minilm
         from veilhead_models.datasets import load_dataset
         from veilhead_models.training import train_artifact

@@ -54,11 +54,12 @@ class Problem(Exception):  # noqa: N818  (the term of RFC 9457)
 
 
 def model_not_found() -> Problem:
-    """No model of this name is published."""
+    """No model of this name, or no such version of it, is published."""
     return Problem(
         HTTPStatus.NOT_FOUND,
         "model-not-found",
-        "no model of this name is published here; GET /v1/models lists those that are",
+        "no such model, or no such version of it, is published here; GET /v1/models lists those "
+        "that are",
     )
 
 

@@ -97,6 +97,10 @@ class _Worker:
         self._process.wait()  # a killed process ends at once, and threads may be gone at exit
 
 
+def _stopping() -> WorkerError:
+    return WorkerError("the service is stopping; send the same query again later")
+
+
 class WorkerPool:
     """A fixed number of workers, and a bounded line of queries that wait for them."""
 
@@ -104,10 +108,11 @@ class WorkerPool:
         self._size = workers
         self._max_waiting = workers * waiting_per_worker
         self._evaluation_seconds = evaluation_seconds
-        self._free: asyncio.Queue[_Worker] = asyncio.Queue()
+        self._free: asyncio.Queue[_Worker | None] = asyncio.Queue()  # None: the pool has stopped
         self._alive: set[_Worker] = set()
         self._replacements: set[asyncio.Task[None]] = set()
         self._waiting = 0
+        self._stopped = False
 
     async def start(self) -> None:
         """Start every worker.
@@ -118,13 +123,16 @@ class WorkerPool:
         await asyncio.gather(*(self._add() for _ in range(self._size)))
 
     async def stop(self) -> None:
-        """End every worker."""
+        """End every worker. Queries that run or wait are answered as retryable."""
+        self._stopped = True
         for task in self._replacements:
             task.cancel()
         await asyncio.gather(*self._replacements, return_exceptions=True)
         for worker in self._alive:
             worker.stop()
         self._alive.clear()
+        for _ in range(self._waiting):
+            self._free.put_nowait(None)
 
     @property
     def ready(self) -> bool:
@@ -138,8 +146,8 @@ class WorkerPool:
 
         Raises:
             WireError: one of its kinds, when the head refuses the query.
-            WorkerError: when the line is full or the worker was lost; the same query may be sent
-                again.
+            WorkerError: when the line is full, the worker was lost or the pool has stopped; the
+                same query may be sent again.
             ServiceError: when the evaluation failed for a reason of the service's own.
         """
         request = [
@@ -160,6 +168,8 @@ class WorkerPool:
         raise ServiceError("the evaluation failed; the worker's log names the kind of error")
 
     async def _ask(self, request: list[bytes]) -> list[bytes]:
+        if self._stopped:
+            raise _stopping()
         if self._waiting >= self._max_waiting:
             raise WorkerError("too many queries are waiting; send the same query again later")
         self._waiting += 1
@@ -167,6 +177,8 @@ class WorkerPool:
             worker = await self._free.get()
         finally:
             self._waiting -= 1
+        if worker is None:
+            raise _stopping()
         try:
             async with asyncio.timeout(self._evaluation_seconds):
                 answer = await worker.ask(request)
@@ -183,12 +195,14 @@ class WorkerPool:
 
     async def _add(self) -> None:
         worker = await _Worker.start()
+        if self._stopped:
+            worker.stop()
+            return
         self._alive.add(worker)
         self._free.put_nowait(worker)
 
     def _replace(self, lost: _Worker) -> None:
         async def replace() -> None:
-            lost.stop()
             while True:
                 try:
                     await self._add()
@@ -199,6 +213,9 @@ class WorkerPool:
                     return
 
         self._alive.discard(lost)
+        lost.stop()
+        if self._stopped:
+            return
         task = asyncio.get_running_loop().create_task(replace())
         self._replacements.add(task)
         task.add_done_callback(self._replacements.discard)

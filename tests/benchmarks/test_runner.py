@@ -8,7 +8,7 @@ import pytest
 
 from veilhead_benchmarks import runner
 
-@@
+FIELDS = [
     "subject",
     "system",
     "parameters",

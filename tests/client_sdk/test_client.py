@@ -429,3 +429,24 @@ def test_the_public_names_are_these():
         for name in veilhead.__all__
         if name.endswith("Error")
     )
+
+
+def test_a_backbone_that_fails_on_some_texts_keeps_the_others(
+    connect, text_artifact, texts, monkeypatch
+):
+    from veilhead_models.backbone import Backbone
+
+    embed = Backbone.embed
+
+    def fails_on_a_word(self, chunk, **options):
+        if "poison" in chunk:
+            raise RuntimeError("out of memory")
+        return embed(self, chunk, **options)
+
+    monkeypatch.setattr(Backbone, "embed", fails_on_a_word)
+    client, service = connect(text_artifact)
+    with pytest.raises(BatchError) as caught:
+        client.classify([*texts[:40], "poison", *texts[41:]])
+    assert sorted(caught.value.errors) == list(range(32, 64))
+    assert all(isinstance(error, BackboneError) for error in caught.value.errors.values())
+    assert len(service.seen("infer")) == 100

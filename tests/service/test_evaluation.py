@@ -110,7 +110,7 @@ def test_a_logit_at_the_edge_does_not_wrap():
     """The embedding along the weights gives the largest logit there is, and the least."""
     for parameters, exponent in (("compact", 4), ("strong", 12)):
         direction = unit_rows(1, 64)[0]
-        largest = 2.0**exponent - 2.0**-7
+        largest = 2.0**exponent - 2.0**-5
         weight = np.stack([direction, -direction]) * (largest - 1)
         head = head_of(weight, np.array([1.0, -1.0]), parameters)
         assert head.manifest.head.exponent == exponent

@@ -150,15 +150,16 @@ def test_an_expired_key_is_new_again(clock):
     assert store.get(key(1)) == b"12345"
 
 
-def test_expired_keys_go_before_living_ones(clock):
+def test_an_expired_key_goes_before_living_ones_however_recently_it_was_used(clock):
     store = new_store(clock, max_bytes=300)
     store.put(key(0), bytes(100))
-    clock.now += LIFETIME - IDLE
-    store.put(key(1), bytes(100))
-    clock.now += IDLE - 1
-    store.put(key(2), bytes(100))
-    store.get(key(1))
-    clock.now += 1  # key 0 is too old by now
+    start = clock.now
+    for number, seconds in ((None, 9), (None, 18), (1, 27), (2, 30), (None, 34)):
+        clock.now = start + seconds
+        if number is not None:
+            store.put(key(number), bytes(100))
+        assert store.get(key(0)) is not None
+    clock.now = start + LIFETIME
     store.put(key(3), bytes(100))
     assert [store.get(key(number)) is not None for number in range(4)] == [False, True, True, True]
 

@@ -547,6 +547,7 @@ PLACES = st.one_of(st.integers(0, 140), st.floats(0, 1), st.integers(-70, -1))
 MUTATIONS = st.one_of(
     st.tuples(st.just("flip"), PLACES, st.integers(1, 255)),
     st.tuples(st.just("set"), PLACES, st.binary(min_size=1, max_size=8)),
+    st.tuples(st.just("set"), PLACES, st.integers(7, 40).map(lambda size: b"\xff" * size)),
     st.tuples(st.just("truncate"), PLACES, st.just(None)),
     st.tuples(st.just("extend"), st.just(0), st.binary(min_size=1, max_size=80)),
     st.tuples(st.just("cut out"), PLACES, st.integers(1, 200)),

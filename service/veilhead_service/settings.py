@@ -108,13 +108,13 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The sources, the first of which wins."""
         sources = (init_settings, env_settings)
-        path = os.environ.get(CONFIG_VARIABLE)
-        return sources if not path else (*sources, _file_source(settings_cls, Path(path)))
+        path = settings_cls.model_config.get("toml_file") or os.environ.get(CONFIG_VARIABLE)
+        return (*sources, _file_source(settings_cls, Path(str(path)))) if path else sources
 
 
 def _file_source(settings_cls: type[BaseSettings], path: Path) -> TomlConfigSettingsSource:
@@ -149,20 +149,13 @@ def load_settings(
     Raises:
         ConfigurationError: naming every setting that is unknown or not valid, without its value.
     """
+    source = kind
     if config is not None:
-        file = config
 
         class FromFile(kind):  # type: ignore[valid-type, misc]
-            @classmethod
-            def settings_customise_sources(
-                cls, settings_cls: type[BaseSettings], *args: Any, **sources: Any
-            ) -> tuple[PydanticBaseSettingsSource, ...]:
-                init, environment = (sources[name] for name in ("init_settings", "env_settings"))
-                return (init, environment, _file_source(settings_cls, file))
+            model_config = SettingsConfigDict(toml_file=config)
 
-        source: type[Settings] = FromFile
-    else:
-        source = kind
+        source = FromFile
     try:
         return source(**(given or {}))
     except ValidationError as error:

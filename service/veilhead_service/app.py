@@ -88,6 +88,8 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         telemetry=Telemetry(),
     )
     services.telemetry.watch(telemetry.key_metrics(services.keys))
+    if (figures := getattr(pool, "stats", None)) is not None:
+        services.telemetry.watch(telemetry.pool_metrics(figures))
     log = _access_log(settings)
     if log is not None:
         services.telemetry.watch(telemetry.access_log_metrics(log))

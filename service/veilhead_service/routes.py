@@ -325,4 +325,6 @@ async def get_version() -> dict[str, str | int]:
 @router.get("/metrics", tags=["health"], response_class=Response)
 async def get_metrics(services: _Services) -> Response:
     """Metrics in Prometheus' text format, times in seconds and sizes in bytes."""
-    return Response(services.telemetry.expose(), headers={"Content-Type": METRICS_TYPE})
+    access = getattr(services, "access", None)
+    budgets = () if access is None else await access.usage_snapshot()
+    return Response(services.telemetry.expose(budgets), headers={"Content-Type": METRICS_TYPE})

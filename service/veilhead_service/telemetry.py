@@ -6,9 +6,9 @@ problem codes. Nothing that a client sends becomes a label. Each app has a regis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -39,6 +39,50 @@ _BYTES: Final = (*(4.0**power * 2**8 for power in range(10)), 2.0**28, 2.0**32)
 
 #: A metric read when it is asked for.
 Reading = Callable[[], Iterable[Metric]]
+
+
+class PoolFigures(Protocol):
+    """What is shown of the workers."""
+
+    @property
+    def alive(self) -> int:
+        """Workers that are up."""
+
+    @property
+    def busy(self) -> int:
+        """Those of them that evaluate."""
+
+    @property
+    def waiting(self) -> int:
+        """Queries that wait for a worker."""
+
+    @property
+    def restarts(self) -> Mapping[Any, int]:
+        """Workers replaced so far, by reason."""
+
+    @property
+    def failed_starts(self) -> int:
+        """Workers that did not come up so far."""
+
+
+class BudgetFigures(Protocol):
+    """What is shown of a tenant's budget for a model, in ordinary answers."""
+
+    @property
+    def tenant(self) -> str:
+        """The tenant's name."""
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+
+    @property
+    def used(self) -> int:
+        """Used in the current period."""
+
+    @property
+    def remaining(self) -> int | None:
+        """Left in the current period; None where there is no limit."""
 
 
 class _Readings:
@@ -121,9 +165,20 @@ class Telemetry:
         if seen.evaluate_seconds is not None:
             self._evaluation.labels(seen.model).observe(seen.evaluate_seconds)
 
-    def expose(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def expose(self, budgets: Sequence[BudgetFigures] = ()) -> bytes:
+        """All metrics in Prometheus' text format.
+
+        Args:
+            budgets: what tenants used of their budgets, which only the state knows.
+        """
+        shown = generate_latest(self.registry)
+        if budgets:
+            registry = CollectorRegistry()
+            readings = _Readings()
+            readings.readings.append(budget_metrics(budgets))
+            registry.register(readings)
+            shown += generate_latest(registry)
+        return shown
 
 
 def key_metrics(keys: KeyStore) -> Reading:
@@ -163,5 +218,51 @@ def access_log_metrics(log: AccessLog) -> Reading:
             "Requests that could not be recorded, refused for it or not.",
             log.requests_unrecorded,
         )
+
+    return read
+
+
+def pool_metrics(figures: Callable[[], PoolFigures]) -> Reading:
+    """Metrics of the evaluating processes."""
+
+    def read() -> Iterator[Metric]:
+        now = figures()
+        for name, text, number in (
+            ("veilhead_workers_alive", "Workers that are up.", now.alive),
+            ("veilhead_workers_busy", "Workers that evaluate, or load a head.", now.busy),
+            ("veilhead_queries_waiting", "Queries that wait for a worker.", now.waiting),
+        ):
+            yield GaugeMetricFamily(name, text, number)
+        restarts = CounterMetricFamily(
+            "veilhead_worker_restarts", "Workers that were replaced.", labels=["reason"]
+        )
+        for reason, count in now.restarts.items():
+            restarts.add_metric([str(reason)], count)
+        yield restarts
+        yield CounterMetricFamily(
+            "veilhead_worker_failed_starts", "Workers that did not come up.", now.failed_starts
+        )
+
+    return read
+
+
+def budget_metrics(budgets: Sequence[BudgetFigures]) -> Reading:
+    """Metrics of tenants' budgets. A remainder is shown only where there is a limit."""
+
+    def read() -> Iterator[Metric]:
+        labels = ["tenant", "model"]
+        used = GaugeMetricFamily(
+            "veilhead_budget_used", "Used in the current period, in answers.", labels=labels
+        )
+        remaining = GaugeMetricFamily(
+            "veilhead_budget_remaining", "Left in the current period, in answers.", labels=labels
+        )
+        for budget in budgets:
+            names = [budget.tenant, budget.model]
+            used.add_metric(names, budget.used)
+            if budget.remaining is not None:
+                remaining.add_metric(names, budget.remaining)
+        yield used
+        yield remaining
 
     return read

@@ -175,21 +175,12 @@ make()
 def server_log(store, tmp_path_factory):
     """What the real command writes while it is asked for odd things."""
     path = tmp_path_factory.mktemp("log") / "stderr"
-    import support.services as services
-
-    real = services.subprocess.Popen
-    with path.open("wb") as stream:
-
-        def popen(*arguments, **options):
-            return real(*arguments, **{**options, "stderr": stream})
-
-        services.subprocess.Popen = popen
-        try:
-            with running(store, "--workers", "1", "--log-level", "debug") as url:
-                httpx2.get(f"{url}/{SECRET}?{SECRET}", headers={"X": SECRET}, trust_env=False)
-                httpx2.post(f"{url}/v1/models/{SECRET}/infer", content=SECRET, trust_env=False)
-        finally:
-            services.subprocess.Popen = real
+    with (
+        path.open("wb") as stream,
+        running(store, "--workers", "1", "--log-level", "debug", log=stream) as url,
+    ):
+        httpx2.get(f"{url}/{SECRET}?{SECRET}", headers={"X": SECRET}, trust_env=False)
+        httpx2.post(f"{url}/v1/models/{SECRET}/infer", content=SECRET, trust_env=False)
     return path.read_text()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import logging.config
+import os
 import sys
 import threading
 import traceback
@@ -24,6 +25,9 @@ request_state: ContextVar[Mapping[str, Any] | None] = ContextVar("request_state"
 
 #: Loggers whose messages are written by this project, and hold nothing of a request.
 _OWN: Final = "veilhead"
+
+_FORMAT_VARIABLE: Final = "VEILHEAD_SERVER_LOG_FORMAT"
+_LEVEL_VARIABLE: Final = "VEILHEAD_SERVER_LOG_LEVEL"
 
 _logger = logging.getLogger("veilhead.service")
 
@@ -86,7 +90,10 @@ def configure(log_format: Literal["json", "text"], level: str) -> None:
     """Send every log record of this process to standard error, in this format.
 
     Exceptions that nothing caught, in threads and finalisers, are logged as the others are.
+    Processes that this one starts find the same choice in their environment: see `inherit`.
     """
+    os.environ[_FORMAT_VARIABLE] = log_format
+    os.environ[_LEVEL_VARIABLE] = level
     formatter = "veilhead_service.logs.JsonFormatter"
     if log_format == "text":
         formatter = "veilhead_service.logs.TextFormatter"
@@ -112,6 +119,12 @@ def configure(log_format: Literal["json", "text"], level: str) -> None:
     sys.unraisablehook = lambda failed: _log_uncaught(
         "an exception could not be raised", failed.exc_type, failed.exc_traceback
     )
+
+
+def inherit() -> None:
+    """Log as the process that started this one does; as text when it configured nothing."""
+    level = os.environ.get(_LEVEL_VARIABLE, "info")
+    configure("json" if os.environ.get(_FORMAT_VARIABLE) == "json" else "text", level)
 
 
 def _log_uncaught(message: str, kind: type[BaseException], found: TracebackType | None) -> None:

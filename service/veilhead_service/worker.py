@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol.errors import VeilheadError, WireError
-from veilhead_service import frames
+from veilhead_service import frames, logs
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 
 _HEADS: Final = 32
@@ -119,7 +119,7 @@ def main(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logs.inherit()
     try:
         main(int(sys.argv[1]))
     except KeyboardInterrupt:

@@ -192,3 +192,20 @@ def test_every_line_of_the_command_is_json(server_log):
 
 def test_no_line_of_the_command_holds_paths_queries_headers_or_bodies(server_log):
     assert SECRET not in server_log
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_processes_that_the_service_starts_log_as_it_does(log_format):
+    worker = "from veilhead_service.logs import inherit; inherit(); import logging; " + (
+        "logging.getLogger('veilhead.worker').error('here')"
+    )
+    script = f"""
+import subprocess, sys
+from veilhead_service.logs import configure
+configure({log_format!r}, "info")
+subprocess.run([sys.executable, "-c", {worker!r}], check=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "here" in done.stderr
+    assert done.stderr.startswith("{") is (log_format == "json")

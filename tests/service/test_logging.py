@@ -196,9 +196,12 @@ def test_no_line_of_the_command_holds_paths_queries_headers_or_bodies(server_log
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
 def test_processes_that_the_service_starts_log_as_it_does(log_format):
-    worker = "from veilhead_service.logs import inherit; inherit(); import logging; " + (
-        "logging.getLogger('veilhead.worker').error('here')"
-    )
+    worker = """
+import logging
+from veilhead_service.logs import inherit
+inherit()
+logging.getLogger("veilhead.worker").error("here")
+"""
     script = f"""
 import subprocess, sys
 from veilhead_service.logs import configure

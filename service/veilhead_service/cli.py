@@ -134,7 +134,7 @@ def run(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Evaluating processes; one a core when absent.")
     ] = None,
-    state_directory: Annotated[
+    state: Annotated[
         Path | None, typer.Option(help="Where the service keeps what it writes.")
     ] = None,
     log_format: Annotated[str | None, typer.Option(help="json or text.")] = None,
@@ -164,7 +164,7 @@ def run(
             host=host,
             port=port,
             workers=workers,
-            state_directory=state_directory,
+            state_directory=state,
             log_format=log_format,
             log_level=log_level,
         )

@@ -105,8 +105,6 @@ def configure(log_format: Literal["json", "text"], level: str) -> None:
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
             "root": {"handlers": ["stderr"], "level": level.upper()},
             "loggers": {
-                # Its lines hold paths and query strings; the access log of ours holds neither.
-                "uvicorn.access": {"level": "CRITICAL", "propagate": False},
                 "uvicorn": {"handlers": [], "propagate": True},
                 "uvicorn.error": {"handlers": [], "propagate": True},
             },

@@ -165,7 +165,7 @@ def run(tmp_path_factory, tiny_directory):
         logging.getLogger("httpx2").addHandler(handler)
         logging.getLogger("veilhead").setLevel(logging.DEBUG)
         with (root / "service.log").open("wb") as log:
-            state = ("--state-directory", str(root / "state"), "--set", "access_log=on")
+            state = ("--state", str(root / "state"), "--set", "access_log=on")
             with running(
                 root / "store", "--workers", "2", "--log-level", "debug", *state, log=log
             ) as url:

@@ -82,6 +82,20 @@ def forged(data):
     return b"\n".join(rows) + b"\n"
 
 
+def renumbered(data):
+    """A chain whose hashes all fit, with a number left out."""
+    rows, previous = [], "0" * 64
+    for row in data.splitlines():
+        record = json.loads(row)
+        del record["hash"]
+        record["previous"] = previous
+        record["sequence"] += record["sequence"] > 2
+        canonical = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+        previous = record["hash"] = hashlib.sha256(canonical).hexdigest()
+        rows.append(json.dumps(record, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    return b"".join(rows)
+
+
 def rearranged(order):
     def change(data):
         rows = data.splitlines()
@@ -95,6 +109,7 @@ def rearranged(order):
     [
         (edited, 3),
         (forged, 4),
+        (renumbered, 3),
         (rearranged([0, 1, 3, 4]), 3),
         (rearranged([1, 2, 3, 4]), 1),
         (rearranged([0, 2, 1, 3, 4]), 2),
@@ -103,7 +118,18 @@ def rearranged(order):
         (lambda data: data + b"{}\n", 6),
         (lambda data: data.replace(b"}\n", b"}\nnoise\n", 1), 2),
     ],
-    ids=["edit", "forge", "remove", "behead", "swap", "repeat", "spaces", "append", "insert"],
+    ids=[
+        "edit",
+        "forge",
+        "renumber",
+        "remove",
+        "behead",
+        "swap",
+        "repeat",
+        "spaces",
+        "append",
+        "insert",
+    ],
 )
 def test_what_was_tampered_with_is_found_and_its_line_named(path, change, line):
     written(path)
@@ -266,11 +292,18 @@ def test_when_records_are_required_nothing_is_answered_without_one(
     store, tmp_path, monkeypatch, problem
 ):
     app = served(store, tmp_path, "required", access_log_sync_seconds=0)
+    asked = []
+
+    @app.get("/asked")
+    def ask():
+        asked.append(1)
+
     with TestClient(app) as client:
         assert client.get("/v1/models").status_code == 200
         undo = full_disk(monkeypatch)
-        for _ in range(2):  # the one that fails, and the one that is refused at once
-            problem(client.get("/v1/models"), 503, "access-log-unavailable", retryable=True)
+        for _ in range(3):
+            problem(client.get("/asked"), 503, "access-log-unavailable", retryable=True)
+        assert len(asked) == 1  # the first one found out, the others were refused unread
         assert client.get("/livez").status_code == 200
         undo()
         until(lambda: client.get("/v1/models").status_code == 200)

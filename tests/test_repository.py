@@ -246,7 +246,8 @@ def problems_in_the_code():
                 found[code.value] = (HTTPStatus[status.attr].value if known else None, retryable)
     for kind in errors.WireError.__subclasses__():
         found[kind.code] = _of_error(kind)
-    found[errors.WorkerError.code] = _of_error(errors.WorkerError)
+    for kind in (errors.WorkerError, *errors.WorkerError.__subclasses__()):
+        found[kind.code] = _of_error(kind)
     return found | generic_problems()
 
 

@@ -17,9 +17,11 @@ from rich.table import Table
 
 from veilhead.api_key import read_api_key_file
 from veilhead.client import Client
+from veilhead.doctor import examine
 from veilhead.evaluation import evaluate as score_answers
 from veilhead.predictions import Prediction
 from veilhead.tables import read_columns
+from veilhead_protocol.checks import healthy, render
 from veilhead_protocol.errors import BatchError, InputError, VeilheadError
 
 app = typer.Typer(
@@ -159,6 +161,24 @@ def evaluate(
             f"accuracy {scores.accuracy:.4f} over {scores.answered} texts, {scores.failed} failed"
         )
     raise typer.Exit(1 if scores.failed else 0)
+
+
+@app.command()
+def doctor(
+    url: Annotated[str | None, typer.Option(help="A service to reach.")] = None,
+    model: Annotated[str | None, typer.Option(help="One of its models.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Check this machine, and whether a service can be reached and understood.
+
+    A line for each check: ok, warn or fail, with what to do about it. No text is sent, and nothing
+    is encrypted but constants. Exit status 1 when a check fails.
+
+    Example: veilhead doctor --url http://127.0.0.1:8000 --model icd10-chapters
+    """
+    checks = examine(url, model)
+    typer.echo(render(checks, as_json=as_json))
+    raise typer.Exit(0 if healthy(checks) else 1)
 
 
 @contextmanager

@@ -35,6 +35,8 @@ VeilheadError
 │   │   └── SecretFileError          a file of a signing or head key that cannot be used
 │   ├── StateError               tenants, keys and budgets cannot be read or written
 │   ├── TenantError              a tenant that is unknown, known already or badly named
+│   ├── ConfigurationError       a setting that is unknown, not valid, or at odds with another
+│   ├── AccessLogError           an access log that cannot be written, or that is not whole
 │   └── WorkerError              no worker could answer; the same request can succeed later
 │       ├── QueueFullError       too many queries wait, or too many bodies are on their way
 │       └── DrainingError        the service is about to stop
@@ -287,6 +289,18 @@ class DrainingError(WorkerError):
     """The service is about to stop, and takes no new queries."""
 
     code = "draining"
+
+
+class ConfigurationError(ServiceError):
+    """A setting that is unknown, not valid, or at odds with another one."""
+
+    code = "configuration"
+
+
+class AccessLogError(ServiceError):
+    """An access log that cannot be written, or whose chain of records is broken."""
+
+    code = "access-log-unavailable"
 
 
 class ClientError(VeilheadError):

@@ -11,14 +11,18 @@ from fastapi import FastAPI, Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from veilhead_service import problems
+from veilhead_service import access_log, problems, telemetry
 from veilhead_service.access import AccessGate, InsecureAccess, TenantAccess
+from veilhead_service.access_log import AccessLog
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
 from veilhead_service.limits import Budget, Period, Rate
 from veilhead_service.model_store import ModelSource, ModelStore
+from veilhead_service.observation import ObservationMiddleware
 from veilhead_service.routes import Services, router
 from veilhead_service.settings import Settings
+from veilhead_service.telemetry import Telemetry
+from veilhead_service.tracing import Tracing
 from veilhead_service.workers import WorkerPool, current_models
 
 
@@ -51,6 +55,17 @@ class _RequestContext:
                 await problems.respond(Request(scope), problem)(scope, receive, send_with_id)
 
 
+def _access_log(settings: Settings) -> AccessLog | None:
+    """The access log that the settings ask for; the lifespan opens it."""
+    if settings.access_log_mode == "off":
+        return None
+    return AccessLog(
+        settings.state_directory / access_log.FILE_NAME,
+        sync_seconds=settings.access_log_sync_seconds,
+        file_bytes=settings.access_log_file_bytes,
+    )
+
+
 def create_app(settings: Settings, *, models: ModelSource | None = None) -> FastAPI:
     """The service as an ASGI application.
 
@@ -81,7 +96,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
     )
     access = (
         InsecureAccess()
-        if settings.insecure_no_tenants
+        if settings.without_tenants
         else TenantAccess(
             settings.state_directory,
             rate=Rate(settings.rate_per_second, settings.rate_burst),
@@ -99,17 +114,30 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         pool=pool,
         intake=Intake(max_bodies=settings.max_bodies, body_seconds=settings.body_seconds),
         access=access,
+        telemetry=Telemetry(),
     )
+    services.telemetry.watch(telemetry.key_metrics(services.keys))
+    services.telemetry.watch(telemetry.pool_metrics(pool.stats))
+    log = _access_log(settings)
+    if log is not None:
+        services.telemetry.watch(telemetry.access_log_metrics(log))
+    tracing = Tracing.over_otlp(settings.tracing_endpoint) if settings.tracing else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
             await access.start()
+            if log is not None:
+                log.start()
             await pool.start()
             yield
         finally:
             await pool.stop()
             await access.stop()
+            if log is not None:
+                log.stop()
+            if tracing is not None:
+                tracing.stop()
 
     app = FastAPI(
         title="Veilhead",
@@ -117,6 +145,8 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         summary="Private text classification on encrypted embeddings",
         lifespan=lifespan,
         redoc_url=None,
+        # FastAPI's own spans and logs would hold paths, query strings and exception messages.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.services = services
     app.include_router(router)
@@ -124,4 +154,11 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
     # The last one added is the first that a request meets.
     app.add_middleware(AccessGate, access=access)
     app.add_middleware(_RequestContext)
+    app.add_middleware(
+        ObservationMiddleware,
+        telemetry=services.telemetry,
+        tracing=tracing,
+        access_log=log,
+        log_required=settings.access_log_mode == "required",
+    )
     return app

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from veilhead_protocol.errors import VeilheadError
-from veilhead_service import models_cli
+from veilhead_service import access_log_cli, logs, models_cli, settings_cli
+from veilhead_service.doctor import doctor
+from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
 from veilhead_service.tenants_cli import app as tenants_app
 
 app = typer.Typer(
@@ -34,6 +35,9 @@ app.add_typer(models_cli.signing_key_app, name="signing-key")
 app.add_typer(models_cli.head_key_app, name="head-key")
 app.command("retire")(models_cli.retire_model)
 app.add_typer(tenants_app)
+app.add_typer(access_log_cli.app, name="access-log")
+app.command("settings")(settings_cli.show)
+app.command("doctor")(doctor)
 
 _console = Console(stderr=True, highlight=False)
 
@@ -43,10 +47,6 @@ def _reported() -> Iterator[None]:
     """Errors of ours as one line on standard error, and exit status 1."""
     try:
         yield
-    except ValidationError as error:  # of settings; what was given may be a secret
-        messages = (item["msg"].removeprefix("Value error, ") for item in error.errors())
-        typer.echo(f"veilhead-server: {'; '.join(messages)}", err=True)
-        raise typer.Exit(1) from error
     except VeilheadError as error:
         typer.echo(f"veilhead-server: {error}", err=True)
         raise typer.Exit(1) from error
@@ -165,20 +165,20 @@ def publish(
 
 @app.command()
 def run(
-    store: Annotated[Path, typer.Option(help="The store to serve.")],
-    host: Annotated[
-        str | None, typer.Option(help="The address to listen on; 127.0.0.1 when absent.")
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(help="The port to listen on; 8000 when absent.")
-    ] = None,
+    store: Annotated[Path | None, typer.Option(help="The store to serve.")] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port to listen on.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Evaluating processes; one a core when absent.")
     ] = None,
     state: Annotated[
         Path | None,
-        typer.Option(help="Directory of tenants and budgets; `state` when absent."),
+        typer.Option(help="Directory of tenants, budgets and the access log."),
     ] = None,
+    log_format: Annotated[str | None, typer.Option(help="json or text.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
     insecure_no_tenants: Annotated[
         bool,
         typer.Option(
@@ -188,26 +188,30 @@ def run(
 ) -> None:
     """Serve a store over HTTP until it is stopped.
 
-    Every request needs an API key of a tenant, which `veilhead-server tenants add` makes. The
-    service speaks plain HTTP: beyond loopback, put a proxy in front that speaks TLS.
+    Every request needs an API key of a tenant, which `veilhead-server tenants add` makes. As long
+    as there is no tenant at all, the service is open, and listens on loopback only. It speaks plain
+    HTTP: beyond loopback, put a proxy in front that speaks TLS.
 
-    Example: veilhead-server run --store store --state state
+    Flags come before VEILHEAD_SERVER_* variables, these before the file; `veilhead-server
+    settings` prints what is in force.
+
+    Example: veilhead-server run --store store
     """
     with _reported():
         from veilhead_service.app import create_app
         from veilhead_service.server import serve
-        from veilhead_service.settings import Settings
-        from veilhead_service.state import State
 
-        given = {
-            "host": host,
-            "port": port,
-            "workers": workers,
-            "state_directory": state,
-            "insecure_no_tenants": insecure_no_tenants or None,
-        }
-        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        settings = Settings(store=store, **chosen)
-        if not settings.insecure_no_tenants:
-            State(settings.state_directory).close()  # what is wrong with it is said right here
+        settings, _ = from_flags(
+            config,
+            assignments,
+            store=store,
+            host=host,
+            port=port,
+            workers=workers,
+            state_directory=state,
+            insecure_no_tenants=insecure_no_tenants or None,
+            log_format=log_format,
+            log_level=log_level,
+        )
+        logs.configure(settings.log_format, settings.log_level)
         serve(create_app(settings), settings, host=settings.host, port=settings.port)

@@ -49,6 +49,8 @@ class KeyStore:
         self._lifetime = lifetime_seconds
         self._clock = clock
         self._tenants: dict[str, _Keys] = {}
+        self._expired = 0
+        self._evicted = 0
 
     def __len__(self) -> int:
         return sum(len(keys.entries) for keys in self._tenants.values())
@@ -57,6 +59,16 @@ class KeyStore:
     def bytes_held(self) -> int:
         """Bytes of all the registered key messages."""
         return sum(keys.bytes for keys in self._tenants.values())
+
+    @property
+    def expired_total(self) -> int:
+        """Keys dropped so far because their time had come."""
+        return self._expired
+
+    @property
+    def evicted_total(self) -> int:
+        """Keys dropped so far to make room for others."""
+        return self._evicted
 
     def put(self, tenant: str, key_id: bytes, message: bytes) -> bool:
         """Register a checked key message; True when it was not known before."""
@@ -80,7 +92,7 @@ class KeyStore:
         if keys is None or entry is None:
             return None
         if self._has_expired(entry):
-            self.discard(tenant, key_id)
+            self._expired += self.discard(tenant, key_id)
             return None
         entry.used = self._clock()
         keys.entries.move_to_end(key_id)
@@ -107,7 +119,7 @@ class KeyStore:
         return held
 
     def _drop_oldest(self, tenant: str) -> None:
-        self.discard(tenant, next(iter(self._tenants[tenant].entries)))
+        self._evicted += self.discard(tenant, next(iter(self._tenants[tenant].entries)))
 
     def _has_expired(self, entry: _Entry) -> bool:
         now = self._clock()
@@ -121,4 +133,4 @@ class KeyStore:
             if self._has_expired(entry)
         ]
         for tenant, key_id in expired:
-            self.discard(tenant, key_id)
+            self._expired += self.discard(tenant, key_id)

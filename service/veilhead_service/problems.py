@@ -88,6 +88,17 @@ def range_refused(status: HTTPStatus, content_range: str | None) -> Problem:
     )
 
 
+def access_log_unavailable() -> Problem:
+    """The request cannot be recorded, and the operator wants no request unrecorded."""
+    return Problem(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "access-log-unavailable",
+        "the service cannot record requests now; send the same request again later",
+        retryable=True,
+        headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+    )
+
+
 def of_error(error: VeilheadError) -> Problem:
     """The problem that an error of ours becomes."""
     if isinstance(error, ModelMismatchError):
@@ -127,6 +138,7 @@ def of_error(error: VeilheadError) -> Problem:
 
 def respond(request: Request, problem: Problem) -> JSONResponse:
     """The HTTP response of a problem."""
+    request.state.problem = problem.code
     body: dict[str, Any] = {
         "type": PROBLEM_TYPE + problem.code,
         "title": problem.status.phrase,

@@ -47,6 +47,8 @@ from veilhead_service.problems import (
     model_not_found,
     range_refused,
 )
+from veilhead_service.telemetry import MEDIA_TYPE as METRICS_TYPE
+from veilhead_service.telemetry import Telemetry
 from veilhead_service.workers import WorkerPool
 
 MESSAGE_TYPE: Final = "application/octet-stream"
@@ -67,6 +69,7 @@ class Services:
     pool: WorkerPool
     intake: Intake
     access: Access
+    telemetry: Telemetry
 
 
 def _services(request: Request) -> Services:
@@ -171,6 +174,12 @@ def _version(services: Services, name: str, digest: str | None) -> StoredModel:
     return model
 
 
+def _note_model(request: Request, model: StoredModel) -> None:
+    """Tell `observation.py` which published model a request is about."""
+    request.state.model = model.manifest.name
+    request.state.model_digest = model.manifest.digest
+
+
 _VersionDigest = Annotated[
     str | None, Query(description="digest of a version; the current one when it is absent")
 ]
@@ -179,6 +188,7 @@ _VersionDigest = Annotated[
 @router.get("/v1/models/{name}", tags=["models"], response_class=Response)
 async def get_manifest(
     name: str,
+    request: Request,
     services: _Services,
     digest: _VersionDigest = None,
     if_none_match: Annotated[str | None, Header()] = None,
@@ -188,6 +198,7 @@ async def get_manifest(
     Headers say who signed it, and when it will be retired.
     """
     model = _version(services, name, digest)
+    _note_model(request, model)
     etag = _quoted(model.manifest.digest.hex())
     headers = {"ETag": etag, "Cache-Control": _REVALIDATE if digest is None else _CACHE_FOREVER}
     if model.retirement is not None:
@@ -217,12 +228,14 @@ class _PublicFile(FileResponse):
 async def get_file(
     name: str,
     path: str,
+    request: Request,
     services: _Services,
     digest: _VersionDigest = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """A file of the public backbone, as the manifest lists it; ranges are supported."""
     model = _version(services, name, digest)
+    _note_model(request, model)
     backbone = model.manifest.backbone
     entries = {} if backbone is None else {entry.path: entry for entry in backbone.files}
     entry = entries.get(path)  # only paths of the manifest: nothing of a request names a file
@@ -254,7 +267,7 @@ async def register_key(
     tenant: _Tenant,
 ) -> Response:
     """Register a key message under its SHA-256: 201 when it is new, 200 when it was known."""
-    expected = _digest(id)
+    expected = request.state.key_id = _digest(id)
     body = await _body(request, MAX_KEY_BYTES)
     if not hmac.compare_digest(key_id(body), expected):
         raise Problem(
@@ -268,17 +281,19 @@ async def register_key(
 
 
 @router.head("/v1/keys/{id}", tags=["keys"], response_class=Response)
-async def has_key(id: str, services: _Services, tenant: _Tenant) -> Response:  # noqa: A002
+async def has_key(id: str, request: Request, services: _Services, tenant: _Tenant) -> Response:  # noqa: A002
     """200 when the key is registered, 404 when it is not."""
-    if services.keys.get(tenant, _digest(id)) is None:
+    request.state.key_id = _digest(id)
+    if services.keys.get(tenant, request.state.key_id) is None:
         raise key_not_registered()
     return Response()
 
 
 @router.delete("/v1/keys/{id}", tags=["keys"], status_code=HTTPStatus.NO_CONTENT)
-async def forget_key(id: str, services: _Services, tenant: _Tenant) -> Response:  # noqa: A002
+async def forget_key(id: str, request: Request, services: _Services, tenant: _Tenant) -> Response:  # noqa: A002
     """Forget a key: 204, or 404 when it was not registered."""
-    if not services.keys.discard(tenant, _digest(id)):
+    request.state.key_id = _digest(id)
+    if not services.keys.discard(tenant, request.state.key_id):
         raise key_not_registered()
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
@@ -292,7 +307,7 @@ async def forget_key(id: str, services: _Services, tenant: _Tenant) -> Response:
 async def infer(name: str, request: Request, services: _Services, tenant: _Tenant) -> Response:
     """Evaluate the head on an encrypted embedding and answer with a reply message."""
     with suppress(ModelRetiredError, ModelUnavailableError):  # another version may be served
-        _current(services, name)
+        _note_model(request, _current(services, name))
     services.pool.admit()  # before the body: a query that must wait too long is not even read
     body = await _body(request, MAX_QUERY_BYTES)
     header = QueryHeader.deserialize(body)
@@ -302,15 +317,14 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
             "the query names a version of this model that is not published here; "
             "read the manifest again and make a new query"
         )
+    _note_model(request, model)
+    request.state.key_id = header.key_id
     expected = QueryMessage.size(model.manifest.parameter_set, model.manifest.layout)
     if len(body) != expected:
         raise MessageLengthError(f"got {len(body)} bytes, expected {expected} for this model")
     key = services.keys.get(tenant, header.key_id)
     if key is None:
         raise key_not_registered()
-    request.state.key_id = header.key_id
-    request.state.model = name
-    request.state.model_digest = header.model_digest
     manifest = model.manifest
     units = charge(manifest.layout, manifest.scales.exponent, manifest.parameter_set)
     async with services.access.charged(tenant, name, units):
@@ -372,3 +386,10 @@ async def get_version() -> dict[str, str | int]:
         "wire_format": FORMAT_VERSION,
         "manifest_format": MANIFEST_FORMAT,
     }
+
+
+@router.get("/metrics", tags=["health"], response_class=Response)
+async def get_metrics(services: _Services) -> Response:
+    """Metrics in Prometheus' text format, times in seconds and sizes in bytes."""
+    budgets = await services.access.usage_snapshot()
+    return Response(services.telemetry.expose(budgets), headers={"Content-Type": METRICS_TYPE})

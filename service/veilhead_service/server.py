@@ -86,6 +86,7 @@ def serve(app: FastAPI, settings: Settings, *, host: str, port: int) -> None:
         host=host,
         port=port,
         access_log=False,
+        log_config=None,  # `logs.configure` did it
         http="h11",
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )

@@ -1,16 +1,34 @@
-"""Settings of the service, from VEILHEAD_SERVER_* variables or given by the caller."""
+"""Settings of the service: given by the caller, from VEILHEAD_SERVER_* variables, or from a file.
+
+What the caller gives (the flags of `veilhead-server run`) comes before the environment, and the
+environment before the file. An unknown name in any of them is an error.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
+from veilhead_protocol.errors import ConfigurationError
 from veilhead_service.head_encryption import HeadKey, find_head_key
+from veilhead_service.state import has_tenants
+
+ENVIRONMENT_PREFIX: Final = "VEILHEAD_SERVER_"
+
+#: Names the settings file, unless `--config` does.
+CONFIG_VARIABLE: Final = "VEILHEAD_SERVER_CONFIG"
 
 
 class Settings(BaseSettings):
@@ -39,16 +57,36 @@ class Settings(BaseSettings):
         host: address to listen on.
         port: port to listen on.
         state_directory: directory of tenants, API keys and budgets.
-        insecure_no_tenants: let everybody do everything, uncounted; on a loopback host only.
+        insecure_no_tenants: let everybody do everything, uncounted; on a loopback host only. None:
+            only while the state has no tenant.
         tenant_key_memory_bytes: memory for the registered keys of one tenant.
         rate_per_second: requests a second of a tenant without a rate of its own.
         rate_burst: requests at once of such a tenant.
         query_budget: queries of a tenant and model without a budget of their own, in a period;
             None for no limit.
         query_budget_period: the calendar day or month, UTC, that budget is for.
+        log_format: `json` (one object a line) or `text`.
+        log_level: the least severe level that is logged.
+        access_log: whether requests are recorded in `<state_directory>/access.log`. `required`
+            answers 503 to what cannot be recorded; with `on`, answers do not wait for their lines
+            and leave unrecorded when there is no other way; `off`; `auto` is `on`, or `off` for a
+            service without tenants.
+        access_log_sync_seconds: force lines to the disk after so long; 0 forces each batch of
+            lines before their answers leave.
+        access_log_file_bytes: a file of the access log that reaches this size is closed, and the
+            chain goes on in a new one.
+        tracing: send OpenTelemetry spans of requests; needs the extra `otel`.
+        tracing_endpoint: the URL of an OTLP collector over HTTP; OpenTelemetry's own variables
+            when it is None.
     """
 
-    model_config = SettingsConfigDict(env_prefix="VEILHEAD_SERVER_", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        frozen=True,
+        extra="forbid",
+        # A refused value may be a secret.
+        hide_input_in_errors=True,
+    )
 
     store: Path = Path("store")
     workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=256)
@@ -68,15 +106,22 @@ class Settings(BaseSettings):
     head_key_file: Path | None = None
     head_key: SecretStr | None = None
     require_encrypted_heads: bool = False
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)
     state_directory: Path = Path("state")
-    insecure_no_tenants: bool = False
+    insecure_no_tenants: bool | None = None
     tenant_key_memory_bytes: int = Field(default=16 * 2**20, ge=2**16)
     rate_per_second: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
     rate_burst: int = Field(default=2000, ge=1)
     query_budget: int | None = Field(default=None, ge=0)
     query_budget_period: Literal["day", "month"] = "day"
+    log_format: Literal["json", "text"] = "json"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: Literal["auto", "off", "on", "required"] = "auto"
+    access_log_sync_seconds: float = Field(default=1.0, ge=0)
+    access_log_file_bytes: int = Field(default=64 * 2**20, ge=2**12)
+    tracing: bool = False
+    tracing_endpoint: str | None = None
 
     @model_validator(mode="after")
     def _insecure_only_on_loopback(self) -> Self:
@@ -84,6 +129,18 @@ class Settings(BaseSettings):
             raise ValueError(
                 "insecure_no_tenants is for a loopback host such as 127.0.0.1: to listen "
                 "elsewhere, make tenants (`veilhead-server tenants add`)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.tracing_endpoint and not self.tracing:
+            raise ValueError("tracing_endpoint needs tracing")
+        state, store = self.state_directory.absolute(), self.store.absolute()
+        if state == store or state.is_relative_to(store) or store.is_relative_to(state):
+            raise ValueError(
+                "state_directory and store must not lie within each other: "
+                "the store can then be read-only"
             )
         return self
 
@@ -97,6 +154,41 @@ class Settings(BaseSettings):
             self.head_key_file, None if self.head_key is None else self.head_key.get_secret_value()
         )
 
+    @property
+    def access_log_mode(self) -> Literal["off", "on", "required"]:
+        """`access_log`, with `auto` resolved."""
+        if self.access_log != "auto":
+            return self.access_log
+        return "off" if self.without_tenants else "on"
+
+    @property
+    def without_tenants(self) -> bool:
+        """Whether everybody may do everything, as `insecure_no_tenants` says.
+
+        When it says nothing, a service that has no tenant yet is open on a loopback host. This is
+        decided when the service starts.
+
+        Raises:
+            StateError: when the state has to be looked at and cannot be.
+        """
+        if self.insecure_no_tenants is not None:
+            return self.insecure_no_tenants
+        return _is_loopback(self.host) and not has_tenants(self.state_directory)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The sources, the first of which wins."""
+        sources = (init_settings, env_settings)
+        path = settings_cls.model_config.get("toml_file") or os.environ.get(CONFIG_VARIABLE)
+        return (*sources, _file_source(settings_cls, Path(str(path)))) if path else sources
+
 
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
@@ -105,3 +197,86 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _file_source(settings_cls: type[BaseSettings], path: Path) -> TomlConfigSettingsSource:
+    """The settings of a TOML file.
+
+    Raises:
+        ConfigurationError: when it cannot be read.
+    """
+    try:
+        path.stat()  # an absent file would otherwise be an empty one
+        return TomlConfigSettingsSource(settings_cls, path)
+    except OSError as error:
+        reason = error.strerror
+    except ValueError:  # its message would quote the file, which may hold secrets
+        reason = "it is not TOML"
+    raise ConfigurationError(f"the settings file {path} cannot be read: {reason}")
+
+
+def load_settings(
+    given: Mapping[str, Any] | None = None,
+    *,
+    config: Path | None = None,
+    kind: type[Settings] = Settings,
+) -> Settings:
+    """Settings from everywhere.
+
+    Args:
+        given: by name, what comes before everything else; values may be text, as in a variable.
+        config: the settings file; that of `VEILHEAD_SERVER_CONFIG` when it is None.
+        kind: `Settings`, or a class with more of them.
+
+    Raises:
+        ConfigurationError: naming every setting that is unknown or not valid, without its value.
+    """
+    source = kind
+    if config is not None:
+
+        class FromFile(kind):  # type: ignore[valid-type, misc]
+            model_config = SettingsConfigDict(toml_file=config)
+
+        source = FromFile
+    try:
+        return source(**(given or {}))
+    except ValidationError as error:
+        raise ConfigurationError(_explained(error)) from None
+    except SettingsError:
+        raise ConfigurationError(
+            f"a {ENVIRONMENT_PREFIX}* variable is not valid; docs/http-api.md lists them"
+        ) from None
+
+
+def _explained(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_input=False, include_url=False, include_context=False):
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"there is no setting {name!r}")
+        else:
+            lines.append(": ".join(part for part in (name, item["msg"]) if part))
+    return "; ".join(lines) + "; `veilhead-server settings` prints all of them"
+
+
+def printed(
+    settings: Settings, given: Mapping[str, Any] | None = None
+) -> list[tuple[str, str, str]]:
+    """Every setting as (name, value, origin), secrets masked.
+
+    The origin is `flag`, `environment`, `file` or `default`; `given` are the flags.
+    """
+    flags = set(given or {})
+    variables = {name.lower() for name in os.environ}
+    rows = []
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if name in flags:
+            origin = "flag"
+        elif f"{ENVIRONMENT_PREFIX}{name}".lower() in variables:
+            origin = "environment"
+        else:
+            origin = "file" if name in settings.model_fields_set else "default"
+        shown = "**********" if isinstance(value, SecretStr) else str(value)
+        rows.append((name, shown, origin))
+    return rows

@@ -83,6 +83,18 @@ class AuditEntry:
     detail: str
 
 
+def has_tenants(directory: Path) -> bool:
+    """Whether any tenant was ever made in this state; a state that is not there has none.
+
+    Raises:
+        StateError: when it is there and cannot be read.
+    """
+    if not (directory / STATE_FILE).exists():
+        return False
+    with State(directory) as state:
+        return bool(state.tenants())
+
+
 class State:
     """The store of tenants, keys and budgets."""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from veilhead_protocol.errors import ModelUnavailableError, VeilheadError, WireError
-from veilhead_service import frames
+from veilhead_service import frames, logs
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 from veilhead_service.hardening import forbid_core_dumps
 from veilhead_service.head_encryption import HeadKey
@@ -145,7 +145,7 @@ def main(descriptor: int, head_bytes: int = _HEAD_BYTES) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logs.inherit()
     try:
         main(*map(int, sys.argv[1:]))
     except KeyboardInterrupt:

@@ -57,7 +57,8 @@ def make_app(store, directory):
     """The app of the store and the state, with settings."""
 
     def make(**settings):
-        return create_app(Settings(store=store, state_directory=directory, workers=1, **settings))
+        given = {"insecure_no_tenants": False} | settings
+        return create_app(Settings(store=store, state_directory=directory, workers=1, **given))
 
     return make
 
@@ -259,11 +260,22 @@ def test_without_tenants_everybody_is_one(store):
     assert usage == {"tenant": "insecure-local", "rate": None, "models": []}
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])  # noqa: S104
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])  # noqa: S104
 def test_without_tenants_means_loopback(host):
     with pytest.raises(ValueError, match="loopback"):
         Settings(insecure_no_tenants=True, host=host)
-    assert Settings(host=host).insecure_no_tenants is False
+    assert not Settings(host=host).without_tenants
+
+
+def test_a_service_is_open_until_there_is_a_tenant(store, directory, request_raw):
+    def status():
+        app = create_app(Settings(store=store, state_directory=directory, workers=1))
+        return request_raw(app, "GET", "/v1/models")[0]
+
+    assert status() == 200
+    assert not directory.exists()
+    add_tenant(directory, "clinic")
+    assert status() == 401
 
 
 # --- one tenant's encryption keys ---------------------------------------------------------------
@@ -388,6 +400,9 @@ class _FailingPool:
     """Stands where the pool is when every worker is lost; the rest of the app is real."""
 
     ready = True
+
+    def admit(self):
+        pass
 
     async def evaluate(self, *_):
         raise WorkerError("lost")

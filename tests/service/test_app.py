@@ -113,6 +113,8 @@ def test_the_openapi_document_lists_every_route(service):
         ("DELETE", "/v1/keys/{id}"),
         ("GET", "/livez"),
         ("GET", "/readyz"),
+        ("GET", "/metrics"),
+        ("GET", "/v1/usage"),
         ("GET", "/version"),
     }
     declared = {

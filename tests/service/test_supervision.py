@@ -102,7 +102,7 @@ def test_a_worker_is_replaced_after_its_evaluations_without_a_gap(store):
 
 def test_a_worker_that_bloats_is_replaced_after_its_answer(store, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_MEASURE_SECONDS", 0.0)
-    head = artifact(600, 384, name="huge")
+    head = artifact(3000, 384, name="huge")
     head.save(tmp_path / "huge")
     publish(tmp_path / "huge", tmp_path / "store")
     layout = head.manifest.layout

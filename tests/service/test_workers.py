@@ -400,7 +400,7 @@ def test_a_full_line_is_a_retryable_problem(open_app, problem, dispatched):
         waiting = send()
         client.portal.call(until, lambda: client.app.state.services.pool._waiting == 1)
         response = service.infer("digits", query.data)
-        problem(response, 503, "worker-unavailable", sent=query.data, retryable=True)
+        problem(response, 503, "queue-full", sent=query.data, retryable=True)
         os.kill(pid, signal.SIGCONT)
         assert running.result(timeout=30) == [200]
         assert waiting.result(timeout=30) == [200]

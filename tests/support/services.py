@@ -62,16 +62,18 @@ def problem(status, code, **headers):
 
 
 @contextlib.contextmanager
-def running(store, *arguments, access=("--insecure-no-tenants",)):
-    """The URL of `veilhead-server run` on a store, as its own process."""
+def running(
+    store, *arguments, access=("--insecure-no-tenants",), log=subprocess.PIPE, environment=None
+):
+    """The URL of `veilhead-server run` on a store, as its own process, whose log goes to `log`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "veilhead_service", "run", "--store", str(store)]
     process = subprocess.Popen(
         [*command, "--port", str(port), *access, *arguments],
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
-        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"} | (environment or {}),
+        stderr=log,
     )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -80,7 +82,7 @@ def running(store, *arguments, access=("--insecure-no-tenants",)):
                 if httpx2.get(f"{url}/readyz", trust_env=False).is_success:
                     break
             if process.poll() is not None:
-                raise AssertionError(process.stderr.read().decode())
+                raise AssertionError("" if process.stderr is None else process.stderr.read())
             time.sleep(0.1)
         yield url
     finally:

@@ -1,0 +1,203 @@
+"""`veilhead doctor`: whether this machine can classify, and whether a service can be reached."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from importlib.metadata import version
+from typing import Any, Final
+
+import httpx2
+import numpy as np
+
+from veilhead.session import SecretKey
+from veilhead.transport import check_url, is_loopback
+from veilhead_protocol.checks import (
+    Check,
+    Outcome,
+    check_not_writable_by_others,
+    check_packages,
+    check_parameters,
+    check_python,
+    installed,
+    passed,
+)
+from veilhead_protocol.errors import ManifestError, VeilheadError
+from veilhead_protocol.files import cache_directory
+from veilhead_protocol.layout import Layout
+from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
+from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, NAME_PATTERN, Manifest
+from veilhead_protocol.parameters import COMPACT, STRONG, ParameterSet
+from veilhead_protocol.wire import FORMAT_VERSION, KeyMessage
+
+_PACKAGES: Final = ("veilhead", "tenseal", "numpy", "httpx2", "zstandard")
+_BACKBONE_PACKAGES: Final = ("torch", "transformers", "tokenizers", "safetensors")
+
+_TIMEOUT_SECONDS: Final = 10.0
+#: A clock that is further off breaks TLS certificates and the dates of retirements.
+_SKEW_SECONDS: Final = 60.0
+_SCALE_BITS: Final = 40
+
+
+def examine(
+    url: str | None = None,
+    model: str | None = None,
+    *,
+    transport: httpx2.BaseTransport | None = None,
+) -> list[Check]:
+    """Every check of this machine, and of a service when its URL is given.
+
+    Args:
+        url: the service's base URL.
+        model: a model whose manifest is read.
+        transport: what carries requests, instead of the network.
+    """
+    checks = [check_python(), *check_packages(_PACKAGES, "veilhead"), *_check_backbone_packages()]
+    checks += check_parameters()
+    checks += [_check_encryption(parameters) for parameters in (COMPACT, STRONG)]
+    checks.append(_check_cache())
+    if url is not None:
+        checks += _check_service(url, model, transport)
+    elif model is not None:
+        checks.append(Check("model", Outcome.FAIL, "no URL", "give --url with --model"))
+    return checks
+
+
+def _check_backbone_packages() -> list[Check]:
+    missing = [package for package in _BACKBONE_PACKAGES if installed(package) is None]
+    if missing:
+        found = f"not installed: {', '.join(missing)}"
+        advice = "pip install 'veilhead[torch]', unless you bring embeddings of your own"
+        return [Check("backbone", Outcome.WARN, found, advice)]
+    found = ", ".join(f"{package} {version(package)}" for package in _BACKBONE_PACKAGES)
+    return [passed("backbone", found)]
+
+
+def _check_encryption(parameters: ParameterSet) -> Check:
+    """A fresh key, its message read back, and an encryption of the right size. All in memory."""
+    name = f"encryption {parameters.name}"
+    try:
+        layout = Layout.canonical(parameters, texts=1, dimensions=8, classes=2, exponent=0)
+        key = SecretKey(parameters, layout)
+        read = KeyMessage.deserialize(key.message)
+        encrypted = key.encrypt(np.ones(parameters.poly_modulus_degree), _SCALE_BITS)
+        shape = (len(parameters.data_primes), parameters.poly_modulus_degree)
+        if read.parameters is not parameters or encrypted.c0.shape != shape:
+            raise AssertionError("SEAL made something else than it was asked for")
+    except (AssertionError, RuntimeError, ValueError, VeilheadError) as error:
+        advice = "install a tenseal that this version was tested with: 0.3.18"
+        return Check(name, Outcome.FAIL, type(error).__name__, advice)
+    return passed(name, f"a key message of {len(key.message)} bytes")
+
+
+def _check_cache() -> Check:
+    directory = cache_directory()
+    if not directory.exists():
+        return passed("cache", f"{directory} is not there yet")
+    if not os.access(directory, os.W_OK):
+        advice = "let your user write there, or set VEILHEAD_CACHE"
+        return Check("cache", Outcome.FAIL, f"{directory} cannot be written", advice)
+    return check_not_writable_by_others(
+        "cache", directory, advice=f"chmod o-w {directory}: it holds what runs on your texts"
+    )
+
+
+def _check_service(
+    url: str, model: str | None, transport: httpx2.BaseTransport | None
+) -> list[Check]:
+    try:
+        base = check_url(url)
+    except VeilheadError as error:
+        return [Check("url", Outcome.FAIL, str(error), "use https://, or a service on loopback")]
+    secured = "TLS" if base.scheme == "https" else "plain HTTP on loopback"
+    checks = [passed("url", secured)]
+    with httpx2.Client(
+        base_url=base,
+        timeout=_TIMEOUT_SECONDS,
+        transport=transport,
+        trust_env=not is_loopback(base.host),
+        follow_redirects=False,
+        headers={"Accept-Encoding": "identity"},
+    ) as http:
+        try:
+            ready = http.get("/readyz")
+        except httpx2.HTTPError as error:
+            advice = "check the URL, the name, the network, and that the service runs"
+            return [*checks, Check("service", Outcome.FAIL, type(error).__name__, advice)]
+        checks.append(_check_ready(ready))
+        checks.append(_check_skew(ready.headers.get("date"), datetime.now(UTC)))
+        try:
+            checks.append(_check_formats(http.get("/version")))
+            if model is not None:
+                checks.append(_check_model(http, model))
+        except httpx2.HTTPError as error:
+            advice = "the service stopped answering; try again"
+            checks.append(Check("service", Outcome.FAIL, type(error).__name__, advice))
+    return checks
+
+
+def _check_ready(answer: httpx2.Response) -> Check:
+    if answer.is_success:
+        return passed("service", "it is ready")
+    advice = "the vendor's log says why; it may be starting or draining"
+    return Check("service", Outcome.FAIL, f"it answers {answer.status_code} to /readyz", advice)
+
+
+def _check_skew(date: str | None, now: datetime) -> Check:
+    try:
+        theirs = parsedate_to_datetime(date or "")
+        skew = abs((now - theirs.astimezone(UTC)).total_seconds())
+    except (TypeError, ValueError, OverflowError):
+        return Check("clock", Outcome.WARN, "the service sends no date", "check your own clock")
+    if skew > _SKEW_SECONDS:
+        found = f"{skew:.0f} s from the service's"
+        return Check("clock", Outcome.WARN, found, "keep both clocks by NTP")
+    return passed("clock", f"{skew:.0f} s from the service's")
+
+
+def _check_formats(answer: httpx2.Response) -> Check:
+    name = "formats"
+    theirs: Any = None
+    if answer.is_success and len(answer.content) <= MAX_MANIFEST_BYTES:
+        try:
+            theirs = answer.json()
+        except ValueError:
+            theirs = None
+    if not isinstance(theirs, dict):
+        advice = "it may be no Veilhead service, or ask for a key"
+        return Check(name, Outcome.WARN, f"{answer.status_code} from /version", advice)
+    if (theirs.get("wire_format"), theirs.get("manifest_format")) != (
+        FORMAT_VERSION,
+        MANIFEST_FORMAT,
+    ):
+        return Check(
+            name,
+            Outcome.FAIL,
+            f"the service speaks others than wire {FORMAT_VERSION}, {MANIFEST_FORMAT}",
+            "install the version of veilhead that the vendor names",
+        )
+    return passed(name, f"wire {FORMAT_VERSION}, {MANIFEST_FORMAT}")
+
+
+def _check_model(http: httpx2.Client, model: str) -> Check:
+    name = "model"
+    if not NAME_PATTERN.fullmatch(model):
+        return Check(name, Outcome.FAIL, "not a model's name", "ask the vendor for the name")
+    answer = http.get(f"/v1/models/{model}")
+    if not answer.is_success:
+        advice = {
+            401: "give a key: VEILHEAD_API_KEY or --api-key-file",
+            403: "the key may not use this model: ask the vendor",
+            404: "no such model: ask the vendor for the name",
+            410: "it was retired: ask the vendor for its successor",
+        }.get(answer.status_code, "ask the vendor")
+        return Check(name, Outcome.FAIL, f"{answer.status_code} for {model}", advice)
+    try:
+        if len(answer.content) > MAX_MANIFEST_BYTES:
+            raise ManifestError("too long")
+        manifest = Manifest.deserialize(answer.content)
+    except VeilheadError as error:
+        advice = "install the version of veilhead that the vendor names"
+        return Check(name, Outcome.FAIL, f"its manifest is refused: {error}", advice)
+    return passed(name, f"{manifest.parameters}, digest {manifest.digest.hex()}")

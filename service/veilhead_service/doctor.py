@@ -1,0 +1,234 @@
+"""`veilhead-server doctor`: whether this machine is fit to run the service."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from veilhead_protocol.checks import (
+    Check,
+    Outcome,
+    check_not_writable_by_others,
+    check_packages,
+    check_parameters,
+    check_private,
+    check_python,
+    healthy,
+    installed,
+    passed,
+    render,
+)
+from veilhead_protocol.errors import StoreError, VeilheadError
+from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
+
+if TYPE_CHECKING:
+    from veilhead_service.settings import Settings
+
+_PACKAGES: Final = (
+    *("veilhead", "tenseal", "numpy", "safetensors", "fastapi", "starlette", "uvicorn"),
+    *("pydantic-settings", "prometheus-client", "zstandard"),
+)
+
+#: No clock that is right is before this: the year of this version.
+_EARLIEST: Final = datetime(2026, 1, 1, tzinfo=UTC)
+
+_MEASURE: Final = """\
+import resource
+from veilhead_protocol import seal_io
+from veilhead_protocol.parameters import COMPACT, STRONG
+import veilhead_service.worker
+for parameters in (COMPACT, STRONG):
+    seal_io.runtime(parameters)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def doctor(
+    store: Annotated[Path | None, typer.Option(help="The store that `run` serves.")] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Check this machine, the store and the settings before `run`.
+
+    A line for each check: ok, warn or fail, with what to do about it. Nothing is changed. Exit
+    status 1 when a check fails.
+
+    Example: veilhead-server doctor --store store
+    """
+    checks = [check_python(), *check_packages(_PACKAGES, "veilhead[service]")]
+    if healthy(checks):
+        try:
+            settings, _ = from_flags(config, assignments, store=store)
+        except VeilheadError as error:
+            advice = "correct it; `veilhead-server settings` prints all"
+            checks.append(Check("settings", Outcome.FAIL, str(error), advice))
+        else:
+            checks += examine(settings)
+    typer.echo(render(checks, as_json=as_json))
+    raise typer.Exit(0 if healthy(checks) else 1)
+
+
+def examine(settings: Settings) -> list[Check]:
+    """Every check of these settings on this machine."""
+    return [
+        *check_parameters(),
+        *check_store(settings.store),
+        *check_state(settings.state_directory),
+        check_port(settings.host, settings.port),
+        check_core_dumps(),
+        check_swap(Path("/proc/swaps")),
+        check_memory(settings.workers, settings.key_memory_bytes, Path("/proc/meminfo")),
+        check_clock(datetime.now(UTC)),
+        *([check_tracing()] if settings.tracing else []),
+    ]
+
+
+def check_store(store: Path) -> list[Check]:
+    """Whether the store can be read, only its owner writes to it, and heads are private."""
+    from veilhead_service.model_store import ModelStore
+
+    if not store.is_dir():
+        return [
+            Check(
+                "store",
+                Outcome.FAIL,
+                f"there is no directory {store}",
+                "`veilhead-server publish ARTEFACT --store STORE` makes it",
+            )
+        ]
+    checks = [
+        check_not_writable_by_others(
+            "store directory", store, advice=f"chmod o-w {store}: whoever writes there, publishes"
+        )
+    ]
+    source = ModelStore(store)
+    try:
+        names = source.names()
+        for name in names:
+            model = source.current(name)
+            found = "nothing" if model is None else model.manifest.digest.hex()[:12]
+            checks.append(passed(f"model {name}", f"stands for {found}"))
+    except StoreError as error:
+        checks.append(Check("store", Outcome.FAIL, str(error), "publish the model again"))
+        return checks
+    except OSError as error:
+        advice = "let the service's user read it"
+        return [*checks, Check("store", Outcome.FAIL, f"{store}: {error.strerror}", advice)]
+    if not names:
+        advice = "`veilhead-server publish`; a running service notices"
+        checks.append(Check("models", Outcome.WARN, "none is published", advice))
+    for head in sorted(store.glob("*/*/head*")):
+        checks.append(check_private("private head", head, advice=f"chmod 600 {head}"))
+    return checks
+
+
+def check_state(directory: Path) -> list[Check]:
+    """Whether the state directory is the service's alone, or can be made."""
+    name = "state directory"
+    if not directory.exists():
+        parent = next(found for found in directory.absolute().parents if found.exists())
+        if os.access(parent, os.W_OK):
+            return [passed(name, f"{directory} is not there yet and can be made")]
+        advice = f"let the service's user write to {parent}, or set state_directory"
+        return [Check(name, Outcome.FAIL, f"{directory} cannot be made", advice)]
+    if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
+        advice = "give it to the service's user"
+        return [Check(name, Outcome.FAIL, f"{directory} cannot be written", advice)]
+    return [check_private(name, directory, advice=f"chmod 700 {directory}")]
+
+
+def check_port(host: str, port: int) -> Check:
+    """Whether the service could listen there."""
+    where = f"{host} port {port}"
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        advice = "stop what listens there (this service, if it runs), or set host and port"
+        return Check("port", Outcome.FAIL, f"{where}: {error.strerror}", advice)
+    return passed("port", f"{where} is free")
+
+
+def check_core_dumps() -> Check:
+    """Whether a crash could write this process's memory to a file."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_CORE)
+    if soft == 0:
+        return passed("core dumps", "off")
+    return Check(
+        "core dumps",
+        Outcome.WARN,
+        "a crash may write memory to a file: heads and requests",
+        "start the service with `ulimit -c 0`, LimitCORE=0 or --ulimit core=0",
+    )
+
+
+def check_swap(table: Path) -> Check:
+    """Whether memory can reach a disk; `table` is /proc/swaps."""
+    try:
+        areas = table.read_text().splitlines()[1:]
+    except OSError:
+        return Check("swap", Outcome.WARN, f"{table} cannot be read", "see that swap is off")
+    if not areas:
+        return passed("swap", "off")
+    advice = "swapoff -a, or encrypt it: heads in memory may reach the disk"
+    return Check("swap", Outcome.WARN, f"on, {len(areas)} area(s)", advice)
+
+
+def worker_bytes() -> int | None:
+    """Memory of a worker that has loaded its libraries, measured; None when it does not start."""
+    command = [sys.executable, "-c", _MEASURE]
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, timeout=120, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return int(done.stdout)
+
+
+def check_memory(workers: int, key_bytes: int, table: Path) -> Check:
+    """Whether the workers fit into the memory that is available; `table` is /proc/meminfo."""
+    each = worker_bytes()
+    if each is None:
+        advice = "run `python -m veilhead_service.worker 0` and read its message"
+        return Check("memory", Outcome.FAIL, "a worker does not start", advice)
+    needed = workers * each + key_bytes
+    text = f"{workers} workers of {each / 2**20:.0f} MiB, keys {key_bytes / 2**20:.0f} MiB"
+    try:
+        fields = dict(line.split(":", 1) for line in table.read_text().splitlines() if ":" in line)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return Check("memory", Outcome.WARN, f"{text}; {table} says nothing", "see that it fits")
+    text += f", {available / 2**20:.0f} MiB available"
+    if needed > available:
+        return Check("memory", Outcome.FAIL, text, "fewer workers, less for keys, or more memory")
+    if needed > available * 0.75:
+        return Check("memory", Outcome.WARN, text, "heads and requests need some too")
+    return passed("memory", text)
+
+
+def check_clock(now: datetime) -> Check:
+    """Whether the clock can be right: keys, tenants and retirements expire by it."""
+    shown = now.isoformat(timespec="seconds")
+    if now < _EARLIEST:
+        return Check("clock", Outcome.FAIL, f"it says {shown}", "set it, and keep it by NTP")
+    return passed("clock", shown)
+
+
+def check_tracing() -> Check:
+    """Whether the packages that tracing needs are there."""
+    found = installed("opentelemetry-exporter-otlp-proto-http")
+    if found is None:
+        return Check("tracing", Outcome.FAIL, "not installed", "pip install 'veilhead[otel]'")
+    return passed("tracing", f"opentelemetry-exporter-otlp-proto-http {found}")

@@ -1,0 +1,115 @@
+"""`veilhead doctor`: this machine, and services good and bad."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import httpx2
+import pytest
+from support.services import running
+from typer.testing import CliRunner
+
+from veilhead.cli import app
+from veilhead.doctor import examine
+from veilhead_protocol.checks import Outcome, healthy
+from veilhead_service.model_store import publish
+
+
+def outcomes(checks):
+    return {check.name: check.outcome for check in checks}
+
+
+def test_this_machine_passes(monkeypatch, tmp_path):
+    monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path / "cache"))
+    checks = examine()
+    assert healthy(checks)
+    found = outcomes(checks)
+    assert {"python", "tenseal", "cache", "backbone", "parameters strong"} <= set(found)
+    assert found["encryption compact"] is found["encryption strong"] is Outcome.OK
+
+
+def test_a_cache_that_anybody_may_write_to_fails(monkeypatch, tmp_path):
+    monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path))
+    tmp_path.chmod(0o777)
+    assert outcomes(examine())["cache"] is Outcome.FAIL
+
+
+def test_a_real_service_passes(head_artifact, tmp_path):
+    publish(head_artifact, tmp_path / "store")
+    with running(tmp_path / "store", "--workers", "1") as url:
+        arguments = ["doctor", "--url", url, "--model", "model", "--json"]
+        result = CliRunner().invoke(app, arguments)
+        absent = CliRunner().invoke(app, [*arguments[:-2], "absent"])
+    found = {check["name"]: check for check in json.loads(result.stdout)}
+    assert result.exit_code == 0
+    for name in ("url", "service", "clock", "formats", "model"):
+        assert found[name]["outcome"] == "ok"
+    assert "loopback" in found["url"]["found"]
+    assert "compact" in found["model"]["found"]
+    assert absent.exit_code == 1
+    assert "404 for absent" in absent.stdout
+    assert "-> no such model" in absent.stdout
+
+
+def test_plain_http_to_elsewhere_is_not_tried():
+    found = outcomes(examine("http://veilhead.example.com"))
+    assert found["url"] is Outcome.FAIL
+    assert "service" not in found
+
+
+def test_nobody_there_fails():
+    found = outcomes(examine("http://127.0.0.1:9", "model"))
+    assert found["service"] is Outcome.FAIL
+
+
+def test_a_model_needs_a_url():
+    assert outcomes(examine(None, "model"))["model"] is Outcome.FAIL
+
+
+GOOD = {"wire_format": 1, "manifest_format": "veilhead-manifest/1"}
+
+
+def service(*, ready=200, versions=None, date=None, model=None):
+    """Answers that a test writes down."""
+
+    def answer(request):
+        headers = {} if date is None else {"Date": date}
+        if request.url.path == "/readyz":
+            return httpx2.Response(ready, headers=headers, json={})
+        if request.url.path == "/version":
+            return httpx2.Response(200, json=GOOD if versions is None else versions)
+        return model if model is not None else httpx2.Response(404)
+
+    return httpx2.MockTransport(answer)
+
+
+@pytest.mark.parametrize(
+    ("answers", "name", "outcome"),
+    [
+        ({"ready": 503}, "service", Outcome.FAIL),
+        ({}, "clock", Outcome.WARN),
+        ({"date": "nonsense"}, "clock", Outcome.WARN),
+        ({"versions": GOOD | {"wire_format": 2}}, "formats", Outcome.FAIL),
+        ({"versions": {}}, "formats", Outcome.FAIL),
+        ({"versions": [1]}, "formats", Outcome.WARN),
+        ({"model": httpx2.Response(401)}, "model", Outcome.FAIL),
+        ({"model": httpx2.Response(410)}, "model", Outcome.FAIL),
+        ({"model": httpx2.Response(200, content=b"{}")}, "model", Outcome.FAIL),
+        ({"model": httpx2.Response(200, content=b"x" * 2**25)}, "model", Outcome.FAIL),
+    ],
+)
+def test_what_is_wrong_with_a_service_is_named(answers, name, outcome):
+    checks = examine("https://veilhead.example.com", "model", transport=service(**answers))
+    (check,) = (check for check in checks if check.name == name)
+    assert check.outcome is outcome
+    assert check.advice
+
+
+@pytest.mark.parametrize(("seconds", "outcome"), [(5, Outcome.OK), (3600, Outcome.WARN)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_clocks_are_compared(seconds, outcome, sign):
+    date = format_datetime(datetime.now(UTC) + sign * timedelta(seconds=seconds), usegmt=True)
+    checks = examine("https://veilhead.example.com", transport=service(date=date))
+    assert outcomes(checks)["clock"] is outcome

@@ -7,7 +7,6 @@ representations and files are then searched.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ import httpx2
 import numpy as np
 import pytest
 from support.services import running
+from support.tenants import add_tenant, bearer
 
 from veilhead import Client, session
 from veilhead_models.artifact import HeadArtifact
@@ -26,6 +26,7 @@ from veilhead_models.backbone import describe
 from veilhead_protocol.errors import VeilheadError
 from veilhead_service.access_log import verify
 from veilhead_service.model_store import publish
+from veilhead_service.tenants import KeyScope
 
 TEXT = "zqxjk quenby marrowfat"
 BEARER = "zqxjk-bearer-8f1c0d52aa9e4b77"
@@ -90,9 +91,9 @@ def workers_of(url):
     ]
 
 
-def hostile(url, answers):
+def hostile(url, answers, bearer_key):
     """Markers in every part of a request, on every route, right and wrong; answers are kept."""
-    headers = {"Authorization": f"Bearer {BEARER}", "X-Note": NOISE, "User-Agent": NOISE}
+    headers = {"Authorization": f"Bearer {bearer_key}", "X-Note": NOISE, "User-Agent": NOISE}
     octets = headers | {"Content-Type": "application/octet-stream"}
     body = TEXT.encode() * 40
     paths = ("/v1/models", "/v1/models/colours", f"/v1/models/{NOISE}", f"/{NOISE}", "/readyz")
@@ -151,14 +152,15 @@ def run(tmp_path_factory, tiny_directory):
     places = {}
     handler = logging.Handler()
     handler.emit = lambda record: records.append(f"{record.getMessage()} {record.__dict__}")
-    real = session._secret_coefficients
+    real = session.secret_coefficients
+    key = add_tenant(root / "state", "clinic", scopes=KeyScope)
 
     def remembered(*arguments):
         secrets.append(real(*arguments))
         return secrets[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "_secret_coefficients", remembered)
+        patch.setattr(session, "secret_coefficients", remembered)
         patch.setenv("VEILHEAD_CACHE", str(root / "cache"))
         patch.setenv("TMPDIR", str(root / "tmp"))
         logging.getLogger("veilhead").addHandler(handler)
@@ -167,12 +169,9 @@ def run(tmp_path_factory, tiny_directory):
         with (root / "service.log").open("wb") as log:
             state = ("--state", str(root / "state"), "--set", "access_log=on")
             with running(
-                root / "store", "--workers", "2", "--log-level", "debug", *state, log=log
+                root / "store", "--workers", "2", "--log-level", "debug", *state, access=(), log=log
             ) as url:
-                options = {}
-                if "api_key" in inspect.signature(Client).parameters:
-                    options["api_key"] = BEARER
-                with Client(url, "colours", **options) as client:
+                with Client(url, "colours", api_key=key) as client:
                     assert len(client.classify([TEXT] * 20)) == 20
                     errors = list(failing_calls(client))
                     for pid in workers_of(url):  # each holds heads, keys and queries
@@ -189,16 +188,19 @@ def run(tmp_path_factory, tiny_directory):
                             vars(client),
                         )
                     ]
-                hostile(url, answers)
+                hostile(url, answers, BEARER)
+                hostile(url, answers, key)
                 deadline = time.monotonic() + 30
                 while not workers_of(url) and time.monotonic() < deadline:
                     time.sleep(0.1)
-                places["metrics"] = httpx2.get(f"{url}/metrics", trust_env=False).content
+                places["metrics"] = httpx2.get(
+                    f"{url}/metrics", headers=bearer(key), trust_env=False
+                ).content
         logging.getLogger("veilhead").removeHandler(handler)
         logging.getLogger("httpx2").removeHandler(handler)
         logging.getLogger("veilhead").setLevel(logging.NOTSET)
     assert len(errors) >= 4
-    assert {answer.status_code for answer in answers} >= {200, 404, 405, 413, 415, 422}
+    assert {answer.status_code for answer in answers} >= {200, 401, 404, 405, 413, 415, 422}
     for number, answer in enumerate(answers):
         places[f"answer {number}"] = answer.content + repr(answer.headers.raw).encode()
     places["errors"] = "\n".join(errors).encode()
@@ -208,7 +210,7 @@ def run(tmp_path_factory, tiny_directory):
     assert secrets
     markers = {
         "text": [TEXT.encode(), *(word.encode() for word in TEXT.split())],
-        "API key": [BEARER.encode()],
+        "API key": [BEARER.encode(), *(part.encode() for part in (key, key.split("_", 2)[2]))],
         "noise": [NOISE.encode()],
         "secret key": [form for secret in secrets for form in encodings(secret)],
     }

@@ -304,9 +304,11 @@ class Client:
         Raises:
             StoreError: when the directory holds no artefact.
         """
-        from veilhead.local import open_local
+        from veilhead.local import serve_locally
 
-        return open_local(cls, Path(directory), options)
+        service = serve_locally(Path(directory))
+        options.setdefault("backbone", service.backbone)
+        return cls(service.url, service.model, transport=service.transport, **options)
 
     def __enter__(self) -> Self:
         return self

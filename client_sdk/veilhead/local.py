@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Final, Self
 
 import httpx2
 
 from veilhead_protocol.errors import ClientError
 
-if TYPE_CHECKING:
-    from veilhead.client import Client
-
 #: Never resolved: the transport hands requests to the app.
-_URL = "http://127.0.0.1"
+_URL: Final = "http://127.0.0.1"
 
 
 class InProcessTransport(httpx2.AsyncBaseTransport):
@@ -41,8 +39,18 @@ class InProcessTransport(httpx2.AsyncBaseTransport):
         return await self._inner.handle_async_request(request)
 
 
-def open_local(make: type[Client], directory: Path, options: dict[str, Any]) -> Client:
-    """A client of the artefact in `directory`, which the real service serves in this process.
+@dataclass(frozen=True)
+class LocalService:
+    """What a client needs to reach the real service of one artefact in this process."""
+
+    url: str
+    model: str
+    backbone: Path
+    transport: InProcessTransport
+
+
+def serve_locally(directory: Path) -> LocalService:
+    """The real service of the artefact in `directory`, for a client to start and stop.
 
     Raises:
         ClientError: when the service's dependencies are missing.
@@ -60,9 +68,16 @@ def open_local(make: type[Client], directory: Path, options: dict[str, Any]) -> 
         ) from error
     model = SingleModel(directory.resolve())
     (name,) = model.names()
-    # One worker: the process that asks is on the same machine.
-    # Nobody else reaches it: it listens on no socket.
-    settings = Settings(workers=1, host="127.0.0.1", insecure_no_tenants=True)
-    app = create_app(settings, models=model)
-    options.setdefault("backbone", directory / BACKBONE_DIRECTORY)
-    return make(_URL, name, transport=InProcessTransport(app), **options)
+    settings = Settings(
+        workers=1,  # the process that asks is on the same machine
+        host="127.0.0.1",
+        insecure_no_tenants=True,  # nobody else reaches it: it listens on no socket
+        access_log="off",
+        tracing=False,
+    )
+    return LocalService(
+        url=_URL,
+        model=name,
+        backbone=directory / BACKBONE_DIRECTORY,
+        transport=InProcessTransport(create_app(settings, models=model)),
+    )

@@ -57,6 +57,11 @@ _CHUNKS_IN_FLIGHT: Final = 8
 #: A key may be dropped by the service between its registration and the query, but not for ever.
 _REGISTRATIONS: Final = 3
 
+#: Polynomial products that may be asked for at once, and what each adds to the time that an answer
+#: may take: a head of 4,096 classes evaluates for seconds, one of 22 classes for milliseconds.
+_PRODUCTS_IN_FLIGHT: Final = 8192
+_PRODUCT_SECONDS: Final = 0.02
+
 _GOODBYE_SECONDS: Final = 2.0
 
 _Row = NDArray[np.float64] | VeilheadError  # logits [C], or why there are none
@@ -103,6 +108,7 @@ class _Engine:
     manifest: Manifest = field(init=False)
     session: Session = field(init=False)
     _slots: anyio.Semaphore = field(init=False)
+    _more_seconds: float = field(init=False)
     _registration: anyio.Lock = field(init=False)
     _registered: weakref.WeakSet[SecretKey] = field(init=False, default_factory=weakref.WeakSet)
 
@@ -110,7 +116,6 @@ class _Engine:
         self, digest: str | None, minimum_parameters: str, vendor_keys: Sequence[VendorKey]
     ) -> None:
         """Read, check and pin the manifest."""
-        self._slots = anyio.Semaphore(self.concurrency)
         self._registration = anyio.Lock()
         minimum = parameter_set(minimum_parameters)
         answer = await self.transport.get_manifest(self.model, digest)
@@ -130,6 +135,10 @@ class _Engine:
             )
         self.manifest = manifest
         self.session = Session(manifest)
+        # More queries of a large head would only wait in line at the service.
+        fitting = max(2, _PRODUCTS_IN_FLIGHT // manifest.layout.products)
+        self._slots = anyio.Semaphore(min(self.concurrency, fitting))
+        self._more_seconds = manifest.layout.products * _PRODUCT_SECONDS
 
     async def infer(self, embeddings: NDArray[np.float64], call: _Call) -> list[_Row]:
         """Logits, or an error, for each row of embeddings [batch, d]."""
@@ -184,7 +193,12 @@ class _Engine:
             await self._register(key)
             started = time.perf_counter()
             try:
-                answer = await self.transport.infer(self.model, query, self.session.reply_bytes)
+                answer = await self.transport.infer(
+                    self.model,
+                    query,
+                    self.session.reply_bytes,
+                    more_seconds=self._more_seconds,
+                )
             except ServiceResponseError as error:
                 if error.problem != "key-not-registered" or attempt == _REGISTRATIONS:
                     raise
@@ -244,8 +258,9 @@ class Client:
                 changes it: manifests that none of them signed are refused. Without one, any
                 manifest is believed (`digest` pins a single version all the same).
             api_key: the key that the vendor gave; VEILHEAD_API_KEY when it is None.
-            concurrency: queries in flight at once.
-            timeout: seconds to wait for each connection, write and read.
+            concurrency: queries in flight at once; fewer for heads of a thousand classes or more.
+            timeout: seconds to wait for each connection, write and read; reads of replies of such
+                heads wait longer.
             on_query: called with the cost of every answered query, on another thread.
             on_download: called with path and size of each file of the backbone before it is
                 fetched.

@@ -111,6 +111,7 @@ class Transport:
         headers = {"Accept-Encoding": "identity"}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
+        self._timeout = timeout
         self._http = httpx2.AsyncClient(
             base_url=base,
             headers=headers,
@@ -180,13 +181,21 @@ class Transport:
         """Ask once for a key to be forgotten; it expires anyway."""
         await self._http.delete(f"/v1/keys/{key_id.hex()}")
 
-    async def infer(self, model: str, query: bytes, reply_bytes: int) -> Answer:
-        """Post a query and read the reply, which must have exactly so many bytes."""
+    async def infer(
+        self, model: str, query: bytes, reply_bytes: int, *, more_seconds: float = 0.0
+    ) -> Answer:
+        """Post a query and read the reply, which must have exactly so many bytes.
+
+        The service may take `more_seconds` beyond the usual time to begin its answer.
+        """
+        timeout = httpx2.Timeout(self._timeout, read=self._timeout + more_seconds)
 
         async def attempt() -> Answer:
             url = f"/v1/models/{quote(model, safe='')}/infer"
             headers = {"Content-Type": MESSAGE_TYPE}
-            async with self._request("POST", url, content=query, headers=headers) as response:
+            async with self._request(
+                "POST", url, content=query, headers=headers, timeout=timeout
+            ) as response:
                 body = await _read(response, reply_bytes)
                 if len(body) != reply_bytes:
                     raise ReplyError(f"the reply has {len(body)} bytes, expected {reply_bytes}")
@@ -204,10 +213,16 @@ class Transport:
         params: dict[str, str] | None = None,
         content: bytes | None = None,
         headers: dict[str, str] | None = None,
+        timeout: httpx2.Timeout | None = None,
     ) -> AsyncIterator[httpx2.Response]:
         """A successful response, its body unread."""
         async with self._http.stream(
-            method, url, params=params, content=content, headers=headers
+            method,
+            url,
+            params=params,
+            content=content,
+            headers=headers,
+            timeout=httpx2.USE_CLIENT_DEFAULT if timeout is None else timeout,
         ) as response:
             if not response.is_success:
                 raise await _problem(response)

@@ -94,6 +94,11 @@ class Layout:
         """Polynomials in a reply: one for every group of classes."""
         return -(-self.classes // self.group)
 
+    @property
+    def products(self) -> int:
+        """Polynomial products that one query costs: what its time is proportional to."""
+        return self.replies * self.pieces
+
     def wanted(self, reply: int) -> NDArray[np.intp]:
         """Coefficients of reply polynomial `reply` that hold logits, in class order: [<= G]."""
         rows = min(self.group, self.classes - reply * self.group)

@@ -42,6 +42,10 @@ from veilhead_service.model_store import ModelSource, StoredModel
 #: A worker imports its libraries before it answers: seconds at most.
 _START_SECONDS: Final = 60.0
 
+#: Added to the time limit for every polynomial product, ten times what one takes: a head of 4,096
+#: classes may evaluate for many seconds.
+_PRODUCT_SECONDS: Final = 0.02
+
 #: Pauses before a worker is started, when the ones before it were of no use.
 _FIRST_PAUSE_SECONDS: Final = 0.5
 _LONGEST_PAUSE_SECONDS: Final = 30.0
@@ -174,8 +178,8 @@ class _Worker:
                 await worker._read()
                 if head_key is not None:
                     await worker.ask([frames.HEAD_KEY, head_key.data])
-                for model in models:
-                    await worker.load(model)
+            for model in models:
+                await worker.load(model)
         except BaseException as error:
             worker.stop()
             await worker.gone.wait()
@@ -193,10 +197,16 @@ class _Worker:
         return await self._read()
 
     async def load(self, model: StoredModel) -> None:
-        """Let the worker load a head; one that cannot be loaded is in its log."""
+        """Let the worker load a head; one that cannot be loaded is in its log.
+
+        Raises:
+            TimeoutError: when it takes too long.
+        """
         self.met.add(model.manifest.digest)
         request = [frames.LOAD, model.manifest.digest, os.fsencode(model.directory)]
-        kind, *_ = await self.ask(request)
+        seconds = _START_SECONDS + model.manifest.layout.products * _PRODUCT_SECONDS
+        async with asyncio.timeout(seconds):
+            kind, *_ = await self.ask(request)
         if kind != frames.READY:
             logger.error("the model %s cannot be loaded by a worker", model.manifest.name)
 
@@ -386,7 +396,7 @@ class WorkerPool:
             ) from None
         queue_seconds = time.perf_counter() - arrived
         worker.met.add(digest)
-        kind, *rest = await self._ask(worker, request)
+        kind, *rest = await self._ask(worker, request, model.manifest.layout.products)
         if kind == frames.REPLY:
             return Evaluation(rest[0], struct.unpack("<d", rest[1])[0], queue_seconds)
         if kind == frames.REFUSED:
@@ -428,9 +438,9 @@ class WorkerPool:
                 return
         self._free.append(worker)
 
-    async def _ask(self, worker: _Worker, request: list[bytes]) -> list[bytes]:
+    async def _ask(self, worker: _Worker, request: list[bytes], products: int) -> list[bytes]:
         try:
-            async with asyncio.timeout(self._evaluation_seconds):
+            async with asyncio.timeout(self._evaluation_seconds + products * _PRODUCT_SECONDS):
                 answer = await worker.ask(request)
         except BaseException as error:
             # Whatever happened, an answer may still be on the socket: this worker is done.
@@ -538,8 +548,7 @@ class WorkerPool:
 
     async def _warm(self, worker: _Worker, model: StoredModel) -> None:
         try:
-            async with asyncio.timeout(_START_SECONDS):
-                await worker.load(model)
+            await worker.load(model)
         except TimeoutError:
             self._replace(worker, Reason.TIMEOUT)
         except (OSError, EOFError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 
 import numpy as np
@@ -155,7 +157,7 @@ def test_a_worker_killed_while_idle_is_replaced(open_bench):
         async with open_bench() as bench:
             (pid,) = bench.pids
             os.kill(pid, signal.SIGKILL)
-            with pytest.raises(WorkerError):
+            with contextlib.suppress(WorkerError):  # it may be met before its end is noticed
                 await bench.evaluate()
             assert (await bench.evaluate()).reply
             assert pid not in bench.pids
@@ -340,8 +342,13 @@ def test_a_killed_worker_is_a_retryable_problem(open_app, problem):
     with client:
         query = service.query("digits")
         (pid,) = pids()
-        os.kill(pid, signal.SIGKILL)
-        response = service.infer("digits", query.data)
+        os.kill(pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(service.infer, "digits", query.data)
+            pool = client.app.state.services.pool
+            client.portal.call(until, lambda: pool.stats().busy == 1)
+            os.kill(pid, signal.SIGKILL)
+            response = running.result(timeout=30)
         problem(response, 503, "worker-unavailable", sent=query.data, retryable=True)
         assert int(response.headers["retry-after"]) >= 1
         assert service.infer("digits", query.data).status_code == 200  # the same bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -40,6 +41,7 @@ app.command("settings")(settings_cli.show)
 app.command("doctor")(doctor)
 
 _console = Console(stderr=True, highlight=False)
+_logger = logging.getLogger("veilhead.service")
 
 
 @contextmanager
@@ -214,4 +216,11 @@ def run(
             log_level=log_level,
         )
         logs.configure(settings.log_format, settings.log_level)
+        if settings.without_tenants:
+            _logger.warning(
+                "there are no tenants: whoever reaches %s port %d may use every model; "
+                "`veilhead-server tenants add` makes the first, and a restart lets in nobody else",
+                settings.host,
+                settings.port,
+            )
         serve(create_app(settings), settings, host=settings.host, port=settings.port)

@@ -219,7 +219,7 @@ def run(
         if settings.without_tenants:
             _logger.warning(
                 "there are no tenants: whoever reaches %s port %d may use every model; "
-                "`veilhead-server tenants add` makes the first, and a restart lets in nobody else",
+                "`veilhead-server tenants add` makes the first, and a restart then asks for keys",
                 settings.host,
                 settings.port,
             )

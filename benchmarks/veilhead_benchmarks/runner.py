@@ -189,6 +189,7 @@ def _plaintext(head: Head) -> Row:
 def run_benchmarks(out: Path) -> list[Row]:
     """Measure everything, write the JSON file and print a table."""
     console = wide_console()
+    load_average = os.getloadavg()[0]
     rows = []
     for classes in CLASSES:
         head = Head.random(classes)
@@ -205,7 +206,7 @@ def run_benchmarks(out: Path) -> list[Row]:
         console.print(f"measured the throughput of {classes} classes", highlight=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "environment": _environment(),
+        "environment": _environment() | {"load_average_before": load_average},
         "rows": [asdict(row) for row in rows],
         "throughput": [asdict(row) for row in throughput],
     }

@@ -49,6 +49,7 @@ def test_rows_have_the_documented_fields(document):
         "tenseal-mm",
     ]
     assert document["environment"]["versions"]["tenseal"]
+    assert document["environment"]["load_average_before"] >= 0
 
 
 def test_every_system_answers_the_same_head_rightly(document):

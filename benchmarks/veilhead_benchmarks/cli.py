@@ -36,7 +36,7 @@ def run(
         "benchmarks/results/latest.json"
     ),
 ) -> None:
-    """Measure single queries against TenSEAL's own matrix product, in one run."""
+    """Measure single queries against TenSEAL's own matrix product, and the service's throughput."""
     from veilhead_benchmarks.runner import run_benchmarks
 
     run_benchmarks(out)

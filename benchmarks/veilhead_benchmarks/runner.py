@@ -1,7 +1,8 @@
 """The benchmark runner: every system on the same head and embedding, in one run.
 
-Times are medians per call. `server_ms` runs from a request's bytes to its reply's bytes, both in
-memory. Compare systems within one run only: machines differ, and so do days.
+Single queries are measured here, in memory; `throughput.py` measures the service over HTTP. Times
+are medians per call. `server_ms` runs from a request's bytes to its reply's bytes, both in memory.
+Compare systems within one run only: machines differ, and so do days.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from veilhead_benchmarks.peers.tenseal_mm import (
     TensealClient,
     TensealService,
 )
+from veilhead_benchmarks.throughput import measure_throughput, print_throughput
 from veilhead_models.artifact import HeadArtifact
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 
@@ -187,6 +189,7 @@ def _plaintext(head: Head) -> Row:
 def run_benchmarks(out: Path) -> list[Row]:
     """Measure everything, write the JSON file and print a table."""
     console = wide_console()
+    load_average = os.getloadavg()[0]
     rows = []
     for classes in CLASSES:
         head = Head.random(classes)
@@ -197,10 +200,19 @@ def run_benchmarks(out: Path) -> list[Row]:
             _tenseal_mm(head),
         ]
         console.print(f"measured {classes} classes", highlight=False)
+    throughput = []
+    for classes in CLASSES:
+        throughput += measure_throughput(classes)
+        console.print(f"measured the throughput of {classes} classes", highlight=False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"environment": _environment(), "rows": [asdict(row) for row in rows]}
+    document = {
+        "environment": _environment() | {"load_average_before": load_average},
+        "rows": [asdict(row) for row in rows],
+        "throughput": [asdict(row) for row in throughput],
+    }
     out.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
     _print(console, rows)
+    print_throughput(console, throughput)
     console.print(f"results in {out}", highlight=False)
     return rows
 

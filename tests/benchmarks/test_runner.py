@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from veilhead_benchmarks import runner
+from veilhead_benchmarks import runner, throughput
 
 FIELDS = [
     "subject",
@@ -34,6 +34,8 @@ def document(tmp_path_factory):
         patch.setattr(runner, "CLASSES", (2,))
         patch.setattr(runner, "_CALLS", 3)
         patch.setattr(runner, "_MM_CALLS", 1)
+        patch.setattr(throughput, "_CLOSED_SECONDS", 0.3)
+        patch.setattr(throughput, "_OPEN_SECONDS", 0.3)
         runner.run_benchmarks(path)
     return json.loads(path.read_text())
 
@@ -47,6 +49,7 @@ def test_rows_have_the_documented_fields(document):
         "tenseal-mm",
     ]
     assert document["environment"]["versions"]["tenseal"]
+    assert document["environment"]["load_average_before"] >= 0
 
 
 def test_every_system_answers_the_same_head_rightly(document):
@@ -61,3 +64,8 @@ def test_bytes_are_those_of_the_messages(document):
     assert compact["bytes_down"] <= 7400
     peer = document["rows"][3]
     assert peer["bytes_keys"] > 1000 * compact["bytes_keys"]
+
+
+def test_the_throughput_has_a_list_of_its_own(document):
+    loads = [(row["load"], row["classes"]) for row in document["throughput"]]
+    assert loads == [("closed", 2), ("open", 2), ("open", 2)]

@@ -66,6 +66,12 @@ def model_not_found() -> Problem:
     )
 
 
+def not_found() -> Problem:
+    """The path is none of the routes."""
+    status = HTTPStatus.NOT_FOUND
+    return Problem(status, "not-found", status.description)
+
+
 def key_not_registered() -> Problem:
     """The key is unknown, expired or was dropped to make room."""
     return Problem(

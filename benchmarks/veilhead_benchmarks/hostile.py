@@ -512,7 +512,8 @@ def _spoilt_authorization(generator: random.Random, world: _World) -> list[tuple
 def _target_of_model(generator: random.Random, world: _World, caller: _Caller) -> Request:
     name = generator.choice([*_MODELS, *[_WITH_FILES] * 6, _RETIRED, "absent", "x" * 65])
     file = generator.choice(
-        ("config.json", "config.json", "model.safetensors", "model.safetensors", "empty.txt", "../manifest.json", "head.safetensors",
+        ("config.json", "config.json", "model.safetensors", "model.safetensors", "empty.txt",
+         "../manifest.json", "head.safetensors",
          "/etc/passwd", "..%2f..%2fhead.safetensors", "", "config.json%00", "Config.json")
     )  # fmt: skip
     target = generator.choice(("/v1/models", f"/v1/models/{name}", f"/v1/models/{name}"))

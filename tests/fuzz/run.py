@@ -7,6 +7,7 @@ then in the directory of findings.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,13 +64,17 @@ def main() -> int:
             text=True,
             check=False,
         )
+        shutil.rmtree(findings / "corpus", ignore_errors=True)
         runs = [line for line in done.stderr.splitlines() if "number_of_executed_units" in line]
         executed = runs[-1].split()[-1] if runs else "?"
         print(f"{name}: {executed} inputs, {'nothing found' if not done.returncode else 'FAILED'}")
         if done.returncode:
             failed.append(name)
             print("\n".join((done.stdout + done.stderr).splitlines()[-30:]))
-    print(f"{len(failed)} parsers failed; findings are in {findings}")
+    if failed:
+        print(f"{len(failed)} parsers failed; the inputs are in {findings}")
+    elif not any(findings.iterdir()):
+        findings.rmdir()
     return 1 if failed else 0
 
 

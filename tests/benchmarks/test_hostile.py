@@ -19,7 +19,7 @@ NOT_FROM_REQUESTS = {"wrong-key", "wrong-query", "model-unavailable", "internal"
 
 
 def test_no_hostile_request_breaks_a_promise(tmp_path):
-    report = run_hostile(requests=1000, seed=SEED)
+    report = run_hostile(requests=1500, seed=SEED)
     assert report.violations == []
     assert report.passed
     assert report.requests == 1500

@@ -7,6 +7,7 @@ then in the directory of findings.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,6 @@ def fuzz(name: str, seconds: int, findings: Path) -> None:
     with atheris.instrument_imports(include=[*PACKAGES, "targets"]):
         from targets import TARGETS
     target = TARGETS[name]
-    # libFuzzer ends the process without clean-up: the caller removes the corpus.
     corpus = findings / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(target.seeds):
@@ -58,13 +58,17 @@ def main() -> int:
     failed = []
     for name in arguments.targets or names():
         command = [sys.executable, __file__, "--one", name, "--findings", str(findings)]
+        # libFuzzer ends its process without clean-up: this directory is removed for it.
+        scratch = findings / "corpus"
+        scratch.mkdir(exist_ok=True)
         done = subprocess.run(
             [*command, "--seconds", str(arguments.seconds)],
             capture_output=True,
             text=True,
             check=False,
+            env=os.environ | {"TMPDIR": str(scratch)},
         )
-        shutil.rmtree(findings / "corpus", ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         runs = [line for line in done.stderr.splitlines() if "number_of_executed_units" in line]
         executed = runs[-1].split()[-1] if runs else "?"
         print(f"{name}: {executed} inputs, {'nothing found' if not done.returncode else 'FAILED'}")

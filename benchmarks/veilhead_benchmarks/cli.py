@@ -57,6 +57,26 @@ def chaos(
 
 
 @app.command()
+def hostile(
+    requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="What the requests follow from.")] = 1,
+    only: Annotated[
+        int | None, typer.Option(min=0, help="Send the request of this number alone.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for a summary.")] = None,
+) -> None:
+    """Send mutated and random requests to every route, and judge every answer.
+
+    Exit status 1 when any answer broke a promise; the seed and the request's number are printed.
+    """
+    from veilhead_benchmarks.hostile import run_hostile, show
+
+    report = run_hostile(requests=requests, seed=seed, only=only)
+    show(report, out)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
 def soak(
     seconds: Annotated[float, typer.Option(help="How long to ask, at least.")] = 600.0,
     clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 64,

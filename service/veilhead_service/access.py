@@ -317,6 +317,10 @@ class AccessGate:
             tenant = await self._access.admit(
                 request.headers.getlist("authorization"), scope["path"]
             )
+            if scope["path"].endswith("\n"):
+                # The router's patterns end with `$`, which lets a line feed pass, and so would
+                # find the routes of paths that have no scope here.
+                raise problems.not_found()
         except Problem as problem:
             await problems.respond(request, problem)(scope, receive, send)
         except VeilheadError as error:

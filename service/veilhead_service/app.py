@@ -145,6 +145,8 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         summary="Private text classification on encrypted embeddings",
         lifespan=lifespan,
         redoc_url=None,
+        # A redirect would repeat the Host and the query of the request, and decode the latter.
+        redirect_slashes=False,
         # FastAPI's own spans and logs would hold paths, query strings and exception messages.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )

@@ -30,6 +30,27 @@ from veilhead_protocol.errors import (
 PROBLEM_TYPE: Final = "urn:veilhead:problem:"
 MEDIA_TYPE: Final = "application/problem+json"
 
+#: What the OpenAPI document says of every answer that no route declares.
+OPENAPI_RESPONSE: Final[dict[str, Any]] = {
+    "description": "a problem of RFC 9457; docs/http-api.md lists the codes",
+    "content": {
+        MEDIA_TYPE: {
+            "schema": {
+                "type": "object",
+                "required": ["type", "title", "status", "detail", "request_id", "retryable"],
+                "properties": {
+                    "type": {"type": "string", "pattern": f"^{PROBLEM_TYPE}[a-z0-9-]+$"},
+                    "title": {"type": "string"},
+                    "status": {"type": "integer"},
+                    "detail": {"type": "string"},
+                    "request_id": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+                    "retryable": {"type": "boolean"},
+                },
+            }
+        }
+    },
+}
+
 #: Seconds after which a client should try again when no worker was free.
 RETRY_AFTER_SECONDS: Final = 1
 
@@ -64,6 +85,12 @@ def model_not_found() -> Problem:
         "no such model, or no such version of it, is published here; GET /v1/models lists those "
         "that are",
     )
+
+
+def not_found() -> Problem:
+    """The path is none of the routes."""
+    status = HTTPStatus.NOT_FOUND
+    return Problem(status, "not-found", status.description)
 
 
 def key_not_registered() -> Problem:

@@ -42,6 +42,7 @@ from veilhead_service.keys import KeyStore
 from veilhead_service.limits import Usage, charge
 from veilhead_service.model_store import ModelSource, StoredModel
 from veilhead_service.problems import (
+    OPENAPI_RESPONSE,
     Problem,
     key_not_registered,
     model_not_found,
@@ -55,7 +56,7 @@ MESSAGE_TYPE: Final = "application/octet-stream"
 _CACHE_FOREVER: Final = "public, max-age=31536000, immutable"
 _REVALIDATE: Final = "no-cache"
 
-router = APIRouter()
+router = APIRouter(responses={"default": OPENAPI_RESPONSE})
 
 logger = logging.getLogger("veilhead.service")
 
@@ -185,7 +186,12 @@ _VersionDigest = Annotated[
 ]
 
 
-@router.get("/v1/models/{name}", tags=["models"], response_class=Response)
+@router.get(
+    "/v1/models/{name}",
+    tags=["models"],
+    response_class=Response,
+    responses={304: {"description": "the manifest that the client has"}},
+)
 async def get_manifest(
     name: str,
     request: Request,
@@ -224,7 +230,15 @@ class _PublicFile(FileResponse):
         await super().__call__(scope, receive, send_unless_refused)
 
 
-@router.get("/v1/models/{name}/files/{path:path}", tags=["models"], response_class=Response)
+@router.get(
+    "/v1/models/{name}/files/{path:path}",
+    tags=["models"],
+    response_class=Response,
+    responses={
+        206: {"description": "a part of the file"},
+        304: {"description": "the file that the client has"},
+    },
+)
 async def get_file(
     name: str,
     path: str,
@@ -258,6 +272,7 @@ async def get_file(
     "/v1/keys/{id}",
     tags=["keys"],
     status_code=HTTPStatus.CREATED,
+    responses={200: {"description": "the key was registered before"}},
     openapi_extra=_message_in("a key message"),
 )
 async def register_key(
@@ -370,7 +385,13 @@ async def live() -> dict[str, str]:
     return {"status": "live"}
 
 
-@router.get("/readyz", tags=["health"])
+@router.get(
+    "/readyz",
+    tags=["health"],
+    responses={
+        503: {"description": "no query can be evaluated", "content": {"application/json": {}}}
+    },
+)
 async def ready(services: _Services) -> JSONResponse:
     """200 when queries can be evaluated, 503 when not."""
     if not services.pool.ready:

@@ -525,3 +525,22 @@ def test_a_lock_does_not_hold_up_the_event_loop(directory, api_key):
         return done
 
     assert asyncio.run(run()) == "charged"
+
+
+def test_a_line_feed_after_a_path_opens_nothing(make_app, directory, request_raw):
+    """The router's patterns let one pass, the scopes' do not: such a path is no route."""
+    written = add_tenant(directory, "narrow", scopes={KeyScope.USAGE})
+    app = make_app()
+    for path in ("/metrics", "/v1/models", "/v1/models/digits/infer", "/v1/keys/" + "0" * 64):
+        for method in ("GET", "POST", "PUT", "HEAD"):
+            status, _, body = request_raw(app, method, path + "\n", headers=bearer(written))
+            assert status in (403, 404), (method, path)
+            assert b"not-found" in body or b"forbidden" in body
+            assert request_raw(app, method, path + "\n")[0] == 401
+
+
+def test_a_slash_too_many_is_no_route_and_no_redirect(make_app, directory, request_raw):
+    written = add_tenant(directory, "clinic-two")
+    status, found, _ = request_raw(make_app(), "GET", "/v1/usage/", headers=bearer(written))
+    assert status == 404
+    assert "location" not in found

@@ -28,6 +28,7 @@ from typing import Any, Final
 from veilhead_protocol import errors
 from veilhead_protocol.errors import (
     DrainingError,
+    ModelRetiredError,
     ModelUnavailableError,
     QueueFullError,
     ServiceError,
@@ -114,6 +115,8 @@ def current_models(source: ModelSource) -> list[StoredModel]:
     for name in source.names():
         try:
             model = source.current(name)
+        except ModelRetiredError:
+            continue
         except StoreError as error:
             logger.error("the model %s cannot be loaded: %s", name, error)
             continue

@@ -12,7 +12,7 @@ import httpx2
 import numpy as np
 
 from veilhead.session import SecretKey
-from veilhead.transport import check_url, is_loopback
+from veilhead.transport import check_url
 from veilhead_protocol.checks import (
     Check,
     Outcome,
@@ -26,6 +26,7 @@ from veilhead_protocol.checks import (
 from veilhead_protocol.errors import ManifestError, VeilheadError
 from veilhead_protocol.files import cache_directory
 from veilhead_protocol.layout import Layout
+from veilhead_protocol.loopback import is_loopback
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, NAME_PATTERN, Manifest
 from veilhead_protocol.parameters import COMPACT, STRONG, ParameterSet

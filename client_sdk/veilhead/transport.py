@@ -7,7 +7,6 @@ crafted reply would learn about the key from it.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import random
 import re
@@ -30,6 +29,7 @@ from veilhead_protocol.errors import (
     ServiceResponseError,
     TransportError,
 )
+from veilhead_protocol.loopback import is_loopback
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES
 from veilhead_protocol.signatures import SIGNATURE_HEADER
 
@@ -82,16 +82,6 @@ def check_url(url: str) -> httpx2.URL:
         "plain HTTP is only for a service on this machine, expected https:// "
         "(or http://127.0.0.1, http://[::1] or http://localhost)"
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a URL's host is this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Transport:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from veilhead_protocol.errors import VeilheadError
 from veilhead_service import access_log_cli, logs, models_cli, settings_cli
 from veilhead_service.doctor import doctor
+from veilhead_service.reporting import reported
 from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
 from veilhead_service.tenants_cli import app as tenants_app
 
@@ -44,22 +42,6 @@ _console = Console(stderr=True, highlight=False)
 _logger = logging.getLogger("veilhead.service")
 
 
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Errors of ours as one line on standard error, and exit status 1."""
-    try:
-        yield
-    except VeilheadError as error:
-        typer.echo(f"veilhead-server: {error}", err=True)
-        raise typer.Exit(1) from error
-    except ModuleNotFoundError as error:
-        typer.echo(
-            f"veilhead-server: this needs {error.name!r}: pip install 'veilhead[service,train]'",
-            err=True,
-        )
-        raise typer.Exit(1) from error
-
-
 @app.command()
 def train(
     source: Annotated[
@@ -86,7 +68,7 @@ def train(
 
     Example: veilhead-server train icd10-chapters --out artifacts/icd10-chapters
     """
-    with _reported():
+    with reported():
         for name in ("torch", "transformers", "sklearn"):
             if find_spec(name) is None:  # before anything is fetched
                 raise ModuleNotFoundError(name=name)
@@ -144,7 +126,7 @@ def publish(
 
     Example: veilhead-server publish artifacts/icd10-chapters --store store
     """
-    with _reported():
+    with reported():
         from veilhead_service.head_encryption import HeadKey
         from veilhead_service.model_store import publish as publish_artifact
         from veilhead_service.retirement import Retirement
@@ -199,7 +181,7 @@ def run(
 
     Example: veilhead-server run --store store
     """
-    with _reported():
+    with reported():
         from veilhead_service.app import create_app
         from veilhead_service.server import serve
 

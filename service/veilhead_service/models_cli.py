@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from veilhead_protocol.errors import StoreError, VeilheadError
+from veilhead_protocol.errors import StoreError
 from veilhead_service.head_encryption import HeadKey
 from veilhead_service.model_store import ModelStore, StoredModel, retire
+from veilhead_service.reporting import reported
 from veilhead_service.retirement import Retirement
 from veilhead_service.signing import SigningKey
 
@@ -26,16 +26,6 @@ signing_key_app = typer.Typer(
 head_key_app = typer.Typer(no_args_is_help=True, help="Keys that encrypt private heads at rest.")
 
 _Store = Annotated[Path, typer.Option(help="The store.")]
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Errors of ours as one line on standard error, and exit status 1."""
-    try:
-        yield
-    except VeilheadError as error:
-        typer.echo(f"veilhead-server: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 @models_app.callback()
@@ -56,7 +46,7 @@ def list_models(
 
     Example: veilhead-server models list --store store
     """
-    with _reported():
+    with reported():
         rows = list(_rows(store, datetime.now(UTC)))
     if as_json:
         typer.echo(json.dumps({"models": rows}, indent=2))
@@ -142,7 +132,7 @@ def retire_model(
     """
     if (after is None) != withdraw:
         raise typer.BadParameter("give --after DATE or --withdraw")
-    with _reported():
+    with reported():
         retirement = None if after is None else Retirement.parse(after)
         found = retire(store, name, digest, retirement)
     if retirement is None:
@@ -161,14 +151,14 @@ def new_signing_key(
 
     Example: veilhead-server signing-key new vendor.pem
     """
-    with _reported():
+    with reported():
         typer.echo(str(SigningKey.create(file).public))
 
 
 @signing_key_app.command("show")
 def show_signing_key(file: Annotated[Path, typer.Argument(help="A signing key.")]) -> None:
     """Print the public half of a signing key."""
-    with _reported():
+    with reported():
         typer.echo(str(SigningKey.load(file).public))
 
 
@@ -180,5 +170,5 @@ def new_head_key(
 
     Example: veilhead-server head-key new head.key
     """
-    with _reported():
+    with reported():
         typer.echo(HeadKey.create(file).id.hex())

@@ -6,7 +6,6 @@ environment before the file. An unknown name in any of them is an error.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic_settings import (
 )
 
 from veilhead_protocol.errors import ConfigurationError
+from veilhead_protocol.loopback import is_loopback
 from veilhead_service.head_encryption import HeadKey, find_head_key
 from veilhead_service.state import has_tenants
 
@@ -125,7 +125,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _insecure_only_on_loopback(self) -> Self:
-        if self.insecure_no_tenants and not _is_loopback(self.host):
+        if self.insecure_no_tenants and not is_loopback(self.host):
             raise ValueError(
                 "insecure_no_tenants is for a loopback host such as 127.0.0.1: to listen "
                 "elsewhere, make tenants (`veilhead-server tenants add`)"
@@ -173,7 +173,7 @@ class Settings(BaseSettings):
         """
         if self.insecure_no_tenants is not None:
             return self.insecure_no_tenants
-        return _is_loopback(self.host) and not has_tenants(self.state_directory)
+        return is_loopback(self.host) and not has_tenants(self.state_directory)
 
     @classmethod
     def settings_customise_sources(
@@ -188,15 +188,6 @@ class Settings(BaseSettings):
         sources = (init_settings, env_settings)
         path = settings_cls.model_config.get("toml_file") or os.environ.get(CONFIG_VARIABLE)
         return (*sources, _file_source(settings_cls, Path(str(path)))) if path else sources
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _file_source(settings_cls: type[BaseSettings], path: Path) -> TomlConfigSettingsSource:

@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from veilhead_protocol.errors import TenantError, VeilheadError
+from veilhead_protocol.errors import TenantError
 from veilhead_protocol.manifest import NAME_PATTERN
 from veilhead_service.limits import Budget, Period
+from veilhead_service.reporting import reported
 from veilhead_service.state import State
 from veilhead_service.tenants import DEFAULT_SCOPES, ApiKey, KeyScope, Tenant, new_api_key
 
@@ -57,12 +58,8 @@ _DEFAULT_STATE: Final = Path("state")
 @contextmanager
 def _opened(directory: Path) -> Iterator[State]:
     """The state; errors of ours become one line on standard error, and exit status 1."""
-    try:
-        with State(directory) as state:
-            yield state
-    except VeilheadError as error:
-        _errors.print(f"veilhead-server: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+    with reported(), State(directory) as state:
+        yield state
 
 
 @app.command()

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from veilhead import BatchError, Client, ServiceResponseError, VeilheadError
 from veilhead_benchmarks.console import wide_console
-from veilhead_benchmarks.processes import ServiceProcess, publish_random, unit_rows
+from veilhead_benchmarks.processes import ServiceProcess, is_running, publish_random, unit_rows
 from veilhead_models.artifact import HEAD_FILE, MANIFEST_FILE, HeadArtifact
 from veilhead_protocol.wire import MAX_QUERY_BYTES
 
@@ -41,6 +41,9 @@ _CLIENTS: Final = 4
 
 #: A call that has not ended so long after the load is lost.
 _LOST_SECONDS: Final = 90.0
+
+#: A worker whose service was killed ends within this: its socket closes, and it is done with a query.
+_GONE_SECONDS: Final = 5.0
 
 _SLOW_CLIENTS: Final = 100
 _BODY_SECONDS: Final = 2.0
@@ -205,9 +208,10 @@ def _kill_service(bench: _Bench) -> Outcome:
         bench.service.kill()
         time.sleep(0.5)
         bench.service.start()
-        outcome.expect(
-            not any(Path(f"/proc/{pid}").exists() for pid in left), "workers outlived the service"
-        )
+        deadline = time.monotonic() + _GONE_SECONDS
+        while any(map(is_running, left)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        outcome.expect(not any(map(is_running, left)), "workers outlived the service")
 
     return bench.under_load("SIGKILL of the service", disturb, may_fail=True)
 

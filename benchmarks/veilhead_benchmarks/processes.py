@@ -127,11 +127,16 @@ class ServiceProcess:
 
     def workers(self) -> list[int]:
         """The evaluating processes that run now."""
-        return [pid for pid in _children(self.pid) if _state(pid)[0] != "Z"]
+        return [pid for pid in _children(self.pid) if is_running(pid)]
 
     def resident_bytes(self) -> int:
         """Resident memory of the service and its workers, proc(5)."""
         return sum(_resident_bytes(pid) for pid in [self.pid, *self.workers()])
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    return _state(pid)[0] != "Z"
 
 
 def _state(pid: int) -> tuple[str, int]:

@@ -42,7 +42,7 @@ _CLIENTS: Final = 4
 #: A call that has not ended so long after the load is lost.
 _LOST_SECONDS: Final = 90.0
 
-#: A worker whose service was killed ends within this: its socket closes, and it is done with a query.
+#: A worker whose service was killed ends within this: its query ends, and its socket is closed.
 _GONE_SECONDS: Final = 5.0
 
 _SLOW_CLIENTS: Final = 100

@@ -82,13 +82,7 @@ def soak(
     clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 64,
     texts: Annotated[int, typer.Option(min=1, help="Texts to ask for, at least.")] = 10_000,
     workers: Annotated[int, typer.Option(min=1, help="Evaluating processes.")] = 2,
-    api_keys: Annotated[
-        Path | None,
-        typer.Option(help="A file of bearer keys, one a line; without it there are no tenants."),
-    ] = None,
-    state_directory: Annotated[
-        Path | None, typer.Option(help="The state directory that knows these keys.")
-    ] = None,
+    tenants: Annotated[int, typer.Option(min=1, help="Tenants that they belong to.")] = 8,
     out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
         "benchmarks/results/soak.json"
     ),
@@ -99,14 +93,12 @@ def soak(
     """
     from veilhead_benchmarks.soak import run_soak, show
 
-    keys = [] if api_keys is None else api_keys.read_text("utf-8").split()
     report = run_soak(
         seconds=seconds,
         clients=clients,
         texts=texts,
         workers=workers,
-        api_keys=keys,
-        state_directory=state_directory,
+        tenants=tenants,
     )
     show(report, out)
     raise typer.Exit(0 if report.passed else 1)

@@ -20,15 +20,18 @@ from numpy.typing import NDArray
 
 from veilhead_models.artifact import HeadArtifact
 from veilhead_service.model_store import publish
+from veilhead_service.state import State
+from veilhead_service.tenants import DEFAULT_SCOPES, new_api_key
 
 _START_SECONDS: Final = 60.0
 _END_SECONDS: Final = 60.0
 
 
 class ServiceProcess:
-    """`veilhead-server run` on loopback, without tenants; as a context manager it runs meanwhile.
+    """`veilhead-server run` on loopback; as a context manager it runs meanwhile.
 
-    It may be started again after its end: the port stays.
+    It has no tenants unless `settings` say so. It may be started again after its end: the port
+    stays.
     """
 
     def __init__(
@@ -177,6 +180,19 @@ def publish_random(
     artifact.save(work / "artifacts" / name)
     publish(work / "artifacts" / name, store)
     return artifact
+
+
+def add_tenants(state_directory: Path, count: int) -> list[str]:
+    """API keys of so many new tenants."""
+    written = []
+    with State(state_directory) as state:
+        for number in range(count):
+            key, api_key = new_api_key(
+                f"tenant-{number}", DEFAULT_SCOPES, now=time.time(), expires=None
+            )
+            state.add_tenant(key)
+            written.append(api_key)
+    return written
 
 
 def unit_rows(rows: int, dimensions: int, seed: int) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from veilhead import BatchError, Client, VeilheadError
 from veilhead_benchmarks.console import wide_console
-from veilhead_benchmarks.processes import ServiceProcess, publish_random, unit_rows
+from veilhead_benchmarks.processes import ServiceProcess, add_tenants, publish_random, unit_rows
 from veilhead_models.artifact import HeadArtifact
 
 #: name: (parameter set, dimensions, classes)
@@ -47,7 +47,7 @@ class SoakReport:
 
     Attributes:
         clients: clients at once, each with a key of its own.
-        tenants: tenants that they belong to; 0 when the service ran without.
+        tenants: tenants that they belong to.
         seconds: how long they asked.
         texts: rows that were asked for.
         right: rows whose logits were within the model's error bound.
@@ -148,8 +148,7 @@ def run_soak(
     clients: int,
     texts: int,
     workers: int,
-    api_keys: Sequence[str] = (),
-    state_directory: Path | None = None,
+    tenants: int,
 ) -> SoakReport:
     """Ask for at least so many texts and so many seconds.
 
@@ -158,9 +157,7 @@ def run_soak(
         clients: clients at once; the models are shared out among them.
         texts: rows to ask for, at least.
         workers: evaluating processes of the service.
-        api_keys: bearer keys, shared out among the clients; without any, the service runs
-            without tenants.
-        state_directory: where the service finds the tenants of these keys.
+        tenants: tenants that the clients are shared out among, each with an API key.
     """
     tally = _Tally()
     with tempfile.TemporaryDirectory(prefix="veilhead-soak-") as name:
@@ -169,9 +166,8 @@ def run_soak(
             publish_random(work / "store", work, model, classes, dimensions, parameters)
             for model, (parameters, dimensions, classes) in _MODELS.items()
         ]
-        settings: dict[str, object] = {"insecure_no_tenants": not api_keys}
-        if state_directory is not None:
-            settings["state_directory"] = state_directory.resolve()
+        api_keys = add_tenants(work / "state", tenants)
+        settings = {"insecure_no_tenants": False, "state_directory": work / "state"}
         with ServiceProcess(
             work / "store", work / "service.log", workers=workers, settings=settings
         ) as service:
@@ -179,12 +175,14 @@ def run_soak(
 
             def run(number: int) -> None:
                 artifact = artifacts[number % len(artifacts)]
-                options: dict[str, Any] = {}
-                if api_keys:
-                    options["api_key"] = api_keys[number % len(api_keys)]
-                model = artifact.manifest.name
                 dimensions = artifact.manifest.head.dimensions
-                with Client(service.url, model, concurrency=2, timeout=120.0, **options) as client:
+                with Client(
+                    service.url,
+                    artifact.manifest.name,
+                    concurrency=2,
+                    timeout=120.0,
+                    api_key=api_keys[number // len(artifacts) % tenants],
+                ) as client:
                     call = 0
                     while time.monotonic() < deadline or tally.texts < texts:
                         call += 1
@@ -213,7 +211,7 @@ def run_soak(
             took = time.monotonic() - started
     return SoakReport(
         clients=clients,
-        tenants=len(api_keys),
+        tenants=tenants,
         seconds=round(took, 1),
         texts=tally.texts,
         right=tally.right,

@@ -1,6 +1,7 @@
 """Veilhead's client: classify text with a private model that never sees the text."""
 
-from veilhead.client import Client, QueryTrace
+from veilhead.client import Client
+from veilhead.engine import QueryTrace
 from veilhead.predictions import Prediction
 from veilhead_protocol.errors import (
     AccessError,

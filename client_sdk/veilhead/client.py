@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
-import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, overload
 
-import anyio
 import httpx2
 import numpy as np
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -22,28 +18,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from veilhead.api_key import find_api_key
 from veilhead.backbone_cache import fetch_backbone
+from veilhead.engine import Call, QueryTrace, Row, opened_engine
 from veilhead.predictions import Prediction, predictions
-from veilhead.session import SecretKey, Session
-from veilhead.transport import Answer, Transport
 from veilhead_protocol.errors import (
     BackboneError,
     BatchError,
     InputError,
-    ManifestError,
     NoBackboneError,
     NotFiniteError,
-    NotSentError,
-    ParameterError,
-    ReplyError,
-    ServiceResponseError,
     SignatureError,
-    TransportError,
     VeilheadError,
-    WireError,
 )
 from veilhead_protocol.manifest import Manifest
-from veilhead_protocol.parameters import parameter_set
-from veilhead_protocol.signatures import VendorKey, read_signatures, require_signature
+from veilhead_protocol.signatures import VendorKey
 
 if TYPE_CHECKING:
     from veilhead_models.backbone import Backbone
@@ -53,172 +40,6 @@ _CHUNK: Final = 32
 
 #: Chunks on the wire at once: what bounds the memory of a long call.
 _CHUNKS_IN_FLIGHT: Final = 8
-
-#: A key may be dropped by the service between its registration and the query, but not for ever.
-_REGISTRATIONS: Final = 3
-
-#: Polynomial products that may be asked for at once, and what each adds to the time that an answer
-#: may take: a head of 4,096 classes evaluates for seconds, one of 22 classes for milliseconds.
-_PRODUCTS_IN_FLIGHT: Final = 8192
-_PRODUCT_SECONDS: Final = 0.02
-
-_GOODBYE_SECONDS: Final = 2.0
-
-_Row = NDArray[np.float64] | VeilheadError  # logits [C], or why there are none
-
-
-@dataclass(frozen=True)
-class QueryTrace:
-    """What one query cost. It holds times and sizes only.
-
-    Attributes:
-        encrypt_seconds: embedding to query bytes.
-        round_trip_seconds: query bytes out to reply bytes in, retries included.
-        evaluate_seconds: what the service says it spent of that.
-        decrypt_seconds: reply bytes to logits.
-        key_bytes: size of the key message, which is sent once for many queries.
-        query_bytes: size of the query.
-        reply_bytes: size of the reply.
-    """
-
-    encrypt_seconds: float
-    round_trip_seconds: float
-    evaluate_seconds: float
-    decrypt_seconds: float
-    key_bytes: int
-    query_bytes: int
-    reply_bytes: int
-
-
-@dataclass
-class _Call:
-    """One call of the user's: once a row shows that none can succeed, no further one is sent."""
-
-    hopeless: VeilheadError | None = None
-
-
-@dataclass
-class _Engine:
-    """What runs on the event loop: one session, one connection pool, many queries in flight."""
-
-    transport: Transport
-    model: str
-    concurrency: int
-    on_query: Callable[[QueryTrace], None] | None
-    manifest: Manifest = field(init=False)
-    session: Session = field(init=False)
-    _slots: anyio.Semaphore = field(init=False)
-    _more_seconds: float = field(init=False)
-    _registration: anyio.Lock = field(init=False)
-    _registered: weakref.WeakSet[SecretKey] = field(init=False, default_factory=weakref.WeakSet)
-
-    async def open(
-        self, digest: str | None, minimum_parameters: str, vendor_keys: Sequence[VendorKey]
-    ) -> None:
-        """Read, check and pin the manifest."""
-        self._registration = anyio.Lock()
-        minimum = parameter_set(minimum_parameters)
-        answer = await self.transport.get_manifest(self.model, digest)
-        if vendor_keys:
-            # Before anything is parsed: the digest is that of the very bytes.
-            found = hashlib.sha256(answer.body).digest()
-            require_signature(found, read_signatures(answer.signatures), vendor_keys)
-        manifest = Manifest.deserialize(answer.body)
-        if manifest.name != self.model:
-            raise ManifestError("the service sent the manifest of another model")
-        if digest is not None and manifest.digest.hex() != digest:
-            raise ManifestError("the service sent the manifest of another version than the pinned")
-        if not manifest.parameter_set.at_least(minimum):
-            raise ParameterError(
-                f"the model uses the parameter set {manifest.parameters}, "
-                f"this client accepts {minimum.name} at least"
-            )
-        self.manifest = manifest
-        self.session = Session(manifest)
-        # More queries of a large head would only wait in line at the service.
-        fitting = max(2, _PRODUCTS_IN_FLIGHT // manifest.layout.products)
-        self._slots = anyio.Semaphore(min(self.concurrency, fitting))
-        self._more_seconds = manifest.layout.products * _PRODUCT_SECONDS
-
-    async def infer(self, embeddings: NDArray[np.float64], call: _Call) -> list[_Row]:
-        """Logits, or an error, for each row of embeddings [batch, d]."""
-        rows: list[_Row] = [NotSentError("not sent")] * len(embeddings)
-
-        async def one(index: int) -> None:
-            async with self._slots:
-                rows[index] = await self._infer_row(embeddings[index], call)
-
-        async with anyio.create_task_group() as tasks:
-            for index in range(len(embeddings)):
-                tasks.start_soon(one, index)
-        return rows
-
-    async def _infer_row(self, embedding: NDArray[np.float64], call: _Call) -> _Row:
-        if call.hopeless is not None:
-            return NotSentError(
-                f"not sent, since an earlier row failed for all of them: {call.hopeless}"
-            )
-        started = time.perf_counter()
-        query = self.session.encrypt(embedding)
-        encrypted = time.perf_counter()
-        try:
-            answer, waited = await self._ask(query.key, query.data)
-        except ReplyError as error:
-            return error
-        except (TransportError, ServiceResponseError) as error:
-            call.hopeless = error
-            return error
-        received = time.perf_counter()
-        try:
-            logits = self.session.decrypt(query, answer.body)
-        except WireError as error:
-            return ReplyError(f"the service's reply was refused: {error}")
-        if self.on_query is not None:
-            self.on_query(
-                QueryTrace(
-                    encrypt_seconds=encrypted - started,
-                    round_trip_seconds=waited,
-                    evaluate_seconds=answer.evaluate_seconds,
-                    decrypt_seconds=time.perf_counter() - received,
-                    key_bytes=len(query.key.message),
-                    query_bytes=len(query.data),
-                    reply_bytes=len(answer.body),
-                )
-            )
-        return logits
-
-    async def _ask(self, key: SecretKey, query: bytes) -> tuple[Answer, float]:
-        """The answer to a query and the seconds it took; registers the key as often as needed."""
-        for attempt in range(1, _REGISTRATIONS + 1):
-            await self._register(key)
-            started = time.perf_counter()
-            try:
-                answer = await self.transport.infer(
-                    self.model,
-                    query,
-                    self.session.reply_bytes,
-                    more_seconds=self._more_seconds,
-                )
-            except ServiceResponseError as error:
-                if error.problem != "key-not-registered" or attempt == _REGISTRATIONS:
-                    raise
-                self._registered.discard(key)
-            else:
-                return answer, time.perf_counter() - started
-        raise AssertionError("the last attempt returns or raises")
-
-    async def _register(self, key: SecretKey) -> None:
-        async with self._registration:
-            if key not in self._registered:
-                await self.transport.put_key(key.id, key.message)
-                self._registered.add(key)
-
-    async def close(self) -> None:
-        """Drop the keys, here and (as far as it listens) at the service."""
-        with suppress(httpx2.HTTPError), anyio.move_on_after(_GOODBYE_SECONDS):
-            for key in list(self._registered):
-                await self.transport.delete_key(key.id)
-        self.session.forget()
 
 
 class Client:
@@ -287,7 +108,7 @@ class Client:
             self._portal: BlockingPortal = stack.enter_context(start_blocking_portal())
             self._engine = stack.enter_context(
                 self._portal.wrap_async_context_manager(
-                    _opened(
+                    opened_engine(
                         url,
                         model,
                         digest=digest,
@@ -432,15 +253,15 @@ class Client:
         self,
         chunks: Iterable[NDArray[np.float64]],
         errors: Mapping[int, VeilheadError],
-    ) -> list[_Row]:
+    ) -> list[Row]:
         """Logits or an error for every row of chunks [<= _CHUNK, d], which are made as they go out.
 
         Everything is sent before any error is seen. Errors of rows that failed locally, by row
         number, take the place of their answers.
         """
-        call = _Call()
-        results: list[_Row] = []
-        pending: list[Future[list[_Row]]] = []
+        call = Call()
+        results: list[Row] = []
+        pending: list[Future[list[Row]]] = []
         broken: list[bool] = []
         for chunk in chunks:
             broken += [not np.isfinite(row).all() for row in chunk]
@@ -480,31 +301,6 @@ class Client:
             self.manifest,
             progress=self._on_download,
         )
-
-
-@asynccontextmanager
-async def _opened(
-    url: str,
-    model: str,
-    *,
-    digest: str | None,
-    minimum_parameters: str,
-    vendor_keys: Sequence[VendorKey],
-    api_key: str | None,
-    concurrency: int,
-    timeout: float,
-    on_query: Callable[[QueryTrace], None] | None,
-    transport: httpx2.AsyncBaseTransport | None,
-) -> AsyncIterator[_Engine]:
-    async with Transport(
-        url, timeout=timeout, connections=concurrency, api_key=api_key, transport=transport
-    ) as connection:
-        engine = _Engine(connection, model, concurrency, on_query)
-        await engine.open(digest, minimum_parameters, vendor_keys)
-        try:
-            yield engine
-        finally:
-            await engine.close()
 
 
 def _vendor_keys(given: str | Sequence[str] | None) -> tuple[VendorKey, ...]:

@@ -1,0 +1,224 @@
+"""Queries in flight: one session, one connection pool, keys that are registered as needed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import anyio
+import httpx2
+import numpy as np
+from numpy.typing import NDArray
+
+from veilhead.session import SecretKey, Session
+from veilhead.transport import Answer, Transport
+from veilhead_protocol.errors import (
+    ManifestError,
+    NotSentError,
+    ParameterError,
+    ReplyError,
+    ServiceResponseError,
+    TransportError,
+    VeilheadError,
+    WireError,
+)
+from veilhead_protocol.manifest import Manifest
+from veilhead_protocol.parameters import parameter_set
+from veilhead_protocol.signatures import VendorKey, read_signatures, require_signature
+
+#: A key may be dropped by the service between its registration and the query, but not for ever.
+_REGISTRATIONS: Final = 3
+
+#: Polynomial products that may be asked for at once, and what each adds to the time that an answer
+#: may take: a head of 4,096 classes evaluates for seconds, one of 22 classes for milliseconds.
+_PRODUCTS_IN_FLIGHT: Final = 8192
+_PRODUCT_SECONDS: Final = 0.02
+
+_GOODBYE_SECONDS: Final = 2.0
+
+Row = NDArray[np.float64] | VeilheadError  # logits [C], or why there are none
+
+
+@dataclass(frozen=True)
+class QueryTrace:
+    """What one query cost. It holds times and sizes only.
+
+    Attributes:
+        encrypt_seconds: embedding to query bytes.
+        round_trip_seconds: query bytes out to reply bytes in, retries included.
+        evaluate_seconds: what the service says it spent of that.
+        decrypt_seconds: reply bytes to logits.
+        key_bytes: size of the key message, which is sent once for many queries.
+        query_bytes: size of the query.
+        reply_bytes: size of the reply.
+    """
+
+    encrypt_seconds: float
+    round_trip_seconds: float
+    evaluate_seconds: float
+    decrypt_seconds: float
+    key_bytes: int
+    query_bytes: int
+    reply_bytes: int
+
+
+@dataclass
+class Call:
+    """One call of the user's: once a row shows that none can succeed, no further one is sent."""
+
+    hopeless: VeilheadError | None = None
+
+
+@dataclass
+class Engine:
+    """What runs on the event loop: one session, one connection pool, many queries in flight."""
+
+    transport: Transport
+    model: str
+    concurrency: int
+    on_query: Callable[[QueryTrace], None] | None
+    manifest: Manifest = field(init=False)
+    session: Session = field(init=False)
+    _slots: anyio.Semaphore = field(init=False)
+    _more_seconds: float = field(init=False)
+    _registration: anyio.Lock = field(init=False)
+    _registered: weakref.WeakSet[SecretKey] = field(init=False, default_factory=weakref.WeakSet)
+
+    async def open(
+        self, digest: str | None, minimum_parameters: str, vendor_keys: Sequence[VendorKey]
+    ) -> None:
+        """Read, check and pin the manifest."""
+        self._registration = anyio.Lock()
+        minimum = parameter_set(minimum_parameters)
+        answer = await self.transport.get_manifest(self.model, digest)
+        if vendor_keys:
+            # Before anything is parsed: the digest is that of the very bytes.
+            found = hashlib.sha256(answer.body).digest()
+            require_signature(found, read_signatures(answer.signatures), vendor_keys)
+        manifest = Manifest.deserialize(answer.body)
+        if manifest.name != self.model:
+            raise ManifestError("the service sent the manifest of another model")
+        if digest is not None and manifest.digest.hex() != digest:
+            raise ManifestError("the service sent the manifest of another version than the pinned")
+        if not manifest.parameter_set.at_least(minimum):
+            raise ParameterError(
+                f"the model uses the parameter set {manifest.parameters}, "
+                f"this client accepts {minimum.name} at least"
+            )
+        self.manifest = manifest
+        self.session = Session(manifest)
+        # More queries of a large head would only wait in line at the service.
+        fitting = max(2, _PRODUCTS_IN_FLIGHT // manifest.layout.products)
+        self._slots = anyio.Semaphore(min(self.concurrency, fitting))
+        self._more_seconds = manifest.layout.products * _PRODUCT_SECONDS
+
+    async def infer(self, embeddings: NDArray[np.float64], call: Call) -> list[Row]:
+        """Logits, or an error, for each row of embeddings [batch, d]."""
+        rows: list[Row] = [NotSentError("not sent")] * len(embeddings)
+
+        async def one(index: int) -> None:
+            async with self._slots:
+                rows[index] = await self._infer_row(embeddings[index], call)
+
+        async with anyio.create_task_group() as tasks:
+            for index in range(len(embeddings)):
+                tasks.start_soon(one, index)
+        return rows
+
+    async def _infer_row(self, embedding: NDArray[np.float64], call: Call) -> Row:
+        if call.hopeless is not None:
+            return NotSentError(
+                f"not sent, since an earlier row failed for all of them: {call.hopeless}"
+            )
+        started = time.perf_counter()
+        query = self.session.encrypt(embedding)
+        encrypted = time.perf_counter()
+        try:
+            answer, waited = await self._ask(query.key, query.data)
+        except ReplyError as error:
+            return error
+        except (TransportError, ServiceResponseError) as error:
+            call.hopeless = error
+            return error
+        received = time.perf_counter()
+        try:
+            logits = self.session.decrypt(query, answer.body)
+        except WireError as error:
+            return ReplyError(f"the service's reply was refused: {error}")
+        if self.on_query is not None:
+            self.on_query(
+                QueryTrace(
+                    encrypt_seconds=encrypted - started,
+                    round_trip_seconds=waited,
+                    evaluate_seconds=answer.evaluate_seconds,
+                    decrypt_seconds=time.perf_counter() - received,
+                    key_bytes=len(query.key.message),
+                    query_bytes=len(query.data),
+                    reply_bytes=len(answer.body),
+                )
+            )
+        return logits
+
+    async def _ask(self, key: SecretKey, query: bytes) -> tuple[Answer, float]:
+        """The answer to a query and the seconds it took; registers the key as often as needed."""
+        for attempt in range(1, _REGISTRATIONS + 1):
+            await self._register(key)
+            started = time.perf_counter()
+            try:
+                answer = await self.transport.infer(
+                    self.model,
+                    query,
+                    self.session.reply_bytes,
+                    more_seconds=self._more_seconds,
+                )
+            except ServiceResponseError as error:
+                if error.problem != "key-not-registered" or attempt == _REGISTRATIONS:
+                    raise
+                self._registered.discard(key)
+            else:
+                return answer, time.perf_counter() - started
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _register(self, key: SecretKey) -> None:
+        async with self._registration:
+            if key not in self._registered:
+                await self.transport.put_key(key.id, key.message)
+                self._registered.add(key)
+
+    async def close(self) -> None:
+        """Drop the keys, here and (as far as it listens) at the service."""
+        with suppress(httpx2.HTTPError), anyio.move_on_after(_GOODBYE_SECONDS):
+            for key in list(self._registered):
+                await self.transport.delete_key(key.id)
+        self.session.forget()
+
+
+@asynccontextmanager
+async def opened_engine(
+    url: str,
+    model: str,
+    *,
+    digest: str | None,
+    minimum_parameters: str,
+    vendor_keys: Sequence[VendorKey],
+    api_key: str | None,
+    concurrency: int,
+    timeout: float,
+    on_query: Callable[[QueryTrace], None] | None,
+    transport: httpx2.AsyncBaseTransport | None,
+) -> AsyncIterator[Engine]:
+    """An engine with its manifest pinned; its arguments and errors are those of `Client`."""
+    async with Transport(
+        url, timeout=timeout, connections=concurrency, api_key=api_key, transport=transport
+    ) as connection:
+        engine = Engine(connection, model, concurrency, on_query)
+        await engine.open(digest, minimum_parameters, vendor_keys)
+        try:
+            yield engine
+        finally:
+            await engine.close()

@@ -18,11 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from veilhead.api_key import find_api_key
 from veilhead.backbone_cache import fetch_backbone
+from veilhead.deidentify import Deidentifier, chosen_deidentifier
 from veilhead.engine import Call, QueryTrace, Row, opened_engine
 from veilhead.predictions import Prediction, predictions
 from veilhead_protocol.errors import (
     BackboneError,
     BatchError,
+    DeidentifyError,
     InputError,
     NoBackboneError,
     NotFiniteError,
@@ -59,6 +61,7 @@ class Client:
         minimum_parameters: str = "compact",
         vendor_key: str | Sequence[str] | None = None,
         api_key: str | None = None,
+        deidentify: bool | Deidentifier | None = None,
         concurrency: int = 8,
         timeout: float = 30.0,
         on_query: Callable[[QueryTrace], None] | None = None,
@@ -79,6 +82,9 @@ class Client:
                 changes it: manifests that none of them signed are refused. Without one, any
                 manifest is believed (`digest` pins a single version all the same).
             api_key: the key that the vendor gave; VEILHEAD_API_KEY when it is None.
+            deidentify: replace e-mail addresses, account numbers and the like by placeholders
+                before a text is embedded: True for the built-in detectors, or a `Deidentifier`.
+                None follows the model's policy, and False never does.
             concurrency: queries in flight at once; fewer for heads of a thousand classes or more.
             timeout: seconds to wait for each connection, write and read; reads of replies of such
                 heads wait longer.
@@ -96,6 +102,7 @@ class Client:
             ManifestError: when its manifest is not one, or not the pinned one.
             SignatureError: when no accepted vendor key signed it, or a vendor key is not one.
             ParameterError: when the model's parameters are below the minimum.
+            ClientError: when de-identification lacks `phonenumbers`.
         """
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
@@ -122,6 +129,7 @@ class Client:
                     )
                 )
             )
+            self._deidentifier = chosen_deidentifier(deidentify, self._engine.manifest)
         except BaseException:
             self._finalizer()
             raise
@@ -171,6 +179,11 @@ class Client:
         return self._engine.manifest
 
     @property
+    def deidentifier(self) -> Deidentifier | None:
+        """What texts go through before they are embedded; None when it is nothing."""
+        return self._deidentifier
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The labels, in the order of the logits."""
         return self.manifest.head.labels
@@ -209,7 +222,7 @@ class Client:
         single = isinstance(texts, str)
         rows = [texts] if single else list(texts)
         errors: dict[int, VeilheadError] = {}
-        logits = self._collect(_embedded(backbone, rows, errors), errors)
+        logits = self._collect(_embedded(backbone, rows, errors, self._deidentifier), errors)
         if single and isinstance(logits[0], VeilheadError):
             raise logits[0]
         answers = _answers(
@@ -246,8 +259,12 @@ class Client:
         Raises:
             NoBackboneError: when the model takes embeddings only.
             BackboneError: when the backbone cannot be loaded.
+            DeidentifyError: when a detector failed.
         """
-        return self._ready_backbone().embed(list(texts))
+        rows = list(texts)
+        if self._deidentifier is not None:
+            rows = [self._deidentifier(text).text for text in rows]
+        return self._ready_backbone().embed(rows)
 
     def _collect(
         self,
@@ -314,7 +331,10 @@ def _vendor_keys(given: str | Sequence[str] | None) -> tuple[VendorKey, ...]:
 
 
 def _embedded(
-    backbone: Backbone, texts: Sequence[Any], errors: dict[int, VeilheadError]
+    backbone: Backbone,
+    texts: Sequence[Any],
+    errors: dict[int, VeilheadError],
+    deidentifier: Deidentifier | None,
 ) -> Iterator[NDArray[np.float64]]:
     """Embeddings [<= _CHUNK, d] of the texts, chunk by chunk.
 
@@ -324,7 +344,12 @@ def _embedded(
     for start in range(0, len(texts), _CHUNK):
         chunk = []
         for index, text in enumerate(texts[start : start + _CHUNK], start):
-            error = _unusable(text)
+            error: VeilheadError | None = _unusable(text)
+            if error is None and deidentifier is not None:
+                try:
+                    text = deidentifier(text).text
+                except DeidentifyError as reason:
+                    error = reason
             if error is not None:
                 errors[index] = error
             chunk.append("" if error is not None else text)

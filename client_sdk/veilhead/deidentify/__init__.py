@@ -4,7 +4,12 @@ A reduction of risk, not anonymisation: names, addresses and whatever else has n
 stay where they are. docs/deidentify.md has the measured recall and precision.
 """
 
-from veilhead.deidentify.deidentifier import Deidentified, Deidentifier, Span
+from veilhead.deidentify.deidentifier import (
+    Deidentified,
+    Deidentifier,
+    Span,
+    chosen_deidentifier,
+)
 from veilhead.deidentify.detectors import default_detectors
 from veilhead.deidentify.findings import Detector, Finding
 
@@ -14,5 +19,6 @@ __all__ = [
     "Detector",
     "Finding",
     "Span",
+    "chosen_deidentifier",
     "default_detectors",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,9 @@ from veilhead.deidentify.detectors import default_detectors
 from veilhead.deidentify.findings import Detector, Finding
 from veilhead.deidentify.folding import FoldedText, fold
 from veilhead_protocol.errors import DeidentifyError
+from veilhead_protocol.manifest import Manifest
+
+_logger = logging.getLogger("veilhead")
 
 _KIND: Final = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 
@@ -127,6 +131,22 @@ class Deidentifier:
                 start, end = folded.span(finding.start, finding.end)
                 findings.append(replace(finding, start=start, end=end))
         return findings
+
+
+def chosen_deidentifier(
+    given: bool | Deidentifier | None, manifest: Manifest
+) -> Deidentifier | None:
+    """What was asked for, else what the model's policy asks for; the log says when it does.
+
+    Raises:
+        ClientError: when the built-in detectors lack `phonenumbers`.
+    """
+    if isinstance(given, Deidentifier):
+        return given
+    if given is None and manifest.policy.deidentify:
+        _logger.info("texts for the model %s are de-identified, as its policy asks", manifest.name)
+        return Deidentifier()
+    return Deidentifier() if given else None
 
 
 def _merged(findings: Iterable[Finding]) -> list[Finding]:

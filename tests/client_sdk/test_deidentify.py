@@ -37,6 +37,7 @@ VALUES = {
     "CARD": [
         "4111 1111 1111 1111",
         "4111-1111-1111-1111",
+        "4111.1111.1111.1111",
         "5555555555554444",
         "2223003122003222",
         "3782 822463 10005",
@@ -87,6 +88,7 @@ NEEDS_WORDS = {
         ("M.R.N. #{}", "A-1234-56"),
         ("medical record number is {}", "12345"),
         ("Patient ID {}", "PT/2024/0042"),
+        ("chart no. {}", "12 34 56"),
         ("病历号\uff1a{}", "20240042"),
     ],
     "BIRTH_DATE": [
@@ -131,6 +133,10 @@ NEAR_MISSES = [
     "256.1.1.1",
     "1.2.3.4.5 v1.2.3.4",
     "at 12:30:45, std::size, a::b",
+    "firmware version 1.2.3.4, build 10.2.3.4",
+    "I will call back. Seen on 3.10.1973",
+    "call: commit 3e359f0bac1866a47",
+    "my SSN is on file. Order 219099990",
     "00:1b:44:11:3a:b7",
     "@mention me@ @example.com me@localhost",
     "example.com",

@@ -21,6 +21,12 @@ from veilhead_protocol.errors import ClientError
 #: How far before a value the words are looked for that say what it is.
 _CONTEXT: Final = 40
 
+#: What may stand between such words and the value: neither digits nor the end of a sentence.
+_GAP: Final = r"\.?(?:\b(?:no|nr|num)\.|[^.!?;\n\d]){0,30}\Z"
+
+#: What stands before a version, which looks like an address.
+_VERSION: Final = re.compile(r"\b(?:version|release|firmware|build|ver\.?) {0,2}\Z", re.I)
+
 #: Letters of e-mail addresses and host names. Scripts that write no spaces are left out: the
 #: address would swallow the sentence before it.
 _LETTER: Final = r"[^\W\u0600-\U0010ffff]"
@@ -58,6 +64,7 @@ _DATE: Final = (
     r"|\d{4}年\d{1,2}月\d{1,2}日"
     r"|\d{8})(?![A-Za-z0-9])"
 )
+_DOTTED_DATE: Final = re.compile(r"(?:[0-3]?\d\.[01]?\d\.\d{2,4}|\d{4}\.[01]?\d\.[0-3]?\d)")
 _BORN: Final = (
     r"(?:\bd\.? ?o\.? ?b\b|\bdate of birth\b|\bbirth ?dates?\b|\bbirthday\b|\bborn\b|\bgeb\b|"
     r"\bgeboren\b|\bgeburtsdatum\b|\bnée?\b|\bdate de naissance\b|\bnacid[oa]\b|"
@@ -76,7 +83,7 @@ _RECORD: Final = re.compile(
     r"\b|\b(?:hospital|chart|unit) (?:id|no|num|number)\b|\bpatientennummer\b|\bfallnummer\b|"
     r"病历号|病案号|住院号)"
     r"[ .:#=-]{0,3}(?:(?:id|is|no|num|number)\b[ .:#=-]{0,3}){0,2}"
-    r"(?P<value>[A-Za-z0-9](?:[-/]?[A-Za-z0-9]){3,19})(?![A-Za-z0-9])",
+    r"(?P<value>\d{2,4}(?: \d{2,4}){1,3}|[A-Za-z0-9](?:[-/]?[A-Za-z0-9]){3,19})(?![A-Za-z0-9])",
     re.I,
 )
 
@@ -85,6 +92,7 @@ _PHONE_WORDS: Final = re.compile(
     r"téléphone|teléfono|telefono|móvil)\b|电话|手机",
     re.I,
 )
+_PHONE_FOLLOWS: Final = re.compile(rf"(?:{_PHONE_WORDS.pattern}){_GAP}", re.I)
 
 
 def default_detectors(phone_regions: Sequence[str] = ("US", "GB")) -> tuple[Detector, ...]:
@@ -108,6 +116,7 @@ def default_detectors(phone_regions: Sequence[str] = ("US", "GB")) -> tuple[Dete
             frozenset({(4, 4, 4, 4), (4, 4, 4, 4, 3), (4, 6, 5), (4, 6, 4)})
             | {(length,) for length in range(13, 20)},
             checksums.is_card_number,
+            separators=" .-",
         ),
         _Pattern(
             "CN_ID",
@@ -143,21 +152,21 @@ def default_detectors(phone_regions: Sequence[str] = ("US", "GB")) -> tuple[Dete
             frozenset({(10,), (3, 3, 4)}),
             checksums.is_uk_nhs,
             certain=frozenset({((3, 3, 4), " ")}),
-            words=re.compile(r"\bNHS\b", re.I),
+            words=re.compile(rf"\bNHS\b{_GAP}", re.I),
         ),
         _Digits(
             "US_SSN",
             frozenset({(9,), (3, 2, 4)}),
             checksums.is_us_ssn,
             certain=frozenset({((3, 2, 4), "-")}),
-            words=re.compile(r"\b(?:ssn|social security|soc\.? sec)\b", re.I),
+            words=re.compile(rf"\b(?:ssn|social security|soc\.? sec)\b{_GAP}", re.I),
         ),
         _Digits(
             "NL_BSN",
             frozenset({(9,), (4, 2, 3), (3, 3, 3)}),
             checksums.is_nl_bsn,
             certain=frozenset(),
-            words=re.compile(r"\b(?:bsn|burgerservicenummer|sofi)", re.I),
+            words=re.compile(rf"\b(?:bsn|burgerservicenummer|sofi){_GAP}", re.I),
         ),
         _Birth(),
         _Record(),
@@ -210,7 +219,8 @@ class _IpAddress:
                     except ValueError:
                         continue
                     # std::size and a::b are code.
-                    if any(letter.isdigit() for letter in found):
+                    is_code = not any(letter.isdigit() for letter in found)
+                    if not is_code and not _follows(_VERSION, text, match.start()):
                         end = match.start() + len(found)
                         yield Finding(match.start(), end, "IP", address.compressed)
                     break
@@ -256,6 +266,7 @@ class _Digits:
         is_valid: whether digits are such a number.
         certain: shapes and separators that need no word before them; None for all of them.
         words: what says that such a number follows.
+        separators: what may stand between groups, the same one between all of them.
     """
 
     kind: str
@@ -263,6 +274,7 @@ class _Digits:
     is_valid: Callable[[str], bool]
     certain: frozenset[tuple[tuple[int, ...], str]] | None = None
     words: re.Pattern[str] | None = None
+    separators: str = " -"
 
     def find(self, text: str) -> Iterator[Finding]:
         most = max(map(len, self.shapes))
@@ -280,9 +292,9 @@ class _Digits:
     def _is_one(self, text: str, start: int, end: int, shape: tuple[int, ...]) -> bool:
         found = text[start:end]
         separators = set(re.sub(r"\d", "", found))
-        if len(separators) > 1 or "." in separators:
+        if len(separators) > 1 or not separators <= set(self.separators):
             return False
-        if _continues(text, end) or (start > 0 and _is_word(text[start - 1])):
+        if not _stands_alone(text, start, end):
             return False
         if not self.is_valid(re.sub(r"\D", "", found)):
             return False
@@ -326,7 +338,7 @@ class _Record:
         for match in _RECORD.finditer(text):
             value = match["value"]
             if sum(letter.isdigit() for letter in value) >= 3:
-                key = re.sub(r"[-/]", "", value).upper()
+                key = re.sub(r"[-/ ]", "", value).upper()
                 yield Finding(*match.span("value"), "MEDICAL_RECORD", key)
 
 
@@ -354,9 +366,11 @@ class _Phone:
                     unclosed = match.raw_string[0] in "([" and ")" not in match.raw_string
                     span = (match.start + unclosed, match.end)
                     is_written_as_one = level == leniency.VALID and not match.raw_string.isdigit()
-                    if span in seen or not (
-                        is_written_as_one or _follows(_PHONE_WORDS, text, match.start)
-                    ):
+                    if span in seen or not _stands_alone(text, *span):
+                        continue
+                    if _DOTTED_DATE.fullmatch(match.raw_string):
+                        continue  # the library knows those with slashes only
+                    if not (is_written_as_one or _follows(_PHONE_FOLLOWS, text, span[0])):
                         continue
                     seen.add(span)
                     number = self.library.format_number(
@@ -388,6 +402,11 @@ def _is_word(letter: str) -> bool:
 def _continues(text: str, end: int) -> bool:
     """Whether what ends before `end` goes on there."""
     return end < len(text) and _is_word(text[end])
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    """Whether no letter, digit or underscore is right beside it."""
+    return not _continues(text, end) and not (start > 0 and _is_word(text[start - 1]))
 
 
 def _follows(words: re.Pattern[str], text: str, start: int) -> bool:

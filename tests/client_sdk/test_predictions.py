@@ -11,7 +11,7 @@ from veilhead.predictions import predictions, scores
 
 def test_scores_are_softmax_even_of_large_logits():
     logits = np.array([[1.0, 2.0, 3.0], [4000.0, -4000.0, 3999.0]])
-    assert scores(logits) == pytest.approx(softmax(logits, axis=1))
+    assert scores(logits, "softmax") == pytest.approx(softmax(logits, axis=1))
 
 
 def test_a_single_logit_is_a_sigmoid():

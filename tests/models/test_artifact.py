@@ -61,6 +61,7 @@ def public_backbone(directory: Path, *, normalise: bool = True) -> BackboneSecti
         pooling="mean",
         normalise=normalise,
         max_tokens=16,
+        public_parameters=1000,
         files=tuple(
             describe_file(directory, path) for path in ("config.json", "nested/model.safetensors")
         ),

@@ -29,7 +29,7 @@ from veilhead_protocol.errors import (
     SignatureError,
     VeilheadError,
 )
-from veilhead_protocol.manifest import Manifest
+from veilhead_protocol.manifest import FileEntry, Manifest
 from veilhead_protocol.signatures import VendorKey
 
 if TYPE_CHECKING:
@@ -291,15 +291,13 @@ class Client:
 
                 directory = self._backbone_directory
                 if directory is None:
-                    directory = self._portal.call(self._fetch_backbone)
+                    directory = self._portal.call(self._fetch_backbone, section.files)
                 self._backbone = Backbone.load(directory, section, device=self._device)
             return self._backbone
 
-    async def _fetch_backbone(self) -> Path:
+    async def _fetch_backbone(self, files: Sequence[FileEntry]) -> Path:
         return await fetch_backbone(
-            self._engine.transport,
-            self.manifest,
-            progress=self._on_download,
+            self._engine.transport, self.manifest, files, progress=self._on_download
         )
 
 

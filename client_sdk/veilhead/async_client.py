@@ -375,7 +375,10 @@ class AsyncClient:
                 directory = self._backbone_directory
                 if directory is None:
                     directory = await fetch_backbone(
-                        engine.transport, self.manifest, progress=self._on_download
+                        engine.transport,
+                        self.manifest,
+                        section.files,
+                        progress=self._on_download,
                     )
 
                 def load() -> Backbone:

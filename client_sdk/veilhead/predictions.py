@@ -70,10 +70,9 @@ class Shape:
 
 def default_function(head: HeadSection) -> FunctionToApply:
     """The function of a head when the caller names none: that of the transformers pipeline."""
-    problem_type = getattr(head, "problem_type", None)
-    if problem_type == "regression":
+    if head.problem_type == "regression":
         return "none"
-    if problem_type == "multi_label_classification" or len(head.labels) == 1:
+    if head.problem_type == "multi_label" or len(head.labels) == 1:
         return "sigmoid"
     return "softmax"
 

@@ -15,7 +15,7 @@ def test_scores_are_softmax_even_of_large_logits():
 
 
 def test_a_single_logit_is_a_sigmoid():
-    assert scores(np.array([0.3]))[0] == pytest.approx(expit(0.3))
+    assert scores(np.array([0.3]), "sigmoid")[0] == pytest.approx(expit(0.3))
 
 
 def test_predictions_come_best_first_and_ties_in_label_order():

@@ -226,9 +226,10 @@ class AsyncClient:
         function_to_apply: FunctionToApply | None = None,
         concurrency: int = CHUNKS,
         progress: Callable[[int], Any] | None = None,
+        start: int = 0,
     ) -> AsyncGenerator[Answer]:
         """As `Client.classify_many`; `texts` may be asynchronous too."""
-        stream = self._stream(texts, top_k, function_to_apply, concurrency)
+        stream = self._stream(texts, top_k, function_to_apply, concurrency, start)
         return self._streamed(stream, texts, progress)
 
     async def _streamed(
@@ -302,13 +303,14 @@ class AsyncClient:
         top_k: int | None,
         function_to_apply: FunctionToApply | None,
         concurrency: int,
+        start: int,
     ) -> Stream:
         if isinstance(texts, str):
             raise InputError("got one string, expected an iterable of texts: put it into a list")
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
-        return Stream(self, shape, self._window(concurrency))
+        return Stream(self, shape, self._window(concurrency), start)
 
     def _window(self, limit: int) -> Window[Row]:
         window: Window[Row] = Window(limit)
@@ -396,13 +398,13 @@ class AsyncClient:
 class Stream:
     """Texts that come chunk by chunk, and their answers in the same order."""
 
-    def __init__(self, client: AsyncClient, shape: Shape, window: Window[Row]) -> None:
+    def __init__(self, client: AsyncClient, shape: Shape, window: Window[Row], start: int) -> None:
         self._client = client
         self._shape = shape
         self._window = window
         self._call = Call()
-        self._sent = 0
-        self._answered = 0
+        self._sent = start
+        self._answered = start
 
     @property
     def chunk(self) -> int:

@@ -207,6 +207,7 @@ class Client:
         function_to_apply: FunctionToApply | None = None,
         concurrency: int = CHUNKS,
         progress: Callable[[int], Any] | None = None,
+        start: int = 0,
     ) -> Iterator[Answer]:
         """The answers to texts that need not fit into memory, in their order, as they come.
 
@@ -222,6 +223,7 @@ class Client:
                 flight are those of the client's own `concurrency`.
             progress: called with the number of rows whenever some are answered; the `update` of a
                 tqdm bar fits.
+            start: the number of the first row, in the messages of errors.
 
         Yields:
             For each text its predictions, or, where it failed, the error, whose message names the
@@ -232,7 +234,7 @@ class Client:
             BackboneError: when the backbone cannot be loaded.
             InputError: when `texts` is a single string.
         """
-        stream = self._client._stream(texts, top_k, function_to_apply, concurrency)
+        stream = self._client._stream(texts, top_k, function_to_apply, concurrency, start)
         return self._streamed(stream, texts, progress)
 
     def _streamed(

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from veilhead import BatchError, ClientError, DeidentifyError
+from veilhead import BatchError, Client, ClientError, DeidentifyError
 from veilhead.deidentify import Deidentifier, Finding
 from veilhead_models.artifact import HeadArtifact
 from veilhead_models.backbone import Backbone, describe
@@ -44,6 +44,20 @@ def careful_artifact(tmp_path_factory, tiny_directory):
     return directory
 
 
+@pytest.fixture
+def local():
+    """Clients of services in this process; closed in the end."""
+    clients = []
+
+    def make(directory, **options):
+        clients.append(Client.local(directory, **options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
 def ask_in_every_way(client):
     client.classify(TEXT)
     client.classify([TEXT])
@@ -64,17 +78,17 @@ def test_an_argument_turns_it_on(connect, text_artifact, seen):
     assert isinstance(client.deidentifier, Deidentifier)
 
 
-def test_the_policy_turns_it_on_and_says_so(connect, careful_artifact, seen, caplog):
+def test_the_policy_turns_it_on_and_says_so(local, careful_artifact, seen, caplog):
     with caplog.at_level(logging.INFO, logger="veilhead"):
-        client, _ = connect(careful_artifact)
+        client = local(careful_artifact)
     assert "de-identified" in caplog.text
     assert "careful" in caplog.text
     ask_in_every_way(client)
     assert seen == [SAFE] * 3
 
 
-def test_the_user_has_the_last_word(connect, careful_artifact, seen):
-    client, _ = connect(careful_artifact, deidentify=False)
+def test_the_user_has_the_last_word(local, careful_artifact, seen):
+    client = local(careful_artifact, deidentify=False)
     ask_in_every_way(client)
     assert seen == [TEXT] * 3
 
@@ -84,8 +98,8 @@ class Pain:
         yield Finding(text.index("pain"), text.index("pain") + 4, "SYMPTOM", "pain")
 
 
-def test_detectors_of_ones_own(connect, careful_artifact, seen):
-    client, _ = connect(careful_artifact, deidentify=Deidentifier([Pain()]))
+def test_detectors_of_ones_own(local, careful_artifact, seen):
+    client = local(careful_artifact, deidentify=Deidentifier([Pain()]))
     ask_in_every_way(client)
     assert seen == ["[SYMPTOM_1] since 4 May, mail jane@example.com"] * 3
 
@@ -103,9 +117,9 @@ def test_a_text_whose_detector_failed_is_never_embedded(connect, text_artifact, 
     assert len(service.seen("infer")) == 4
 
 
-def test_without_its_package_nothing_is_classified(connect, careful_artifact, monkeypatch):
+def test_without_its_package_nothing_is_classified(local, careful_artifact, monkeypatch):
     monkeypatch.setitem(sys.modules, "phonenumbers", None)
     with pytest.raises(ClientError, match="pip install"):
-        connect(careful_artifact)
-    client, _ = connect(careful_artifact, deidentify=False)
+        local(careful_artifact)
+    client = local(careful_artifact, deidentify=False)
     assert client.deidentifier is None

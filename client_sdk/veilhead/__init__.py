@@ -1,5 +1,6 @@
 """Veilhead's client: classify text with a private model that never sees the text."""
 
+from veilhead.async_client import AsyncClient
 from veilhead.client import Client
 from veilhead.engine import QueryTrace
 from veilhead.predictions import Prediction
@@ -8,6 +9,7 @@ from veilhead_protocol.errors import (
     BatchError,
     BudgetExhaustedError,
     ClientError,
+    DeidentifyError,
     InputError,
     InsecureTransportError,
     NoBackboneError,
@@ -23,10 +25,12 @@ from veilhead_protocol.errors import (
 
 __all__ = [
     "AccessError",
+    "AsyncClient",
     "BatchError",
     "BudgetExhaustedError",
     "Client",
     "ClientError",
+    "DeidentifyError",
     "InputError",
     "InsecureTransportError",
     "NoBackboneError",

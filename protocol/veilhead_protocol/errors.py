@@ -51,6 +51,7 @@ VeilheadError
     ├── NoBackboneError          `classify` on a model that takes embeddings
     ├── InputError               a value that cannot be classified (not text, wrong shape)
     │   └── NotFiniteError       an embedding with NaN or infinity
+    ├── DeidentifyError          a detector that failed: the text was not sent
     ├── NotSentError             a row left unsent, since an earlier one failed for all of them
     └── BatchError               some rows failed; `results` keeps the others, `errors` says which
 
@@ -388,6 +389,12 @@ class NotFiniteError(InputError):
     """An embedding that contains NaN or infinity."""
 
     code = "not-finite"
+
+
+class DeidentifyError(ClientError):
+    """A detector of the de-identification failed, so that the text was not embedded."""
+
+    code = "deidentify"
 
 
 class NotSentError(ClientError):

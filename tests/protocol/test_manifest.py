@@ -238,7 +238,9 @@ def test_control_characters_in_labels(letter: str) -> None:
 
 
 def test_labels() -> None:
-    assert Manifest.deserialize(changed(("head", "labels"), ["a" * 512, "", "心"]))
+    longest = document()
+    longest["head"] |= {"labels": ["a" * 512, "", "心"], "private_parameters": 3 * 385}
+    assert Manifest.deserialize(canonical(longest))
     for labels in (["a", "b", "a"], [], ["a" * 513], ["a", 1], "ab", None, ["a", None], {"a": 1}):
         with pytest.raises(ManifestError, match=r"head"):
             Manifest.deserialize(changed(("head", "labels"), labels))
@@ -319,6 +321,8 @@ def test_no_norm_of_the_head_is_published() -> None:
         "exponent",
         "flood_bits",
         "labels",
+        "private_parameters",  # how many, which labels and dimensions tell
+        "problem_type",
         "reply_bits",
         "scale_bits",
         "weight_scale_bits",
@@ -339,6 +343,7 @@ def test_manifests_are_frozen() -> None:
         (("head", "exponent"), True),
         (("head", "dimensions"), 384.0),
         (("policy", "bulk"), 0),
+        (("policy", "deidentify"), 1),
         (("name",), b"head"),
         (("embedding", "scale"), "1.0"),
     ],
@@ -353,3 +358,17 @@ def test_building_converts_nothing(path: tuple[str, ...], value: Any) -> None:
     place[path[-1]] = value
     with pytest.raises(ManifestError, match=path[-1]):
         Manifest.build(edited)
+
+
+def test_a_policy_of_deidentification_is_in_the_bytes_only_where_there_is_one() -> None:
+    without = Manifest.build(document())
+    assert b"deidentify" not in without.serialize()
+    edited = document()
+    edited["policy"]["deidentify"] = True
+    asked = Manifest.build(edited)
+    assert b'"deidentify":true' in asked.serialize()
+    assert Manifest.deserialize(asked.serialize()).policy.deidentify
+    assert not Manifest.deserialize(without.serialize()).policy.deidentify
+    said = without.serialize().replace(b'"bulk":false', b'"bulk":false,"deidentify":false')
+    with pytest.raises(ManifestError, match="canonical"):
+        Manifest.deserialize(said)

@@ -1,9 +1,9 @@
 """Attribute inference: what an embedding tells of a person, whatever it is classified for.
 
 Generated records say a diagnosis, a date of birth, a telephone number and a given name. From other
-records' embeddings the attacker learns to tell when the person was born, where the telephone is, and
-the sex that the name suggests. Then the same after de-identification (`veilhead.deidentify`), which
-replaces dates of birth and numbers, and does not know names: what it leaves stays as visible.
+records' embeddings the attacker learns to tell when the person was born, where the telephone is,
+and the sex that the name suggests. Then the same after de-identification (`veilhead.deidentify`),
+which replaces dates of birth and numbers and does not know names: what it leaves stays visible.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def recipe(
 
     Without a generator, without noise.
     """
-    labels = np.eye(classes)[targets]  # [rows, C]
+    labels: _Array = np.eye(classes)[targets]  # [rows, C]
     if generator is not None:
         labels = labels + generator.normal(scale=epsilon / len(targets), size=labels.shape)
     gram = embeddings.T @ embeddings + np.eye(embeddings.shape[1])  # [d, d]

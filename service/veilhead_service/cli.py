@@ -172,9 +172,9 @@ def run(
 ) -> None:
     """Serve a store over HTTP until it is stopped.
 
-    Every request needs an API key of a tenant, which `veilhead-server tenants add` makes. As long
-    as there is no tenant at all, the service is open, and listens on loopback only. It speaks plain
-    HTTP: beyond loopback, put a proxy in front that speaks TLS.
+    Every request but those for its health needs an API key of a tenant, which `veilhead-server
+    tenants add` makes; a running service notices. It speaks plain HTTP: beyond loopback, put a
+    proxy in front that speaks TLS.
 
     Flags come before VEILHEAD_SERVER_* variables, these before the file; `veilhead-server
     settings` prints what is in force.
@@ -198,10 +198,9 @@ def run(
             log_level=log_level,
         )
         logs.configure(settings.log_format, settings.log_level)
-        if settings.without_tenants:
+        if settings.insecure_no_tenants:
             _logger.warning(
-                "there are no tenants: whoever reaches %s port %d may use every model; "
-                "`veilhead-server tenants add` makes the first, and a restart then asks for keys",
+                "insecure: without tenants, whoever reaches %s port %d may use every model",
                 settings.host,
                 settings.port,
             )

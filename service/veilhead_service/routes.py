@@ -53,7 +53,8 @@ from veilhead_service.telemetry import Telemetry
 from veilhead_service.workers import WorkerPool
 
 MESSAGE_TYPE: Final = "application/octet-stream"
-_CACHE_FOREVER: Final = "public, max-age=31536000, immutable"
+# Not `public`: a shared cache would then answer those who have no API key.
+_CACHE_FOREVER: Final = "private, max-age=31536000, immutable"
 _REVALIDATE: Final = "no-cache"
 
 router = APIRouter(responses={"default": OPENAPI_RESPONSE})
@@ -100,7 +101,7 @@ def _digest(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _body(request: Request, tenant: str, limit: int) -> bytes:
     """The body of a message: of the right type, and refused as soon as it passes the limit."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != MESSAGE_TYPE:
@@ -118,7 +119,7 @@ async def _body(request: Request, limit: int) -> bytes:
     if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
         raise too_large
     body = bytearray()
-    async with _services(request).intake.body():
+    async with _services(request).intake.body(tenant):
         async for piece in request.stream():
             body += piece
             if len(body) > limit:
@@ -201,14 +202,14 @@ async def get_manifest(
 ) -> Response:
     """The manifest's canonical bytes. The ETag is their SHA-256, which clients pin.
 
-    Headers say who signed it, and when it will be retired.
+    Headers say who signed it, and when it will be retired. They may change while the bytes do not,
+    so a cache always asks again, with If-None-Match; a 304 carries them too.
     """
     model = _version(services, name, digest)
     _note_model(request, model)
     etag = _quoted(model.manifest.digest.hex())
-    headers = {"ETag": etag, "Cache-Control": _REVALIDATE if digest is None else _CACHE_FOREVER}
+    headers = {"ETag": etag, "Cache-Control": _REVALIDATE}
     if model.retirement is not None:
-        headers["Cache-Control"] = _REVALIDATE
         headers["Sunset"] = model.retirement.http_date
     if model.signatures:
         headers[SIGNATURE_HEADER] = write_signatures(model.signatures)
@@ -283,7 +284,7 @@ async def register_key(
 ) -> Response:
     """Register a key message under its SHA-256: 201 when it is new, 200 when it was known."""
     expected = request.state.key_id = _digest(id)
-    body = await _body(request, MAX_KEY_BYTES)
+    body = await _body(request, tenant, MAX_KEY_BYTES)
     if not hmac.compare_digest(key_id(body), expected):
         raise Problem(
             HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -324,7 +325,7 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
     with suppress(ModelRetiredError, ModelUnavailableError):  # another version may be served
         _note_model(request, _current(services, name))
     services.pool.admit()  # before the body: a query that must wait too long is not even read
-    body = await _body(request, MAX_QUERY_BYTES)
+    body = await _body(request, tenant, MAX_QUERY_BYTES)
     header = QueryHeader.deserialize(body)
     model = services.models.version(name, header.model_digest)
     if model is None:

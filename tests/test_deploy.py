@@ -46,7 +46,7 @@ class Usage:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """The metrics of an app in which every part is there."""
-    app = create_app(Settings(workers=1))
+    app = create_app(Settings(workers=1, insecure_no_tenants=True))
     telemetry = app.state.services.telemetry
     log = AccessLog(tmp_path_factory.mktemp("log") / "access.log", sync_seconds=0, file_bytes=4096)
     telemetry.watch(access_log_metrics(log))
@@ -103,7 +103,7 @@ def test_dashboard_and_alerts_use_metrics_that_exist(exposed):
 
 def test_routes_and_reasons_in_queries_exist(text):
     panels, alerts = expressions()
-    app = create_app(Settings(workers=1))
+    app = create_app(Settings(workers=1, insecure_no_tenants=True))
     paths = set(app.openapi()["paths"])
     for expression in (*panels, *alerts):
         assert set(re.findall(r'route="([^"]*)"', expression)) <= paths
@@ -187,7 +187,10 @@ def test_prometheus_scrapes_what_compose_runs(compose):
     secret = Path(job["authorization"]["credentials_file"])
     assert secret.parent == Path("/run/secrets")
     assert secret.name in compose["secrets"]
-    assert job["metrics_path"] in create_app(Settings(workers=1)).openapi()["paths"]
+    assert (
+        job["metrics_path"]
+        in create_app(Settings(workers=1, insecure_no_tenants=True)).openapi()["paths"]
+    )
 
 
 def test_grafana_reads_the_dashboard_where_compose_puts_it(compose):

@@ -33,7 +33,7 @@ def open_app(store, artifacts, make_service):
     @contextmanager
     def open_app(**settings):
         before = workers_of()
-        app = create_app(Settings(store=store, workers=1, **settings))
+        app = create_app(Settings(store=store, workers=1, insecure_no_tenants=True, **settings))
         with TestClient(app) as client:
             (pid,) = workers_of() - before
             yield client, make_service(client, artifacts), pid
@@ -168,17 +168,17 @@ def test_a_client_that_goes_away_within_its_body_frees_its_place(open_app):
 
 def test_the_intake_counts_right_whatever_happens_in_it():
     async def run():
-        intake = Intake(max_bodies=1, body_seconds=0.05)
-        async with intake.body():
+        intake = Intake(max_bodies=1, max_tenant_bodies=1, body_seconds=0.05)
+        async with intake.body("one"):
             assert intake.bodies == 1
             with pytest.raises(QueueFullError):
-                await intake.body().__aenter__()
+                await intake.body("another").__aenter__()
         with pytest.raises(ZeroDivisionError):
-            async with intake.body():
+            async with intake.body("one"):
                 raise ZeroDivisionError
         assert intake.bodies == 0
         with pytest.raises(Problem) as caught:
-            async with intake.body():
+            async with intake.body("one"):
                 await asyncio.sleep(5)
         assert caught.value.status == 408
         assert caught.value.headers == {"Connection": "close"}

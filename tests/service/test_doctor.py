@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from veilhead_protocol.checks import Check, Outcome, check_packages, healthy, render
 from veilhead_service import doctor
 from veilhead_service.cli import app
+from veilhead_service.settings import Settings
 
 
 def run(*arguments):
@@ -62,24 +63,28 @@ def outcomes(checks):
 
 
 def test_a_head_that_others_can_read_fails(copy):
-    assert healthy(doctor.check_store(copy))
+    assert healthy(doctor.check_store(Settings(store=copy)))
     head = next(copy.glob("*/*/head*"))
     head.chmod(0o640)
-    failed = [check for check in doctor.check_store(copy) if check.outcome is Outcome.FAIL]
+    failed = [
+        check for check in doctor.check_store(Settings(store=copy)) if check.outcome is Outcome.FAIL
+    ]
     assert [check.name for check in failed] == ["private head"]
     assert f"chmod 600 {head}" in failed[0].advice
 
 
 def test_a_store_that_anybody_may_write_to_fails(copy):
     copy.chmod(0o777)
-    assert outcomes(doctor.check_store(copy))["store directory"] is Outcome.FAIL
+    assert outcomes(doctor.check_store(Settings(store=copy)))["store directory"] is Outcome.FAIL
 
 
 def test_a_damaged_model_fails_and_an_empty_store_warns(copy, tmp_path):
     (copy / "digits" / "current").write_text("nonsense")
-    assert not healthy(doctor.check_store(copy))
+    assert not healthy(doctor.check_store(Settings(store=copy)))
     (tmp_path / "empty").mkdir()
-    assert outcomes(doctor.check_store(tmp_path / "empty"))["models"] is Outcome.WARN
+    assert (
+        outcomes(doctor.check_store(Settings(store=tmp_path / "empty")))["models"] is Outcome.WARN
+    )
 
 
 def test_the_state_directory_is_the_services_alone(tmp_path):

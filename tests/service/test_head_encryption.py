@@ -306,7 +306,7 @@ def test_the_service_answers_with_encrypted_heads(vendor, make_service, problem,
     vendor.publish(heads["foreign"], head_key=OTHER)
     vendor.publish(heads["plain"])
     monkeypatch.setenv("VEILHEAD_SERVER_HEAD_KEY", TEXT)
-    settings = Settings(store=vendor.store, workers=1)
+    settings = Settings(store=vendor.store, workers=1, insecure_no_tenants=True)
     assert TEXT[10:] not in repr(settings)
     with TestClient(create_app(settings)) as client:
         service = make_service(client, heads)

@@ -203,7 +203,7 @@ def test_a_key_shows_and_copies_itself_nowhere():
 
 @pytest.fixture
 def client(vendor):
-    return TestClient(create_app(Settings(store=vendor.store, workers=1)))
+    return TestClient(create_app(Settings(store=vendor.store, workers=1, insecure_no_tenants=True)))
 
 
 def test_a_signature_comes_with_the_manifest(vendor, client):

@@ -82,7 +82,7 @@ def test_a_refusal_is_counted_by_its_reason(service, added):
 def test_keys_are_counted_in_number_and_bytes_and_by_how_they_went(
     store, artifacts, make_service, tmp_path
 ):
-    app = create_app(Settings(store=store, key_memory_bytes=2**16))
+    app = create_app(Settings(store=store, key_memory_bytes=2**16, insecure_no_tenants=True))
     small = make_service(TestClient(app), artifacts)
     messages = [small.session("digits")._fresh_enough_key().message for _ in range(6)]
     for message in messages:
@@ -95,7 +95,7 @@ def test_keys_are_counted_in_number_and_bytes_and_by_how_they_went(
 
 
 def test_expired_keys_are_counted(store, artifacts, make_service):
-    app = create_app(Settings(store=store, key_idle_seconds=1e-6))
+    app = create_app(Settings(store=store, key_idle_seconds=1e-6, insecure_no_tenants=True))
     brief = make_service(TestClient(app), artifacts)
     message = brief.session("digits")._fresh_enough_key().message
     brief.put(message)
@@ -108,7 +108,9 @@ def test_requests_in_flight_are_those_being_answered(service):
 
 
 def test_apps_of_one_process_count_for_themselves(store):
-    first, second = (TestClient(create_app(Settings(store=store))) for _ in range(2))
+    first, second = (
+        TestClient(create_app(Settings(store=store, insecure_no_tenants=True))) for _ in range(2)
+    )
     first.get("/livez")
     labels = {"method": "GET", "route": "/livez", "model": "none", "code": "200"}
     assert value(samples(first), "veilhead_requests_total", **labels) == 1
@@ -120,7 +122,7 @@ MARKER = "zqxjkmarker"
 
 def test_nothing_that_a_client_chooses_becomes_a_label(store, request_raw):
     """Labels are bounded, whatever paths, methods, names, ids and headers come."""
-    app = create_app(Settings(store=store))
+    app = create_app(Settings(store=store, insecure_no_tenants=True))
     client = TestClient(app)
     hostile = (MARKER, f"{MARKER}\n# TYPE x", f'{MARKER}"}} 1', "../" + MARKER, f"{MARKER}%00")
 
@@ -174,7 +176,7 @@ def spans(store, artifacts, make_service):
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    app = create_app(Settings(store=store, workers=1))
+    app = create_app(Settings(store=store, workers=1, insecure_no_tenants=True))
     app.add_middleware(ObservationMiddleware, telemetry=Telemetry(), tracing=Tracing(provider))
     with TestClient(app) as client:
         yield make_service(client, artifacts), exporter
@@ -221,7 +223,7 @@ def test_tracing_is_off_unless_it_is_set(store):
     """FastAPI's own spans, which hold paths and query strings, are never made."""
     from opentelemetry import trace
 
-    app = create_app(Settings(store=store))
+    app = create_app(Settings(store=store, insecure_no_tenants=True))
     assert not app._native_telemetry.enabled()
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)

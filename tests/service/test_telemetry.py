@@ -10,12 +10,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
+from support.tenants import add_tenant, bearer
 
 from veilhead_protocol.errors import ConfigurationError
 from veilhead_service.app import create_app
 from veilhead_service.observation import ObservationMiddleware
 from veilhead_service.settings import Settings
 from veilhead_service.telemetry import Telemetry
+from veilhead_service.tenants import KeyScope
 from veilhead_service.tracing import Tracing
 
 
@@ -115,6 +117,39 @@ def test_apps_of_one_process_count_for_themselves(store):
     labels = {"method": "GET", "route": "/livez", "model": "none", "code": "200"}
     assert value(samples(first), "veilhead_requests_total", **labels) == 1
     assert value(samples(second), "veilhead_requests_total", **labels) == 0
+
+
+def test_what_the_gate_refuses_is_counted_under_its_route(store, tmp_path):
+    """And paths of no route still are all one."""
+    key = add_tenant(tmp_path / "state", "clinic", scopes={KeyScope.METRICS})
+    app = create_app(Settings(store=store, state_directory=tmp_path / "state", access_log="off"))
+    client = TestClient(app)
+    paths = {
+        "/v1/models": "/v1/models",
+        "/v1/models/digits": "/v1/models/{name}",
+        "/v1/models/nowhere/files/a/b": "/v1/models/{name}/files/{path:path}",
+        "/v1/keys/x": "/v1/keys/{id}",
+        "/docs": "/docs",
+        "/v1/models/digits/nowhere": "other",
+        "/v1/models/": "other",
+        "/nowhere": "other",
+    }
+    for number in range(3):
+        for path in paths:
+            assert client.get(f"{path}{number}" if path == "/nowhere" else path).status_code == 401
+    assert client.get("/v1/models", headers=bearer(key)).status_code == 403
+    client.headers.update(bearer(key))
+    counted = samples(client)
+
+    def count(route, code):
+        model = "other" if "{name}" in route else "none"
+        labels = {"method": "GET", "route": route, "model": model, "code": code}
+        return value(counted, "veilhead_requests_total", **labels)
+
+    assert {route: count(route, "401") for route in paths.values()} == {
+        route: 9 if route == "other" else 3 for route in paths.values()
+    }
+    assert count("/v1/models", "403") == 1
 
 
 MARKER = "zqxjkmarker"

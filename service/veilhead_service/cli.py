@@ -184,6 +184,7 @@ def run(
     with reported():
         from veilhead_service.app import create_app
         from veilhead_service.server import serve
+        from veilhead_service.state import State
 
         settings, _ = from_flags(
             config,
@@ -204,4 +205,6 @@ def run(
                 settings.host,
                 settings.port,
             )
+        else:
+            State(settings.state_directory).close()  # what is wrong with it is said here
         serve(create_app(settings), settings, host=settings.host, port=settings.port)

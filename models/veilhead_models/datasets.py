@@ -14,7 +14,7 @@ import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import unescape
 from pathlib import Path
 from typing import Final
@@ -110,6 +110,16 @@ class Dataset:
     labels: tuple[str, ...]
     source: str
     license: str | None
+
+    def sample(self, train: int, test: int, *, seed: int = SPLIT_SEED) -> Dataset:
+        """At most so many rows of each split, drawn without regard to their labels."""
+
+        def drawn(split: Split, most: int) -> Split:
+            ranked = sorted(range(len(split.texts)), key=lambda row: _rank(seed, "sample", row))
+            rows = sorted(ranked[:most])
+            return Split(tuple(split.texts[row] for row in rows), split.targets[rows])
+
+        return replace(self, train=drawn(self.train, train), test=drawn(self.test, test))
 
 
 def load_dataset(

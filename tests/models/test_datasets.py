@@ -115,6 +115,15 @@ class TestPublished:
         assert once.test.texts == again.test.texts
         assert set(once.test.texts) != set(other.test.texts)
 
+    def test_a_sample_is_of_the_rows(self) -> None:
+        dataset = published("vader-tweets")
+        sample = dataset.sample(50, 20)
+        assert (len(sample.train.texts), len(sample.test.texts)) == (50, 20)
+        assert sample.train.targets.shape == (50,)
+        rows = set(zip(dataset.train.texts, dataset.train.targets.tolist(), strict=True))
+        assert set(zip(sample.train.texts, sample.train.targets.tolist(), strict=True)) <= rows
+        assert dataset.sample(10**6, 10**6).test.texts == dataset.test.texts
+
     def test_valence_decides_the_label(self) -> None:
         dataset = load_dataset("vader-movies")
         rows = dict(zip(dataset.train.texts, dataset.train.targets.tolist(), strict=True)) | dict(

@@ -37,6 +37,7 @@ class Recorder(httpx2.AsyncBaseTransport):
         await self.inner.__aexit__()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Let the service answer, and keep what passed."""
         body = await request.aread()
         response = await self.inner.handle_async_request(request)
         answer = await response.aread()
@@ -47,6 +48,7 @@ class Recorder(httpx2.AsyncBaseTransport):
     def show(
         self, request: httpx2.Request, body: bytes, response: httpx2.Response, answer: bytes
     ) -> None:
+        """Print one request and its answer."""
         print(f"{request.method} {request.url.path[:48]}")
         for name, value in request.headers.items():
             if name not in COMMON_HEADERS:

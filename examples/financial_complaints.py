@@ -24,7 +24,7 @@ PERSONAL = "Reach me at jane.doe@example.com, my card is 4111 1111 1111 1111."
 
 
 def with_personal_data(split: Split) -> Split:
-    """The split's narratives, shortened so that this takes seconds, with somebody's data in them."""
+    """The narratives, shortened so that this takes seconds, with somebody's data in them."""
     return replace(split, texts=tuple(f"{PERSONAL} {text[:300]}" for text in split.texts))
 
 

@@ -315,10 +315,18 @@ def test_prometheus_scrapes_the_service_and_evaluates_the_rules(service, tmp_pat
         assert sample["value"][1] == "1"
 
         def rules():
-            found = http.get("/rules").json()["data"]["groups"][0]["rules"]
-            return found if all(rule["health"] != "unknown" for rule in found) else None
+            return http.get("/rules").json()["data"]["groups"][0]["rules"]
 
-        for rule in until(rules):
+        def evaluated_again():
+            found = rules()
+            times = {rule["lastEvaluation"] for rule in found}
+            return None if times & earlier else found
+
+        for _ in range(2):  # the first may have begun before the sample was there
+            earlier = {rule["lastEvaluation"] for rule in rules()}
+            found = until(evaluated_again)
+        assert found
+        for rule in found:
             assert (rule["health"], rule["state"]) == ("ok", "inactive"), rule["name"]
 
 

@@ -4,6 +4,7 @@ one real service. Programs that are not installed here are skipped."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -283,7 +284,7 @@ def test_promtool_accepts_the_rules():
 
 @needs("prometheus")
 @needs("promtool")
-def test_prometheus_scrapes_the_service_and_evaluates_the_rules(service, tmp_path):
+def test_prometheus_scrapes_the_service_and_evaluates_rules_and_panels(service, tmp_path):
     url, api_key = service
     (tmp_path / "token").write_text(api_key)
     config = tmp_path / "prometheus.yml"
@@ -313,6 +314,14 @@ def test_prometheus_scrapes_the_service_and_evaluates_the_rules(service, tmp_pat
         (sample,) = until(workers)
         assert sample["metric"]["job"] == "veilhead"
         assert sample["value"][1] == "1"
+        ranges = {"$__rate_interval": "1m", "$__range": "1h"}
+        for panel in json.loads((DEPLOY / "grafana/veilhead.json").read_text())["panels"]:
+            for target in panel["targets"]:
+                expression = target["expr"]
+                for name, length in ranges.items():
+                    expression = expression.replace(name, length)
+                answer = http.get("/query", params={"query": expression}).json()
+                assert answer["status"] == "success", (panel["title"], answer)
 
         def rules():
             return http.get("/rules").json()["data"]["groups"][0]["rules"]

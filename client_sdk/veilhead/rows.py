@@ -67,9 +67,11 @@ def as_rows(embeddings: ArrayLike, dimensions: int) -> NDArray[np.float64]:
 
 
 def named(error: VeilheadError, row: int) -> VeilheadError:
-    """The same error, whose message says which row of a stream it is about."""
-    error.args = (f"row {row}: {error}",)
-    return error
+    """The error of one row of a stream, whose message names it; several rows may share `error`."""
+    copied = type(error).__new__(type(error), f"row {row}: {error}")
+    vars(copied).update(vars(error))
+    copied.__cause__ = error.__cause__
+    return copied
 
 
 def raise_errors(rows: Sequence[Any]) -> None:

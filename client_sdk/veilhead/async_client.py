@@ -227,7 +227,7 @@ class AsyncClient:
         concurrency: int = CHUNKS,
         progress: Callable[[int], Any] | None = None,
         start: int = 0,
-    ) -> AsyncGenerator[Answer]:
+    ) -> AsyncGenerator[list[Prediction] | VeilheadError]:
         """As `Client.classify_many`; `texts` may be asynchronous too."""
         stream = self._stream(texts, top_k, function_to_apply, concurrency, start)
         return self._streamed(stream, texts, progress)

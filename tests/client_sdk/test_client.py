@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from datetime import UTC, datetime, timedelta
 
 import httpx2
 import numpy as np
@@ -13,6 +14,7 @@ from support.services import problem
 
 from veilhead import (
     BatchError,
+    ClientError,
     InputError,
     InsecureTransportError,
     NoBackboneError,
@@ -105,6 +107,13 @@ class TestClassify:
             client.classify("pain")
         with pytest.raises(NoBackboneError):
             client.embed(["pain"])
+
+    def test_a_closed_client_says_so(self, connect, text_artifact):
+        client, _ = connect(text_artifact)
+        client.close()
+        for use in (client.classify, client.predict, client.embed):
+            with pytest.raises((ClientError, RuntimeError), match=r"closed|not running"):
+                use(["pain"])
 
     def test_many_threads_share_a_client(self, connect, text_artifact, texts):
         client, _ = connect(text_artifact)
@@ -240,6 +249,16 @@ class TestRetries:
         service.on("infer", problem(503, "x", **{"Retry-After": "99999"}))
         client.logits(unit_rows(1, 32))
         assert quick == [7, 30]
+
+    @pytest.mark.parametrize("zone", ["GMT", "-0000", ""])
+    def test_retry_after_may_be_a_date(self, connect, head_artifact, quick, zone):
+        client, service = connect(head_artifact)
+        then = datetime.now(UTC) + timedelta(seconds=20)
+        asked = f"{then:%a, %d %b %Y %H:%M:%S} {zone}".strip()
+        service.on("infer", problem(503, "x", **{"Retry-After": asked}))
+        client.logits(unit_rows(1, 32))
+        (pause,) = quick
+        assert 15 <= pause <= 20 if zone == "GMT" else pause < 1
 
     def test_it_gives_up_after_five_attempts(self, connect, head_artifact, quick):
         client, service = connect(head_artifact)

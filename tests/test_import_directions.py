@@ -59,8 +59,9 @@ RULES = {
     "protocol": Rule(),
     "models": Rule(always=("veilhead_protocol",), lazily=tuple(LEARNING)),
     "models/veilhead_models/artifact.py": Rule(always=("veilhead_protocol",)),
-    # A torch module, which its neighbours import lazily as they do torch.
+    # Torch code, which its neighbours import lazily as they do torch.
     "models/veilhead_models/embedding_module.py": Rule(always=("veilhead_protocol", *LEARNING)),
+    "models/veilhead_models/norm_bound.py": Rule(always=("veilhead_protocol", *LEARNING)),
     "client_sdk": Rule(always=("veilhead_protocol",), lazily=("veilhead_models.backbone",)),
     "client_sdk/veilhead/local.py": Rule(
         always=("veilhead_protocol",),

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from veilhead_models.embedding_module import EmbeddingModule
 
 #: What a backbone may consist of besides its `*.safetensors`.
-_CONFIG_FILE: Final = "config.json"
-_TOKENIZER_FILES: Final = (
+CONFIG_FILE: Final = "config.json"
+TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -108,6 +109,36 @@ _MINILM: Final = BackboneSection(
         ),
     ),
 )
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a text: where it is, and what it is called.
+
+    Attributes:
+        piece: as the vocabulary spells it; what stands in the text where it has no spelling.
+        index: its place among the tokens of its window, special ones counted.
+        start: where it begins in the text, in characters.
+        end: where it ends.
+        continues: whether it goes on with the word of the token before it.
+    """
+
+    piece: str
+    index: int
+    start: int
+    end: int
+    continues: bool
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindow:
+    """Tokens that went through the transformer together, and their embeddings [tokens, d]."""
+
+    embeddings: NDArray[np.float64]
+    tokens: tuple[Token, ...]
+
+    def __repr__(self) -> str:  # tokens are the text
+        return f"TokenWindow(tokens={len(self.tokens)})"
 
 
 class Backbone:
@@ -201,13 +232,10 @@ class Backbone:
             raise BackboneError(
                 f"the backbone {self.section.name!r} embeds the tokens of a text, not the text"
             )
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise BackboneError("got something other than a sequence of strings to embed")
-        embeddings = np.zeros((len(texts), self.dimensions))  # [texts, d]
-        if not texts:
+        clean = _clean(texts)
+        embeddings = np.zeros((len(clean), self.dimensions))  # [texts, d]
+        if not clean:
             return embeddings
-        # Lone surrogates, which JSON can smuggle into a str, have no UTF-8 form.
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         with self._lock:
             encoded = self._tokenizer(
                 clean,
@@ -235,6 +263,86 @@ class Backbone:
                     progress(start + len(rows))
         return embeddings
 
+    def embed_tokens(
+        self, texts: Sequence[str], *, stride: int | None = None
+    ) -> list[list[TokenWindow]]:
+        """Embeddings of the tokens of texts, special tokens left out.
+
+        Args:
+            texts: any number of texts.
+            stride: None cuts each text at the section's `max_tokens`; otherwise a longer text
+                becomes several windows, which overlap by so many tokens.
+
+        Returns:
+            The windows of each text, in order.
+
+        Raises:
+            BackboneError: when `texts` is not a sequence of strings, the backbone embeds whole
+                texts, or the stride leaves nothing to advance by.
+        """
+        import torch
+
+        if self.section.pooling != "tokens":
+            raise BackboneError(
+                f"the backbone {self.section.name!r} embeds whole texts, not their tokens"
+            )
+        fixed = self._tokenizer.num_special_tokens_to_add()
+        if stride is not None and not 0 <= stride < self.section.max_tokens - fixed:
+            raise BackboneError(
+                f"got a stride of {stride}, expected 0 to {self.section.max_tokens - fixed - 1}"
+            )
+        clean = _clean(texts)
+        if not clean:
+            return []
+        with self._lock:
+            encoded = self._tokenizer(
+                clean,
+                truncation=True,
+                max_length=self.section.max_tokens,
+                padding=False,
+                return_token_type_ids=self.section.token_types,
+                return_special_tokens_mask=True,
+                return_offsets_mapping=True,
+                return_overflowing_tokens=True,
+                stride=0 if stride is None else stride,
+            )
+        windows: list[list[TokenWindow]] = [[] for _ in clean]
+        with torch.inference_mode():
+            for index, text in enumerate(encoded["overflow_to_sample_mapping"]):
+                if stride is None and windows[text]:
+                    continue
+                ids: list[int] = encoded["input_ids"][index]
+                types = encoded["token_type_ids"][index] if self.section.token_types else None
+                made = self._run([ids], None if types is None else [types])[0].to("cpu").numpy()
+                special = encoded["special_tokens_mask"][index]
+                kept = [place for place in range(len(ids)) if not special[place]]
+                spans = encoded["offset_mapping"][index]
+                windows[text].append(
+                    TokenWindow(
+                        embeddings=made[kept].astype(np.float64),
+                        tokens=tuple(
+                            self._token(clean[text], ids[place], place, *spans[place])
+                            for place in kept
+                        ),
+                    )
+                )
+        return windows
+
+    def join(self, pieces: Sequence[str]) -> str:
+        """The text of pieces of the vocabulary."""
+        joined: str = self._tokenizer.convert_tokens_to_string(list(pieces))
+        return joined
+
+    def _token(self, text: str, token_id: int, index: int, start: int, end: int) -> Token:
+        piece: str = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token_id == self._tokenizer.unk_token_id:
+            return Token(text[start:end], index, start, end, continues=False)
+        if getattr(self._tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None):
+            continues = len(piece) != end - start
+        else:
+            continues = start > 0 and " " not in text[start - 1 : start + 1]
+        return Token(piece, index, start, end, continues)
+
     def _run(self, tokens: list[list[int]], types: list[list[int]] | None) -> torch.Tensor:
         """Token ids and types of a batch through the module: [batch, ...], float32."""
         import torch
@@ -255,6 +363,13 @@ class Backbone:
             inputs.append(padded(types, self._tokenizer.pad_token_type_id))
         result: torch.Tensor = self._module(*inputs)
         return result
+
+
+def _clean(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise BackboneError("got something other than a sequence of strings to embed")
+    # Lone surrogates, which JSON can smuggle into a str, have no UTF-8 form.
+    return [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
 
 
 def embedding_module(
@@ -363,13 +478,13 @@ def describe(
     source = Path(directory).resolve()
     try:
         weights = sorted(path.name for path in source.glob("*.safetensors*") if path.is_file())
-        tokenizer = [path for path in _TOKENIZER_FILES if (source / path).is_file()]
+        tokenizer = [path for path in TOKENIZER_FILES if (source / path).is_file()]
     except OSError as error:
         raise BackboneError(f"{source} cannot be read ({error.strerror})") from error
     missing = [
         what
         for what, there in (
-            (_CONFIG_FILE, (source / _CONFIG_FILE).is_file()),
+            (CONFIG_FILE, (source / CONFIG_FILE).is_file()),
             ("*.safetensors", bool(weights)),
             (" or ".join(_VOCABULARIES), any(path in _VOCABULARIES for path in tokenizer)),
         )
@@ -384,12 +499,12 @@ def describe(
     if max_tokens is None:
         limits = (
             pipeline.max_tokens,
-            read_json(source / _CONFIG_FILE).get("max_position_embeddings"),
+            read_json(source / CONFIG_FILE).get("max_position_embeddings"),
         )
         max_tokens = min(512, next((limit for limit in limits if isinstance(limit, int)), 512))
     return describe_files(
         source,
-        [_CONFIG_FILE, *weights, *tokenizer, *(layer.file for layer in pipeline.dense)],
+        [CONFIG_FILE, *weights, *tokenizer, *(layer.file for layer in pipeline.dense)],
         name=source.name if name is None else name,
         pooling=pipeline.pooling,
         dense=pipeline.dense,

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from veilhead_models.embedder import Embedder
+from veilhead_models.plain_tokenizer import PlainTokenizer
 from veilhead_protocol.errors import BackboneError
 from veilhead_protocol.files import verify_file
 from veilhead_protocol.manifest import BackboneSection, FileEntry
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
-    from tokenizers import Encoding, Tokenizer
 
 _CPU: Final = "CPUExecutionProvider"
 _CUDA: Final = "CUDAExecutionProvider"
@@ -53,40 +54,24 @@ def onnx_files(section: BackboneSection, precision: str | None = None) -> tuple[
     return onnx.tokenizer, graph
 
 
-class OnnxBackbone:
-    """A loaded graph: texts in, embeddings out, as `Backbone` does. Make one with `load`.
-
-    It may be used by several threads.
-
-    Attributes:
-        section: what the manifest says of it.
-        device: where it runs: `cuda` or `cpu`, perhaps with a number.
-        dimensions: d, values in an embedding.
-    """
+class OnnxBackbone(Embedder):
+    """A transformer that ONNX Runtime runs. Make one with `OnnxBackbone.load`."""
 
     def __init__(
-        self, section: BackboneSection, session: InferenceSession, tokenizer: Tokenizer, device: str
+        self,
+        section: BackboneSection,
+        session: InferenceSession,
+        tokenizer: PlainTokenizer,
+        device: str,
     ) -> None:
-        self.section = section
-        self.device = device
-        self.dimensions: int = session.get_outputs()[0].shape[-1]
-        self._session = session
-        padding: dict[str, Any] = tokenizer.padding
-        tokenizer.no_padding()  # done here, of texts of like length
-        self._tokenizer = tokenizer
-        self._left = padding["direction"] == "left"
-        self._fillings = {
-            "input_ids": padding["pad_id"],
-            "attention_mask": 0,
-            "token_type_ids": padding["pad_type_id"],
-        }
-        self._inputs = [item.name for item in session.get_inputs()]
-
-    def __repr__(self) -> str:
-        return (
-            f"OnnxBackbone(name={self.section.name!r}, dimensions={self.dimensions}, "
-            f"device={self.device!r})"
+        super().__init__(
+            section,
+            tokenizer,
+            device,
+            dimensions=session.get_outputs()[0].shape[-1],
+            padding=tokenizer.pad_token_id,
         )
+        self._session = session
 
     @classmethod
     def load(
@@ -120,7 +105,7 @@ class OnnxBackbone:
             contents.append((source / entry.path).read_bytes())
         try:
             import onnxruntime
-            from tokenizers import Tokenizer
+            import tokenizers  # noqa: F401
         except ImportError as error:
             raise BackboneError(
                 f"the backbone {section.name!r} needs {error.name or 'onnxruntime'}, which is not "
@@ -128,7 +113,7 @@ class OnnxBackbone:
             ) from error
         chosen, providers = _providers(device, onnxruntime.get_available_providers())
         try:
-            tokenizer = Tokenizer.from_buffer(contents[0])
+            tokenizer = PlainTokenizer(contents[0])
             session = _session(contents[1], providers)
         except Exception as error:  # both raise whatever their parts raise
             raise BackboneError(
@@ -141,65 +126,13 @@ class OnnxBackbone:
             if device != "auto":
                 raise BackboneError(f"the device {chosen!r} cannot be used: got {used}")
             chosen = "cpu"
-        _check_graph(section, session, tokenizer)
+        _check_graph(section, session)
         return cls(section, session, tokenizer, chosen)
 
-    def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        batch_size: int = 32,
-        progress: Callable[[int], None] | None = None,
-    ) -> NDArray[np.float64]:
-        """Embeddings of texts, in their order: [len(texts), d].
-
-        Args:
-            texts: any number of texts; each is cut at the section's `max_tokens`.
-            batch_size: texts that go through the transformer together.
-            progress: called after every batch with the number of texts done so far.
-
-        Raises:
-            BackboneError: when `texts` is not a sequence of strings, or the backbone embeds tokens.
-        """
-        if self.section.pooling == "tokens":
-            raise BackboneError(
-                f"the backbone {self.section.name!r} embeds the tokens of a text, not the text"
-            )
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise BackboneError("got something other than a sequence of strings to embed")
-        embeddings = np.zeros((len(texts), self.dimensions))  # [texts, d]
-        if not texts:
-            return embeddings
-        # Lone surrogates, which JSON can smuggle into a str, have no UTF-8 form.
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        encodings = self._tokenizer.encode_batch(clean)
-        # Texts of like length go together, or padding would be most of the work.
-        order = sorted(range(len(texts)), key=lambda row: len(encodings[row].ids), reverse=True)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            embeddings[rows] = self._run([encodings[row] for row in rows])
-            if progress is not None:
-                progress(start + len(rows))
-        return embeddings
-
-    def _run(self, encodings: list[Encoding]) -> NDArray[np.float32]:
-        """A batch through the graph: [batch, d], or [batch, tokens, d] of a backbone of tokens."""
-        longest = max(1, *(len(encoding.ids) for encoding in encodings))
-        columns = {
-            "input_ids": [encoding.ids for encoding in encodings],
-            "attention_mask": [encoding.attention_mask for encoding in encodings],
-            "token_type_ids": [encoding.type_ids for encoding in encodings],
-        }
-        inputs = {}
-        for name in self._inputs:
-            padded = np.full((len(encodings), longest), self._fillings[name])  # [batch, tokens]
-            for row, values in enumerate(columns[name]):
-                start = longest - len(values) if self._left else 0
-                padded[row, start : start + len(values)] = values
-            inputs[name] = padded
-        (result,) = self._session.run(None, inputs)
-        made: NDArray[np.float32] = result
-        return made
+    def _run(self, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        (made,) = self._session.run(None, dict(inputs))
+        result: NDArray[np.float32] = made
+        return result
 
 
 def _providers(
@@ -242,7 +175,7 @@ def _session(graph: bytes, providers: list[tuple[str, dict[str, str]]]) -> Infer
         return onnxruntime.InferenceSession(graph, options, providers=providers)
 
 
-def _check_graph(section: BackboneSection, session: InferenceSession, tokenizer: Tokenizer) -> None:
+def _check_graph(section: BackboneSection, session: InferenceSession) -> None:
     """Refuse what would fail, or mean something else, once it runs.
 
     Raises:
@@ -261,10 +194,4 @@ def _check_graph(section: BackboneSection, session: InferenceSession, tokenizer:
         raise BackboneError(
             f"the ONNX graph of {section.name!r} takes {found} and gives {outputs}, expected "
             f"{inputs} and one array of {rank} axes, the last of a fixed size"
-        )
-    cut = tokenizer.truncation
-    if cut is None or cut["max_length"] > section.max_tokens or tokenizer.padding is None:
-        raise BackboneError(
-            f"the ONNX tokenizer of {section.name!r} does not cut texts at {section.max_tokens} "
-            "tokens, or does not say how to pad them"
         )

@@ -32,6 +32,7 @@ from veilhead.backbone_cache import fetch_backbone
 from veilhead.engine import Call, Engine, QueryTrace, Row, opened_engine
 from veilhead.predictions import FunctionToApply, Prediction, Shape, default_function, scores
 from veilhead.rows import as_rows, embed_rows, named, raise_errors
+from veilhead.runtimes import Runtime, check_runtime, plan_backbone
 from veilhead.transport import check_url
 from veilhead.window import Window
 from veilhead_protocol.errors import (
@@ -48,7 +49,7 @@ from veilhead_protocol.signatures import VendorKey
 if TYPE_CHECKING:
     import pandas as pd
 
-    from veilhead_models.backbone import Backbone
+    from veilhead_models.embedder import Embedder
 
 #: Chunks of rows under way at once: what bounds the memory of a long call.
 CHUNKS: Final = 8
@@ -73,6 +74,7 @@ class AsyncClient:
         model: str,
         *,
         backbone: str | Path | None = None,
+        backbone_runtime: Runtime = "auto",
         device: str = "auto",
         digest: str | None = None,
         minimum_parameters: str = "compact",
@@ -94,6 +96,7 @@ class AsyncClient:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         check_url(url)
+        check_runtime(backbone_runtime)
         self._opening = partial(
             opened_engine,
             url,
@@ -108,6 +111,7 @@ class AsyncClient:
             transport=transport,
         )
         self._model = model
+        self._runtime: Runtime = backbone_runtime
         self._device = device
         self._backbone_directory = None if backbone is None else Path(backbone)
         self._on_download = on_download
@@ -115,7 +119,7 @@ class AsyncClient:
         self._connected: Engine | None = None
         self._closed = False
         self._windows: weakref.WeakSet[Window[Any]] = weakref.WeakSet()
-        self._backbone: Backbone | None = None
+        self._backbone: Embedder | None = None
         self._backbone_lock = asyncio.Lock()
         # One thread, since a backbone takes one batch at a time and uses every core for it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="veilhead-backbone")
@@ -344,7 +348,7 @@ class AsyncClient:
         return rows
 
     async def _infer_texts(
-        self, backbone: Backbone, texts: Sequence[Any], first: int, call: Call
+        self, backbone: Embedder, texts: Sequence[Any], first: int, call: Call
     ) -> list[Row]:
         """Logits or an error for each of the texts of one chunk, whose first row is `first`."""
         embeddings, errors = await self._on_backbone_thread(
@@ -362,7 +366,7 @@ class AsyncClient:
             rows[place] = NotFiniteError("the embedding holds NaN or infinity")
         return rows
 
-    async def _ready_backbone(self) -> Backbone:
+    async def _ready_backbone(self) -> Embedder:
         """The loaded backbone; the first caller fetches and loads it."""
         engine, section = self._engine, self.manifest.backbone
         if section is None:
@@ -372,21 +376,13 @@ class AsyncClient:
             )
         async with self._backbone_lock:
             if self._backbone is None:
+                plan = plan_backbone(section, self._runtime, self._device)
                 directory = self._backbone_directory
                 if directory is None:
                     directory = await fetch_backbone(
-                        engine.transport,
-                        self.manifest,
-                        section.files,
-                        progress=self._on_download,
+                        engine.transport, self.manifest, plan.files, progress=self._on_download
                     )
-
-                def load() -> Backbone:
-                    from veilhead_models.backbone import Backbone
-
-                    return Backbone.load(directory, section, device=self._device)
-
-                self._backbone = await self._on_backbone_thread(load)
+                self._backbone = await self._on_backbone_thread(partial(plan.load, directory))
             return self._backbone
 
     async def _on_backbone_thread(self, work: Callable[[], _Value]) -> _Value:

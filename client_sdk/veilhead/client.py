@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from veilhead.async_client import CHUNKS, Answer, AsyncClient, Stream, reported
 from veilhead.engine import Engine, QueryTrace
 from veilhead.predictions import FunctionToApply, Prediction
+from veilhead.runtimes import Runtime
 from veilhead_protocol.errors import ClientError
 from veilhead_protocol.manifest import Manifest
 
@@ -41,6 +42,7 @@ class Client:
         model: str,
         *,
         backbone: str | Path | None = None,
+        backbone_runtime: Runtime = "auto",
         device: str = "auto",
         digest: str | None = None,
         minimum_parameters: str = "compact",
@@ -59,7 +61,11 @@ class Client:
             model: the model's name.
             backbone: directory of the backbone's files, when they need not be fetched; their
                 digests are checked all the same.
-            device: `auto` (CUDA, then MPS, then CPU), or a torch device.
+            backbone_runtime: `torch`, `onnx` (needs no torch; the model must be published for it),
+                `onnx-fp16` (half the size to fetch, a little less exact), or `auto`: torch where
+                it is installed, and else ONNX Runtime.
+            device: `auto` (CUDA, then MPS, then CPU), or a torch device; of ONNX Runtime `auto`,
+                `cpu`, `cuda` or `cuda:N`.
             digest: the model version to accept, in hexadecimal; any when it is None.
             minimum_parameters: the weakest parameter set to accept, `compact` or `strong`.
             vendor_key: the vendor's public key, `ed25519:<base64>`, or several while the vendor
@@ -88,6 +94,7 @@ class Client:
             url,
             model,
             backbone=backbone,
+            backbone_runtime=backbone_runtime,
             device=device,
             digest=digest,
             minimum_parameters=minimum_parameters,

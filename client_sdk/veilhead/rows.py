@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from veilhead_protocol.errors import BackboneError, BatchError, InputError, VeilheadError
 
 if TYPE_CHECKING:
-    from veilhead_models.backbone import Backbone
+    from veilhead_models.embedder import Embedder
 
 
 def embed_rows(
-    backbone: Backbone, texts: Sequence[Any], first: int
+    backbone: Embedder, texts: Sequence[Any], first: int
 ) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
     """Embeddings [len(texts), d], and the errors of the rows that have none, by place in `texts`.
 

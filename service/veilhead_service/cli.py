@@ -100,6 +100,40 @@ def train(
     typer.echo(f"{manifest.name}: {out} (digest {manifest.digest.hex()})")
 
 
+@app.command("export-onnx")
+def export_onnx(
+    directory: Annotated[Path, typer.Argument(help="An artefact with a backbone.")],
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32 or fp16, how weights are stored; repeat it for both."),
+    ] = None,
+) -> None:
+    """Give an artefact's backbone an ONNX form, so that clients need no torch. Then publish it.
+
+    The manifest changes, and its digest: it is another version of the model. Half precision halves
+    what clients fetch; they compute in single precision either way. Prints how far each is from
+    torch, on texts of its own.
+
+    Example: veilhead-server export-onnx artifacts/icd10-chapters
+    """
+    with reported():
+        for name in ("torch", "transformers", "onnxscript", "onnxruntime"):
+            if find_spec(name) is None:
+                raise ModuleNotFoundError(name=name)
+
+        from veilhead_models.onnx_export import export_onnx as export
+
+        manifest, parities = export(directory, precisions=precision or ["fp32"])
+    for parity in parities:
+        typer.echo(
+            f"{parity.precision}: {parity.bytes / 1e6:.1f} MB; embeddings differ by at most "
+            f"{parity.embedding_difference:.1e} (values up to {parity.embedding_scale:.2g}), logits "
+            f"by {parity.logit_difference:.1e}; labels "
+            f"{'are the same' if parity.same_labels else 'DIFFER on some texts'}"
+        )
+    typer.echo(f"{manifest.name}: {directory} (digest {manifest.digest.hex()})")
+
+
 @app.command()
 def publish(
     directory: Annotated[Path, typer.Argument(help="An artefact that `train` made.")],

@@ -68,7 +68,7 @@ class OnnxParity:
         embedding_difference: largest difference of a value of an embedding.
         embedding_scale: largest value of an embedding.
         logit_difference: largest difference of a logit, in plaintext.
-        same_labels: whether every probe, or token of one, gets the same label.
+        same_labels: whether every probe, or token of one, has the same top label.
     """
 
     precision: str
@@ -77,6 +77,15 @@ class OnnxParity:
     embedding_scale: float
     logit_difference: float
     same_labels: bool
+
+    def render(self) -> str:
+        """All of it on a line."""
+        return (
+            f"{self.precision}: {self.bytes / 1e6:.1f} MB; embeddings differ by at most "
+            f"{self.embedding_difference:.1e} (values up to {self.embedding_scale:.2g}), "
+            f"logits by {self.logit_difference:.1e}; top labels "
+            f"{'are the same' if self.same_labels else 'DIFFER on some texts'}"
+        )
 
 
 def export_onnx(

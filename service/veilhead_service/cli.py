@@ -125,12 +125,7 @@ def export_onnx(
 
         manifest, parities = export(directory, precisions=precision or ["fp32"])
     for parity in parities:
-        typer.echo(
-            f"{parity.precision}: {parity.bytes / 1e6:.1f} MB; embeddings differ by at most "
-            f"{parity.embedding_difference:.1e} (values up to {parity.embedding_scale:.2g}), logits "
-            f"by {parity.logit_difference:.1e}; labels "
-            f"{'are the same' if parity.same_labels else 'DIFFER on some texts'}"
-        )
+        typer.echo(parity.render())
     typer.echo(f"{manifest.name}: {directory} (digest {manifest.digest.hex()})")
 
 

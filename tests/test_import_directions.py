@@ -196,7 +196,7 @@ def test_lazy_imports_are_seen():
     def of(path):
         return {(item.name, item.lazy) for item in imports_of(PurePosixPath(path), read(path))}
 
-    assert ("veilhead_models.backbone.Backbone", True) in of("client_sdk/veilhead/client.py")
+    assert ("veilhead_models.backbone.Backbone", True) in of("client_sdk/veilhead/async_client.py")
     assert ("veilhead_service.app.create_app", True) in of("client_sdk/veilhead/local.py")
     assert ("veilhead_models.backbone.minilm", True) in of("service/veilhead_service/cli.py")
     assert ("veilhead_service.model_store.ModelSource", False) in of(

@@ -1,5 +1,6 @@
 """Veilhead's client: classify text with a private model that never sees the text."""
 
+from veilhead.async_client import AsyncClient
 from veilhead.client import Client
 from veilhead.engine import QueryTrace
 from veilhead.predictions import Prediction
@@ -23,6 +24,7 @@ from veilhead_protocol.errors import (
 
 __all__ = [
     "AccessError",
+    "AsyncClient",
     "BatchError",
     "BudgetExhaustedError",
     "Client",

@@ -41,6 +41,9 @@ _PRODUCT_SECONDS: Final = 0.02
 
 _GOODBYE_SECONDS: Final = 2.0
 
+#: Rows that are embedded together, and sent while the next ones are embedded.
+_CHUNK: Final = 32
+
 Row = NDArray[np.float64] | VeilheadError  # logits [C], or why there are none
 
 
@@ -88,6 +91,11 @@ class Engine:
     _more_seconds: float = field(init=False)
     _registration: anyio.Lock = field(init=False)
     _registered: weakref.WeakSet[SecretKey] = field(init=False, default_factory=weakref.WeakSet)
+
+    @property
+    def chunk(self) -> int:
+        """Rows that are best handed over together."""
+        return _CHUNK
 
     async def open(
         self, digest: str | None, minimum_parameters: str, vendor_keys: Sequence[VendorKey]

@@ -14,7 +14,6 @@ from support.services import problem
 import veilhead
 from veilhead import (
     BatchError,
-    Client,
     InputError,
     InsecureTransportError,
     NoBackboneError,
@@ -318,9 +317,9 @@ class TestOpening:
     @pytest.mark.parametrize(
         "url", ["http://example.org", "http://10.0.0.1:8000", "ftp://127.0.0.1", "nonsense", ""]
     )
-    def test_plain_http_is_for_loopback_only(self, url):
+    def test_plain_http_is_for_loopback_only(self, make_client, url):
         with pytest.raises(InsecureTransportError):
-            Client(url, "model")
+            make_client(url, "model")
 
     def test_an_unknown_model_is_named(self, connect, head_artifact):
         with pytest.raises(ServiceResponseError, match="model-not-found"):
@@ -332,7 +331,7 @@ class TestOpening:
         pinned, _ = connect(head_artifact, digest=digest)
         assert pinned.manifest.digest.hex() == digest
 
-    def test_another_version_than_the_pinned_one_is_refused(self, text_artifact, head_artifact):
+    def test_another_version_than_the_pinned_one_is_refused(self, make_client, head_artifact):
         served = (head_artifact / "manifest.json").read_bytes()
 
         class Liar(httpx2.AsyncBaseTransport):
@@ -340,18 +339,18 @@ class TestOpening:
                 return httpx2.Response(200, content=served)
 
         with pytest.raises(ManifestError, match="pinned"):
-            Client("http://127.0.0.1", "model", digest="0" * 64, transport=Liar())
+            make_client("http://127.0.0.1", "model", digest="0" * 64, transport=Liar())
         with pytest.raises(ManifestError, match="another model"):
-            Client("http://127.0.0.1", "other", transport=Liar())
+            make_client("http://127.0.0.1", "other", transport=Liar())
 
     @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"format":"x/9"}'])
-    def test_a_manifest_that_is_none_is_refused(self, content):
+    def test_a_manifest_that_is_none_is_refused(self, make_client, content):
         class Broken(httpx2.AsyncBaseTransport):
             async def handle_async_request(self, request):
                 return httpx2.Response(200, content=content)
 
         with pytest.raises(ManifestError):
-            Client("http://127.0.0.1", "model", transport=Broken())
+            make_client("http://127.0.0.1", "model", transport=Broken())
 
     def test_a_minimum_of_parameters_is_kept(self, connect, head_artifact):
         with pytest.raises(ParameterError, match="strong at least"):
@@ -359,9 +358,9 @@ class TestOpening:
         with pytest.raises(ParameterError, match="unknown"):
             connect(head_artifact, minimum_parameters="weak")
 
-    def test_nobody_there_is_a_transport_error(self, quick):
+    def test_nobody_there_is_a_transport_error(self, make_client, quick):
         with pytest.raises(TransportError, match="5 attempts"):
-            Client("http://127.0.0.1:9", "model")
+            make_client("http://127.0.0.1:9", "model")
 
 
 class TestBackbone:

@@ -61,7 +61,7 @@ ARCHITECTURES = {
 TYPED = ("Funnel", "XLNet")
 
 
-def save_tokenizer(directory, *, token_types=False):
+def save_tokenizer(directory, *, token_types=False, padding_side="right"):
     """A WordPiece tokenizer with offsets, and words of several pieces."""
     vocabulary = {word: place for place, word in enumerate((*SPECIAL, *WORDS, *PIECES))}
     tokenizer = Tokenizer(
@@ -80,6 +80,7 @@ def save_tokenizer(directory, *, token_types=False):
         cls_token="[CLS]",
         sep_token="[SEP]",
         model_max_length=32,
+        padding_side=padding_side,
         **(
             {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
             if token_types
@@ -108,7 +109,11 @@ def save_checkpoint(
         head = model.get_submodule(split_of(architecture, task))
         head.weight.mul_(3.0)
     model.eval().save_pretrained(directory)
-    save_tokenizer(directory, token_types=architecture in TYPED)
+    save_tokenizer(
+        directory,
+        token_types=architecture in TYPED,
+        padding_side="left" if architecture == "XLNet" else "right",
+    )
     return model
 
 

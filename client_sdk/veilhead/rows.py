@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from veilhead_protocol.errors import BackboneError, BatchError, InputError, VeilheadError
 
 if TYPE_CHECKING:
-    from veilhead_models.embedder import Embedder
+    from veilhead_models.embedder import Embedder, TokenWindow
 
 
 def embed_rows(
@@ -38,6 +38,23 @@ def embed_rows(
         embeddings = np.zeros((len(texts), backbone.dimensions))
     embeddings[list(errors)] = 0.0
     return embeddings, errors
+
+
+def embed_token_rows(
+    backbone: Embedder, text: Any, row: int, stride: int | None
+) -> tuple[list[TokenWindow], VeilheadError | None]:
+    """The windows of one text, or none and the error. `row` is its number, for messages."""
+    error: VeilheadError | None = _unusable(text)
+    if error is not None:
+        return [], error
+    try:
+        return backbone.embed_tokens([text], stride=stride)[0], None
+    except BackboneError as refused:  # a stride that is none
+        return [], refused
+    except Exception as failure:  # out of memory, say: whatever torch raises
+        return [], BackboneError(
+            f"the backbone failed on the text of row {row}: {type(failure).__name__}"
+        )
 
 
 def _unusable(text: Any) -> InputError | None:

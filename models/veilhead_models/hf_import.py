@@ -281,6 +281,20 @@ def import_hf(
     return manifest, report
 
 
+def read_texts(file: Path) -> list[str]:
+    """The lines of a file that are not empty.
+
+    Raises:
+        CheckpointError: when it cannot be read, or is not UTF-8.
+    """
+    try:
+        return [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8") from error
+
+
 @contextmanager
 def _view(source: Path) -> Iterator[Path]:
     """A directory that shows transformers the checkpoint's data, and nothing else of it.
@@ -408,11 +422,23 @@ class _Checkpoint:
 
     def inputs(self, text: str) -> dict[str, torch.Tensor]:
         """What the transformer is given for one text, as transformers' pipelines would."""
-        encoded = self.tokenizer(
-            text, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
+        encoded = self._encoded(text)
         names = ["input_ids", "attention_mask", *(["token_type_ids"] if self.token_types else [])]
         return {name: encoded[name] for name in names if name in encoded}
+
+    def are_of_text(self, text: str) -> NDArray[np.bool_]:
+        """[tokens]: which of the text's tokens are its own, and not special ones."""
+        mask: NDArray[np.bool_] = self._encoded(text)["special_tokens_mask"][0].numpy() == 0
+        return mask
+
+    def _encoded(self, text: str) -> Any:
+        return self.tokenizer(
+            text,
+            truncation=True,
+            max_length=self.max_tokens,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        )
 
     def generated_texts(self) -> list[str]:
         """Texts of random words of the vocabulary, the same ones every time, the last one long."""
@@ -635,10 +661,7 @@ def _parity(artifact: HeadArtifact, backbone: Backbone, view: Path, texts: Seque
         with torch.inference_mode():
             logits = model(**inputs).logits[0].double().numpy()  # [C] or [tokens, C]
         if backbone.section.pooling == "tokens":
-            special = original.tokenizer.get_special_tokens_mask(
-                inputs["input_ids"][0].tolist(), already_has_special_tokens=True
-            )
-            logits = logits[np.array(special) == 0]
+            logits = logits[original.are_of_text(text)]
         rows.append(np.atleast_2d(logits))
     expected = np.concatenate(rows)  # [rows, C]
     embeddings = _embeddings(backbone, texts)  # [rows, d]

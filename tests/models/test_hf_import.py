@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from support.checkpoints import ARCHITECTURES, TEXTS, save_checkpoint, save_tokenizer, split_of
+from safetensors.torch import load_file
+from support.checkpoints import ARCHITECTURES, TEXTS, save_checkpoint, split_of
 from support.services import running
 
 from veilhead import Client
 from veilhead_models.artifact import HeadArtifact
 from veilhead_models.backbone import Backbone, minilm
-from veilhead_models.embedding_module import EmbeddingModule
-from veilhead_models.hf_import import GENERATED_TEXTS, import_hf
-from veilhead_protocol.errors import ArtifactError, CheckpointError, ScaleError
+from veilhead_models.hf_import import import_hf
 from veilhead_service.model_store import publish
 
 #: Of a logit of these models, from sums in another order.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 WORDS = ("acute", "chest", "pain", "fever", "broken", "arm", "mild", "severe", "Anna", "Oslo")
 PIECES = ("##s", "##ly", "##ed", "##er", ",", ".")
@@ -61,14 +61,23 @@ ARCHITECTURES = {
 TYPED = ("Funnel", "XLNet")
 
 
-def save_tokenizer(directory, *, token_types=False, padding_side="right"):
-    """A WordPiece tokenizer with offsets, and words of several pieces."""
-    vocabulary = {word: place for place, word in enumerate((*SPECIAL, *WORDS, *PIECES))}
-    tokenizer = Tokenizer(
-        models.WordPiece(vocabulary, unk_token="[UNK]", continuing_subword_prefix="##")
-    )
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+def save_tokenizer(directory, *, words="pieces", token_types=False, padding_side="right"):
+    """A tokenizer with words of several pieces: WordPiece's, or `bytes` as RoBERTa has them."""
+    if words == "bytes":
+        letters = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        merges = [("A", "n"), ("n", "a"), ("Ġ", "O"), ("e", "r"), ("a", "i")]
+        vocabulary = [*letters, *("".join(pair) for pair in merges)]
+        places = {piece: place for place, piece in enumerate(vocabulary)}
+        tokenizer = Tokenizer(models.BPE(places, merges, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        places = {word: place for place, word in enumerate((*SPECIAL, *WORDS, *PIECES))}
+        tokenizer = Tokenizer(
+            models.WordPiece(places, unk_token="[UNK]", continuing_subword_prefix="##")
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:2 $A:0 [SEP]:0" if token_types else "[CLS] $A [SEP]",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
@@ -92,10 +101,18 @@ def save_tokenizer(directory, *, token_types=False, padding_side="right"):
 
 
 def save_checkpoint(
-    directory, architecture, *, task="SequenceClassification", labels=("a", "b", "c"), **settings
+    directory,
+    architecture,
+    *,
+    task="SequenceClassification",
+    labels=("a", "b", "c"),
+    words="pieces",
+    **settings,
 ):
     """A saved classifier; the loaded model is returned."""
     extra, _ = ARCHITECTURES[architecture]
+    if words == "bytes":
+        settings["vocab_size"] = 300
     chosen = SIZES | extra | {"id2label": dict(enumerate(labels))} | settings
     config = getattr(transformers, f"{architecture}Config")(
         **{name: value for name, value in chosen.items() if value is not None}
@@ -108,12 +125,19 @@ def save_checkpoint(
             values.copy_(torch.randn_like(values) * 0.4 + ("norm" in name.lower()))
         head = model.get_submodule(split_of(architecture, task))
         head.weight.mul_(3.0)
-    model.eval().save_pretrained(directory)
-    save_tokenizer(
+    tokenizer = save_tokenizer(
         directory,
+        words=words,
         token_types=architecture in TYPED,
         padding_side="left" if architecture == "XLNet" else "right",
     )
+    if task == "TokenClassification":
+        with torch.no_grad():  # on average no label is ahead, or one would win everywhere
+            logits = [
+                model.eval()(**tokenizer(text, return_tensors="pt")).logits[0] for text in TEXTS
+            ]
+            head.bias.sub_(torch.cat(logits).mean(dim=0))
+    model.eval().save_pretrained(directory)
     return model
 
 

@@ -276,7 +276,7 @@ async def get_file(
     model = _version(services, name, digest)
     _note_model(request, model)
     backbone = model.manifest.backbone
-    entries = {} if backbone is None else {entry.path: entry for entry in backbone.files}
+    entries = {} if backbone is None else {entry.path: entry for entry in backbone.all_files}
     entry = entries.get(path)  # only paths of the manifest: nothing of a request names a file
     if entry is None:
         raise Problem(

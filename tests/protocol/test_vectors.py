@@ -66,7 +66,7 @@ def test_the_generator_writes_the_committed_files(generator) -> None:
 
 def test_they_stay_small() -> None:
     total = sum(path.stat().st_size for path in VECTORS.iterdir() if path.is_file())
-    assert total < 400_000
+    assert total < 500_000
 
 
 # --- messages that are good ----------------------------------------------------------------------
@@ -362,6 +362,6 @@ def test_prng_and_domain_numbers() -> None:
     assert (wire.MAGIC, wire.FORMAT_VERSION) == (b"VEIL", 1)
     assert (wire.KEY_HEADER_BYTES, wire.QUERY_HEADER_BYTES, wire.REPLY_HEADER_BYTES) == (
         40,
-        132,
-        168,
+        136,
+        172,
     )

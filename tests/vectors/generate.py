@@ -324,9 +324,8 @@ class Case:
         weight = self.exponent + 11
         most = 1152 // weight if self.parameters is COMPACT else 192  # for e <= 7
         choices = []
-        for group in range(
-            1, min(max(16, degree // self.dimensions), most // self.texts, classes) + 1
-        ):
+        largest = min(max(16, degree // self.dimensions), most // self.texts, classes)
+        for group in range(1, largest + 1):
             pieces = -(-self.dimensions // (degree // (self.texts * group)))
             replies = -(-classes // group)
             cost = 20 * (pieces + replies) + pieces * replies
@@ -695,7 +694,9 @@ def failing(files: dict[str, bytes]) -> list[dict[str, Any]]:
                 ):
                     offset = 108 + 4 * at
                     (value,) = struct.unpack_from("<I", data, offset)
-                    add(f"{field} more", base, "MessageLayoutError", u32(offset, value + 1))
+                    if (kind, field, case.texts) != ("query", "texts", 11):
+                        # Twelve texts happen to have the same counts otherwise.
+                        add(f"{field} more", base, "MessageLayoutError", u32(offset, value + 1))
                     add(f"{field} 0", base, "MessageLayoutError", u32(offset, 0))
                     add(f"{field} 2^32 - 1", base, "MessageLayoutError", u32(offset, 2**32 - 1))
         for kind, header, primes in (

@@ -297,13 +297,13 @@ def _bulk_size(
     """The size and cost of the bulk request that is cheapest for each of its texts."""
     degree = parameters.poly_modulus_degree
     powers = [2**bits for bits in range(degree.bit_length())]
-    choices: list[tuple[float, int, float]] = [(inf, 1, inf)]
+    choices = [(inf, -1, inf)]
     for size in (*powers, min(texts, degree)):
         if dimensions < size <= texts:
             with suppress(LayoutError):
                 layout = _canonical(parameters, size, dimensions, classes, exponent)
                 if layout.kind is LayoutKind.BULK:
-                    cost = _request_cost(layout)
+                    cost = float(_request_cost(layout))
                     choices.append((cost / size, -size, cost))
-    _, size, cost = min(choices)
-    return abs(size), cost
+    _, negated, lowest = min(choices)
+    return -negated, lowest

@@ -35,11 +35,10 @@ from veilhead_protocol.wire import (
 DEGREE = COMPACT.poly_modulus_degree
 
 
-def secret_of(key, wanted):
-    """The secret's coefficients [N], read from where the key object keeps its own."""
-    row = key._rows[0]
-    secret = np.array([row[(wanted - index) % DEGREE] for index in range(DEGREE)])
-    return np.where(np.arange(DEGREE) > wanted, -secret, secret).astype(int)
+def secret_of(key):
+    """The secret's coefficients [N], from what the key object keeps: their transform."""
+    kept = key._decryption
+    return np.rint((np.fft.ifft(kept._spectrum) * kept._back).real).astype(int)
 
 
 # --- the secret key by linear algebra from returned logits ---------------------------------------
@@ -114,14 +113,14 @@ def test_unrounded_logits_give_the_whole_key(wide, monkeypatch):
     monkeypatch.setattr("veilhead_protocol.decryption.round_logits", lambda logits: logits)
     pair = Pair.of(wide)
     found = recover_secret(pair, 30)
-    secret = secret_of(pair.session._key, int(pair.head.layout.wanted(0)[0]))
+    secret = secret_of(pair.session._key)
     assert (found == secret).all()
 
 
 def test_returned_logits_do_not_give_the_key(wide):
     pair = Pair.of(wide)
     found = recover_secret(pair, 30)
-    secret = secret_of(pair.session._key, int(pair.head.layout.wanted(0)[0]))
+    secret = secret_of(pair.session._key)
     assert found is not None
     # Guessing which coefficients are zero is right half of the time.
     assert 0.4 < np.mean((found != 0) == (secret != 0)) < 0.6
@@ -247,7 +246,7 @@ def observe(positions):
                 error = True
             sights.append((tuple(request for request in service.requests), error))
         key = client._engine.session._key
-        secret = secret_of(key, int(manifest.layout.wanted(0)[0]))
+        secret = secret_of(key)
     posts = [(sum(method == "POST" for method, _ in requests), error) for requests, error in sights]
     return posts, [int(secret[position]) for position in positions]
 

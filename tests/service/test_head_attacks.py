@@ -428,8 +428,8 @@ def test_a_block_stays_within_the_hints_and_bulk_needs_the_models_leave():
 
 @BLOCKS
 def test_a_seed_twice_in_a_request_is_refused(texts):
-    pair = of_several(3, 300)
-    query = pair.session.encrypt_batch(unit_rows(texts, 300))
+    pair = of_several(30, 900)
+    query = pair.session.encrypt_batch(unit_rows(texts, 900))
     assert query.layout.pieces > 1
     data = bytearray(query.data)
     stride = (len(data) - 136) // query.layout.pieces

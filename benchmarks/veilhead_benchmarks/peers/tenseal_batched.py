@@ -38,9 +38,8 @@ class TensealBatchedExchange:
             n_threads=1,
         )
         self._context.global_scale = SCALE
-        keys = self._context.serialize(
-            save_secret_key=False, save_relin_keys=False, save_galois_keys=False
-        )
+        # It insists on relinearisation keys, though nothing is relinearised.
+        keys = self._context.serialize(save_secret_key=False, save_galois_keys=False)
         self.bytes_keys = len(keys)
         # The vendor: the head in plaintext, and the public context.
         self._public: Any = tenseal.context_from(keys, n_threads=1)

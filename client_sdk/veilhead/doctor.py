@@ -80,7 +80,7 @@ def _check_encryption(parameters: ParameterSet) -> Check:
     name = f"encryption {parameters.name}"
     try:
         layout = Layout.canonical(parameters, texts=1, dimensions=8, classes=2, exponent=0)
-        key = SecretKey(parameters, layout)
+        key = SecretKey(parameters)
         read = KeyMessage.deserialize(key.message)
         encrypted = key.encrypt(np.ones(parameters.poly_modulus_degree), _SCALE_BITS)
         shape = (len(parameters.data_primes), parameters.poly_modulus_degree)

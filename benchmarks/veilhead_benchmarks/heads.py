@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from veilhead_benchmarks.processes import unit_rows
 from veilhead_benchmarks.rows import Row, System, added, timed
 from veilhead_models.artifact import HeadArtifact
+from veilhead_protocol.manifest import PolicySection
 
 _SEED = 1
 
@@ -54,11 +55,16 @@ class Head:
         answer: NDArray[np.float64] = embeddings @ self.weight.T + self.bias
         return answer
 
-    def artifact(self, parameters: str) -> HeadArtifact:
-        """The head as the service loads it."""
+    def artifact(self, parameters: str, *, bulk: bool = False) -> HeadArtifact:
+        """The head as the service loads it; `bulk` as its policy has it."""
         labels = [f"label {index}" for index in range(self.classes)]
         return HeadArtifact.from_weights(
-            self.weight, self.bias, labels, name="benchmark", parameters=parameters
+            self.weight,
+            self.bias,
+            labels,
+            name="benchmark",
+            parameters=parameters,
+            policy=PolicySection(bulk=bulk),
         )
 
 

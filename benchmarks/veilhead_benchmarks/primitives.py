@@ -12,15 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from veilhead.session import SecretKey
+from veilhead.session import SecretKey, Session
 from veilhead_benchmarks.heads import Head
 from veilhead_benchmarks.rows import Row, timed
 from veilhead_protocol import seal_io
 from veilhead_protocol.encoding import encode
+from veilhead_protocol.layout import Layout, LayoutKind
+from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.wire import Domain, KeyMessage, pack_bits, unpack_bits
 from veilhead_service.encrypted_head import ClientKey, truncate
 
 _SUBJECT = "primitives"
+_COLUMNS = 512
+_MATRIX_CALLS = 5
 
 #: What the floor counts: one of each for a reply polynomial, but products for each weight one.
 _ZERO, _PRODUCT, _TRANSFORM = "encrypt zero", "product", "inverse transform"
@@ -48,7 +52,7 @@ def _operations(parameters: str) -> Mapping[str, Callable[[], Any]]:
     manifest = artifact.manifest
     scales, chosen = manifest.scales, manifest.parameter_set
     seal = seal_io.runtime(chosen)
-    secret = SecretKey(chosen, manifest.layout)
+    secret = SecretKey(chosen)
     key = ClientKey.from_message(secret.message)
     message = KeyMessage.deserialize(secret.message)
     query = np.zeros(chosen.poly_modulus_degree)
@@ -98,22 +102,52 @@ def _operations(parameters: str) -> Mapping[str, Callable[[], Any]]:
     }
 
 
-def floor_of(head: Head, parameters: str, primitives: list[Row]) -> Row:
-    """The floor of a single query to this head, of a run's primitives."""
-    layout = head.artifact(parameters).manifest.layout
+def floor_of(head: Head, parameters: str, batch: int, primitives: list[Row]) -> Row:
+    """The floor of so many texts, in the requests that the SDK would choose, of a run's primitives.
+
+    The products of bulk requests are one matrix product, whose bare multiplications in float64 are
+    timed here.
+    """
+    manifest = head.artifact(parameters, bulk=batch > 1).manifest
+    layouts = [manifest.layout_of(texts) for texts in Session(manifest).plan(batch)]
     cost = {
         row.subject.partition("/")[2]: row.server_ms or 0.0
         for row in primitives
         if row.parameters == parameters
     }
-    fixed = layout.replies * (cost[_ZERO] + cost[_TRANSFORM])
+    replies = sum(layout.replies for layout in layouts)
+    single = [layout for layout in layouts if layout.kind is not LayoutKind.BULK]
+    products = sum(layout.products for layout in single)
+    bulk = [layout for layout in layouts if layout.kind is LayoutKind.BULK]
+    matrix_ms = {layout: _matrix_ms(layout, manifest) for layout in set(bulk)}
+    note = f"{replies} encryptions of zero and transforms"
+    if products:
+        note += f", {products} products"
+    if bulk:
+        note += f", {len(bulk)} matrix products"
     return Row(
         subject="floor",
         system="veilhead",
         parameters=parameters,
         d=head.dimensions,
         classes=head.classes,
-        batch=1,
-        server_ms=fixed + layout.products * cost[_PRODUCT],
-        note=f"{layout.replies} encryptions of zero and transforms, {layout.products} products",
+        batch=batch,
+        server_ms=replies * (cost[_ZERO] + cost[_TRANSFORM])
+        + products * cost[_PRODUCT]
+        + sum(matrix_ms[layout] for layout in bulk),
+        note=note,
     )
+
+
+def _matrix_ms(layout: Layout, manifest: Manifest) -> float:
+    """Integer weights times the limbs of residues, as float64: [C, P t] times [P t, columns]."""
+    bits = manifest.scales.weight_scale_bits
+    # A sum of magnitudes below 2^(bits + e) leaves so many bits of a float64 to each limb.
+    limb = 53 - (bits + manifest.scales.exponent + 5)
+    chosen = manifest.parameter_set
+    limbs = sum(-(-prime.bit_length() // limb) for prime in chosen.data_primes)
+    inner = layout.pieces * layout.block_length
+    weights = np.ones((layout.classes, inner))
+    residues = np.ones((inner, _COLUMNS))
+    part_ms, _ = timed(lambda: weights @ residues, _MATRIX_CALLS)
+    return part_ms * limbs * 2 * layout.degree / _COLUMNS

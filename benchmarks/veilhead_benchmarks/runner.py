@@ -39,6 +39,9 @@ DIMENSIONS: Final = 384
 #: Calls of what takes long enough to need few.
 _SLOW_CALLS: Final = 5
 
+#: From so many texts on a request is slow in that sense.
+_MANY_TEXTS: Final = 512
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -145,9 +148,12 @@ class _Run:
 
     def _own_single(self, head: Head, parameters: str, calls: int) -> Iterator[Row]:
         yield self._single(VeilheadExchange(head, parameters), "veilhead", head, calls)
+        yield from self._floor(head, parameters, 1)
+
+    def _floor(self, head: Head, parameters: str, batch: int) -> Iterator[Row]:
         primitives = [row for row in self.rows if row.subject.startswith("primitives/")]
         if primitives:
-            yield floor_of(head, parameters, primitives)
+            yield floor_of(head, parameters, batch, primitives)
 
     def concrete_ml(self) -> Iterator[Row]:
         """Its two ways, head by head."""
@@ -183,17 +189,20 @@ class _Run:
         yield from ()
 
     def batched(self) -> Iterator[Row]:
-        """Many texts in one request, against as many single ones."""
-        for texts, classes in self.plan.peer_batches:
+        """Many texts at once."""
+        plan = self.plan
+        for classes in dict.fromkeys(classes for _, classes in (*plan.batches, *plan.peer_batches)):
             head = Head.random(classes, DIMENSIONS)
-            yield measure(
-                "batch",
-                "tenseal-batched",
-                TensealBatchedExchange(head),
-                head,
-                batch=texts,
-                calls=self.plan.peer_calls,
-            )
+            for texts in (texts for texts, of in plan.batches if of == classes):
+                own, plain = VeilheadExchange(head, "compact", together=True), PlaintextExchange(head)
+                calls = plan.calls if texts < _MANY_TEXTS else _SLOW_CALLS
+                yield measure("batch", "plaintext", plain, head, batch=texts, calls=calls)
+                yield measure("batch", "veilhead", own, head, batch=texts, calls=calls)
+                yield from self._floor(head, "compact", texts)
+            for texts in (texts for texts, of in plan.peer_batches if of == classes):
+                peer = TensealBatchedExchange(head)
+                calls = plan.peer_calls
+                yield measure("batch", "tenseal-batched", peer, head, batch=texts, calls=calls)
 
 
 def subjects(run: _Run) -> dict[str, Callable[[], Iterator[Row]]]:

@@ -113,7 +113,9 @@ class _Pair:
             for turn in turns if number % 2 == 0 else turns[::-1]:
                 turn()
             parts.append(_parts(self.traces))
-        ratio = statistics.median(mine / other for mine, other in zip(encrypted, plain, strict=True))
+        ratio = statistics.median(
+            mine / other for mine, other in zip(encrypted, plain, strict=True)
+        )
         median = {name: statistics.median(part[name] for part in parts) for name in parts[0]}
         return [
             Row(

@@ -44,7 +44,7 @@ class Head:
     @property
     def dimensions(self) -> int:
         """The d values of an embedding."""
-        return self.weight.shape[1]
+        return int(self.weight.shape[1])
 
     def embeddings(self, batch: int) -> NDArray[np.float64]:
         """Random embeddings [batch, d] of norm one, the same in every run."""

@@ -176,9 +176,7 @@ def _read_row(row: object, where: str) -> Row:
     return Row(**row)
 
 
-def timed(
-    call: Callable[[], _Value], calls: int, warm_up: int = 1
-) -> tuple[float, _Value]:
+def timed(call: Callable[[], _Value], calls: int, warm_up: int = 1) -> tuple[float, _Value]:
     """The median of the call's milliseconds, and what its last call gave."""
     for _ in range(warm_up):
         call()

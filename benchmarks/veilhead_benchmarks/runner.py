@@ -29,8 +29,8 @@ from veilhead_benchmarks.peers.tenseal_bsgs import TensealBsgsExchange
 from veilhead_benchmarks.peers.tenseal_mm import TensealMmExchange
 from veilhead_benchmarks.primitives import floor_of, measure_primitives
 from veilhead_benchmarks.queries import VeilheadExchange
-from veilhead_benchmarks.report import print_tables
 from veilhead_benchmarks.rows import Results, Row, environment
+from veilhead_benchmarks.tables import print_tables
 from veilhead_benchmarks.throughput import Loads, measure_throughput
 
 _VERSIONS: Final = ("veilhead", "tenseal", "numpy", "torch", "uvicorn", "httpx2")
@@ -194,7 +194,10 @@ class _Run:
         for classes in dict.fromkeys(classes for _, classes in (*plan.batches, *plan.peer_batches)):
             head = Head.random(classes, DIMENSIONS)
             for texts in (texts for texts, of in plan.batches if of == classes):
-                own, plain = VeilheadExchange(head, "compact", together=True), PlaintextExchange(head)
+                own, plain = (
+                    VeilheadExchange(head, "compact", together=True),
+                    PlaintextExchange(head),
+                )
                 calls = plan.calls if texts < _MANY_TEXTS else _SLOW_CALLS
                 yield measure("batch", "plaintext", plain, head, batch=texts, calls=calls)
                 yield measure("batch", "veilhead", own, head, batch=texts, calls=calls)

@@ -20,8 +20,6 @@ from typing import Final, Literal
 import httpx2
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from veilhead.session import EncryptedQuery, Session
 from veilhead_benchmarks.load_generator import Load, Outcome
@@ -289,33 +287,3 @@ def measure_throughput(loads: Loads) -> list[Throughput]:
                 for share in loads.shares
             ]
     return rows
-
-
-def print_throughput(console: Console, rows: Sequence[Throughput]) -> None:
-    """Print a table of the measured loads."""
-    table = Table(
-        "classes", "workers", "load", "offered /s", "texts /s", "per worker core", "2 : 1",
-        "p50 ms", "p95 ms", "p99 ms", "cores: generator", "service", "workers", "max error",
-    )  # fmt: skip
-
-    def optional(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    for row in rows:
-        table.add_row(
-            str(row.classes),
-            str(row.workers),
-            row.load,
-            optional(row.offered_per_second, ".0f"),
-            f"{row.texts_per_second:.0f}",
-            f"{row.texts_per_worker_core:.0f}",
-            optional(row.two_against_one, ".2f"),
-            optional(row.p50_ms, ".1f"),
-            optional(row.p95_ms, ".1f"),
-            optional(row.p99_ms, ".1f"),
-            f"{row.generator_cores:.2f}",
-            f"{row.service_cores:.2f}",
-            f"{row.worker_cores:.2f}",
-            f"{row.max_error:.1e}",
-        )
-    console.print(table)

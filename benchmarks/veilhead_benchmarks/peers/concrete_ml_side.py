@@ -113,9 +113,7 @@ def glwe_product(weight: Any, bias: Any, embeddings: Any, calls: int) -> dict[st
 
     def encrypt() -> bytes:
         data = numpy.ascontiguousarray(quantise().astype(numpy.uint64))
-        encrypted = extensions.encrypt_matrix(
-            pkey=private_key, crypto_params=parameters, data=data
-        )
+        encrypted = extensions.encrypt_matrix(pkey=private_key, crypto_params=parameters, data=data)
         return bytes(encrypted.serialize())
 
     def evaluate() -> bytes:

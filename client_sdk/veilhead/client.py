@@ -35,9 +35,6 @@ from veilhead_protocol.signatures import VendorKey
 if TYPE_CHECKING:
     from veilhead_models.backbone import Backbone
 
-#: Texts that are embedded together, and sent while the next ones are embedded.
-_CHUNK: Final = 32
-
 #: Chunks on the wire at once: what bounds the memory of a long call.
 _CHUNKS_IN_FLIGHT: Final = 8
 
@@ -209,7 +206,7 @@ class Client:
         single = isinstance(texts, str)
         rows = [texts] if single else list(texts)
         errors: dict[int, VeilheadError] = {}
-        logits = self._collect(_embedded(backbone, rows, errors), errors)
+        logits = self._collect(_embedded(backbone, rows, self._engine.chunk, errors), errors)
         if single and isinstance(logits[0], VeilheadError):
             raise logits[0]
         answers = _answers(
@@ -234,8 +231,9 @@ class Client:
             BatchError: when rows failed (not finite, for instance); it holds the others' logits.
         """
         rows = _as_rows(embeddings, self.manifest.head.dimensions)
+        size = self._engine.chunk
         collected = self._collect(
-            (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)), {}
+            (rows[start : start + size] for start in range(0, len(rows), size)), {}
         )
         answers = _answers(collected)
         return np.array(answers, dtype=np.float64).reshape(len(rows), len(self.labels))
@@ -254,7 +252,7 @@ class Client:
         chunks: Iterable[NDArray[np.float64]],
         errors: Mapping[int, VeilheadError],
     ) -> list[Row]:
-        """Logits or an error for every row of chunks [<= _CHUNK, d], which are made as they go out.
+        """Logits or an error for every row of chunks [rows, d], which are made as they go out.
 
         Everything is sent before any error is seen. Errors of rows that failed locally, by row
         number, take the place of their answers.
@@ -314,16 +312,16 @@ def _vendor_keys(given: str | Sequence[str] | None) -> tuple[VendorKey, ...]:
 
 
 def _embedded(
-    backbone: Backbone, texts: Sequence[Any], errors: dict[int, VeilheadError]
+    backbone: Backbone, texts: Sequence[Any], size: int, errors: dict[int, VeilheadError]
 ) -> Iterator[NDArray[np.float64]]:
-    """Embeddings [<= _CHUNK, d] of the texts, chunk by chunk.
+    """Embeddings [<= size, d] of the texts, chunk by chunk.
 
     A text that cannot be embedded becomes zeros, so that the service sees no difference, and an
     entry in `errors` by row number.
     """
-    for start in range(0, len(texts), _CHUNK):
+    for start in range(0, len(texts), size):
         chunk = []
-        for index, text in enumerate(texts[start : start + _CHUNK], start):
+        for index, text in enumerate(texts[start : start + size], start):
             error = _unusable(text)
             if error is not None:
                 errors[index] = error

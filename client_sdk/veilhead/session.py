@@ -166,8 +166,7 @@ class Session:
             WireError: one of its kinds, when the bytes are not the reply to this query. No check
                 depends on a decrypted value.
         """
-        (logits,) = self.decrypt_batch(query, reply)
-        return logits
+        return self.decrypt_batch(query, reply).reshape(-1)
 
     def decrypt_batch(self, query: EncryptedQuery, reply: bytes) -> NDArray[np.float64]:
         """Logits of a query of any number of embeddings: [b, C]; raises as `decrypt`."""

@@ -218,9 +218,7 @@ def _canonical(
             break
         pieces = -(-dimensions // longest)
         block_length = -(-dimensions // pieces)
-        layout = Layout(
-            kind, degree, texts, dimensions, classes, block_length, pieces, group
-        )
+        layout = Layout(kind, degree, texts, dimensions, classes, block_length, pieces, group)
         if pieces > MAX_PIECES:
             continue
         if kind is LayoutKind.BLOCK and layout.products > MAX_BLOCK_PRODUCTS:
@@ -251,8 +249,14 @@ def plan(
     """
     requests = []
     while texts:
-        size = _best_size(parameters, min(texts, parameters.poly_modulus_degree),
-                          dimensions, classes, exponent, bulk)
+        size = _best_size(
+            parameters,
+            min(texts, parameters.poly_modulus_degree),
+            dimensions,
+            classes,
+            exponent,
+            bulk,
+        )
         requests.append(size)
         texts -= size
     return requests

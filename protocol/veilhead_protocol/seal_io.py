@@ -288,7 +288,8 @@ def _roots(parameters: ParameterSet) -> Residues:
     monomial[..., 1] = 1
     ciphertext = load_ciphertext(seal, monomial, scale_bits=0, ntt_form=False)
     seal.evaluator.transform_to_ntt_inplace(ciphertext)
-    return save_ciphertext(ciphertext)[0]
+    (root, _) = save_ciphertext(ciphertext)
+    return np.asarray(root)
 
 
 def _multiply(first: Residues, second: Residues, prime: int) -> Residues:
@@ -299,7 +300,8 @@ def _multiply(first: Residues, second: Residues, prime: int) -> Residues:
     """
     quotient = (first.astype(np.float64) * (second.astype(np.float64) / prime)).astype(np.uint64)
     difference = (first * second - quotient * np.uint64(prime)).view(np.int64)
-    return np.mod(difference, prime).astype(np.uint64)
+    product: Residues = np.mod(difference, prime).astype(np.uint64)
+    return product
 
 
 def save_seeded(serializable: Any) -> tuple[Residues, int, bytes]:

@@ -124,7 +124,8 @@ def unpack_bits(data: bytes, count: int, width: int) -> Residues:
         raise MessageLengthError(
             f"got {len(data)} bytes of packed residues, expected {packed_bytes(count, width)}"
         )
-    return _unpack_rows(data, 1, count, width, offset=0, stride=len(data))[0]
+    (values,) = _unpack_rows(data, 1, count, width, offset=0, stride=len(data))
+    return np.asarray(values)
 
 
 def _unpack_rows(

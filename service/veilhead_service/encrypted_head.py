@@ -25,8 +25,6 @@ from veilhead_protocol import seal_io
 from veilhead_protocol.encoding import encode
 from veilhead_protocol.errors import (
     KeyMismatchError,
-    LayoutError,
-    MessageLayoutError,
     ModelMismatchError,
     ParameterMismatchError,
 )
@@ -44,7 +42,7 @@ from veilhead_protocol.wire import (
     Residues,
     key_id,
 )
-
+from veilhead_service.limits import requested_layout
 
 #: Encoded weights of block layouts that a head keeps, beside those of its single layout.
 BLOCK_BYTES: Final = 64 * 2**20
@@ -112,9 +110,7 @@ class EncryptedHead:
     @property
     def held_bytes(self) -> int:
         """Bytes of the encoded weights, which are nearly all that a head holds."""
-        polynomials = sum(
-            weights.polynomials for weights in (self._single, *self._blocks.values())
-        )
+        polynomials = sum(weights.polynomials for weights in (self._single, *self._blocks.values()))
         return self._weight.nbytes + polynomials * self._polynomial_bytes
 
     @property
@@ -312,21 +308,7 @@ class _Weights:
         return sum(weight is not None for row in self.rows for weight in row)
 
 
-def requested_layout(header: QueryHeader, manifest: Manifest) -> Layout:
-    """The canonical layout of a query's number of texts.
-
-    Raises:
-        MessageLayoutError: when the model does not take so many.
-    """
-    try:
-        return manifest.layout_of(header.counts.texts)
-    except LayoutError as error:
-        raise MessageLayoutError(str(error)) from None
-
-
-def multiply_modulo(
-    integers: NDArray[np.float64], residues: Residues, prime: int
-) -> Residues:
+def multiply_modulo(integers: NDArray[np.float64], residues: Residues, prime: int) -> Residues:
     """Integers [m, k] times residues [k, n] modulo a prime: [m, n], exact.
 
     The residues are cut into limbs so small that no sum of a float64 matrix product passes 2^53.
@@ -335,15 +317,15 @@ def multiply_modulo(
     bits = 53 - largest.bit_length()
     limbs = -(-prime.bit_length() // bits)
     bits = -(-prime.bit_length() // limbs)
-    mask, modulus = np.uint64((1 << bits) - 1), np.uint64(prime)
+    mask = np.uint64((1 << bits) - 1)
     total = np.empty((len(integers), residues.shape[1]), dtype=np.uint64)
     for start in range(0, residues.shape[1], _COLUMNS_AT_ONCE):
         part = np.ascontiguousarray(residues[:, start : start + _COLUMNS_AT_ONCE])
-        found: NDArray[np.int64] | None = None
+        found = np.zeros((len(integers), part.shape[1]), dtype=np.int64)
         for limb in reversed(range(limbs)):
             digits = (part >> np.uint64(limb * bits)) & mask
             sums = (integers @ digits.view(np.int64).astype(np.float64)).astype(np.int64)
-            found = np.mod(sums if found is None else _shift(found, bits, prime) + sums, prime)
+            found = np.mod(_shift(found, bits, prime) + sums, prime)
         total[:, start : start + _COLUMNS_AT_ONCE] = found
     return total
 

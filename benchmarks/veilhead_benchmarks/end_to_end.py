@@ -22,11 +22,11 @@ from veilhead_benchmarks.heads import Head
 from veilhead_benchmarks.plaintext_twin import TwinClient, TwinProcess
 from veilhead_benchmarks.processes import ServiceProcess
 from veilhead_benchmarks.rows import Row
-from veilhead_models.backbone import Backbone, minilm
-from veilhead_models.datasets import load_dataset
+from veilhead_models.backbone import Backbone
+from veilhead_protocol.manifest import BackboneSection
 from veilhead_service.model_store import publish
 
-DATASET = "cfpb"
+_PARAMETERS = "compact"
 _NAME = "benchmark"
 _CHECKED = 32
 
@@ -41,29 +41,27 @@ class Case:
 
 
 def measure_end_to_end(
-    cases: Sequence[Case], parameters: str = "compact", texts: Sequence[str] | None = None
+    cases: Sequence[Case], texts: Sequence[str], directory: Path, section: BackboneSection
 ) -> list[Row]:
     """Two rows for every case.
 
     Args:
         cases: what to ask for.
-        parameters: the heads' parameter set.
-        texts: what to classify; by default the test split of `DATASET`.
+        texts: what to classify.
+        directory: the backbone's files.
+        section: what the manifest says of it.
 
     Raises:
-        DatasetError: when the texts cannot be fetched.
-        BackboneError: when the backbone cannot.
+        BackboneError: when the backbone cannot be loaded.
         RuntimeError: when the two ways answer differently.
     """
-    found = load_dataset(DATASET).test.texts if texts is None else tuple(texts)
-    directory, section = minilm()
     backbone = Backbone.load(directory, section, device="cpu")
     rows = []
     for classes in dict.fromkeys(case.classes for case in cases):
         head = Head.random(classes, backbone.dimensions)
         with tempfile.TemporaryDirectory(prefix="veilhead-end-to-end-") as name:
             work = Path(name)
-            artifact = head.artifact(parameters).with_backbone(directory, section)
+            artifact = head.artifact(_PARAMETERS).with_backbone(directory, section)
             artifact.save(work / _NAME)
             publish(work / _NAME, work / "store")
             traces: list[QueryTrace] = []
@@ -75,7 +73,7 @@ def measure_end_to_end(
                 ) as client,
                 TwinClient(twin.url, backbone, classes) as plaintext,
             ):
-                pair = _Pair(head, parameters, client, plaintext, traces, found)
+                pair = _Pair(head, client, plaintext, traces, texts)
                 for case in cases:
                     if case.classes == classes:
                         rows += pair.measure(case)
@@ -87,7 +85,6 @@ class _Pair:
     """Both ways to classify, ready."""
 
     head: Head
-    parameters: str
     client: Client
     plaintext: TwinClient
     traces: list[QueryTrace]
@@ -121,7 +118,7 @@ class _Pair:
             Row(
                 subject="end-to-end",
                 system="veilhead",
-                parameters=self.parameters,
+                parameters=_PARAMETERS,
                 d=self.head.dimensions,
                 classes=case.classes,
                 batch=case.texts,
@@ -181,7 +178,9 @@ def _parts(traces: Sequence[QueryTrace]) -> dict[str, float]:
         "round trip": 1e3 * sum(trace.round_trip_seconds for trace in traces),
         "evaluate": 1e3 * sum(trace.evaluate_seconds for trace in traces),
         "decrypt": 1e3 * sum(trace.decrypt_seconds for trace in traces),
-        "key bytes": max(trace.key_bytes for trace in traces),
+        # Requests of several texts have a key each; single ones share it.
+        "key bytes": sum(trace.key_bytes for trace in traces if trace.texts > 1)
+        or max(trace.key_bytes for trace in traces),
         "query bytes": sum(trace.query_bytes for trace in traces),
         "reply bytes": sum(trace.reply_bytes for trace in traces),
     }

@@ -7,6 +7,7 @@ two answers, not how good the head is.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -15,26 +16,28 @@ from numpy.typing import NDArray
 from veilhead_benchmarks.heads import Head
 from veilhead_benchmarks.queries import VeilheadExchange
 from veilhead_benchmarks.rows import Row
-from veilhead_models.backbone import Backbone, minilm
-from veilhead_models.datasets import Dataset, Split, load_dataset
+from veilhead_models.backbone import Backbone
+from veilhead_models.datasets import Dataset, Split
 from veilhead_models.training import train_head
 
 _SEED: Final = 1
 
 
 def measure_fidelity(
-    name: str, parameters: tuple[str, ...], *, rows_per_label: int, test_rows: int
+    dataset: Dataset,
+    backbone: Backbone,
+    parameters: Sequence[str],
+    *,
+    rows_per_label: int,
+    test_rows: int,
 ) -> list[Row]:
     """One row for each parameter set.
 
     Raises:
-        DatasetError: when the data set cannot be fetched.
-        BackboneError: when the backbone cannot.
+        DatasetError: when a label has no row to be trained on.
         RuntimeError: when a label differs where the plaintext margin is clear.
     """
-    directory, section = minilm()
-    backbone = Backbone.load(directory, section, device="cpu")
-    dataset = sampled(load_dataset(name), rows_per_label, test_rows)
+    dataset = sampled(dataset, rows_per_label, test_rows)
     trained = train_head(dataset, backbone)
     embeddings = backbone.embed(dataset.test.texts)
     head = Head(trained.weight, trained.bias)

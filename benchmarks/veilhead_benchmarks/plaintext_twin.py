@@ -2,8 +2,8 @@
 
 The same HTTP stack as the service (FastAPI and uvicorn with h11, a body read in pieces), one route,
 and a head in plaintext: float32 embeddings in, float32 logits out. It exists to be compared with,
-and is on loopback only. Its client embeds as `veilhead.Client` does, and posts embeddings while the
-next ones are made.
+and is on loopback only. Its client embeds all the texts of a call at once, which pads least, and
+posts the embeddings in one request.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -30,8 +29,6 @@ from veilhead_models.backbone import Backbone
 
 MESSAGE_TYPE: Final = "application/octet-stream"
 
-#: Texts that are embedded together, as `veilhead.Client` does.
-_CHUNK: Final = 32
 _START_SECONDS: Final = 60.0
 
 
@@ -104,8 +101,7 @@ class TwinClient:
     """The twin's client; as a context manager it keeps its connection meanwhile."""
 
     def __init__(self, url: str, backbone: Backbone, classes: int) -> None:
-        self._http = httpx2.Client(base_url=url, trust_env=False)
-        self._sender = ThreadPoolExecutor(1)
+        self._http = httpx2.Client(base_url=url, trust_env=False, timeout=60)
         self._backbone = backbone
         self._classes = classes
 
@@ -118,18 +114,11 @@ class TwinClient:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._sender.shutdown()
         self._http.close()
 
     def classify(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Logits [len(texts), C]."""
-        pending = [
-            self._sender.submit(self._ask, self._backbone.embed(texts[start : start + _CHUNK]))
-            for start in range(0, len(texts), _CHUNK)
-        ]
-        return np.concatenate([future.result() for future in pending])
-
-    def _ask(self, embeddings: NDArray[np.float64]) -> NDArray[np.float64]:
+        embeddings = self._backbone.embed(texts)
         response = self._http.post(
             "/v1/logits",
             content=embeddings.astype("<f4").tobytes(),

@@ -120,11 +120,11 @@ def floor_of(head: Head, parameters: str, batch: int, primitives: list[Row]) -> 
     products = sum(layout.products for layout in single)
     bulk = [layout for layout in layouts if layout.kind is LayoutKind.BULK]
     matrix_ms = {layout: _matrix_ms(layout, manifest) for layout in set(bulk)}
-    note = f"{replies} encryptions of zero and transforms"
+    note = f"encryptions of zero and transforms: {replies}"
     if products:
-        note += f", {products} products"
+        note += f", products: {products}"
     if bulk:
-        note += f", {len(bulk)} matrix products"
+        note += f", matrix products: {len(bulk)}"
     return Row(
         subject="floor",
         system="veilhead",

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
+from threadpoolctl import threadpool_limits
 
 from veilhead_benchmarks.console import wide_console
 from veilhead_benchmarks.end_to_end import Case, measure_end_to_end
@@ -32,15 +34,24 @@ from veilhead_benchmarks.queries import VeilheadExchange
 from veilhead_benchmarks.rows import Results, Row, environment
 from veilhead_benchmarks.tables import print_tables
 from veilhead_benchmarks.throughput import Loads, measure_throughput
+from veilhead_models.backbone import Backbone, minilm
+from veilhead_models.datasets import load_dataset
 
 _VERSIONS: Final = ("veilhead", "tenseal", "numpy", "torch", "uvicorn", "httpx2")
 DIMENSIONS: Final = 384
+
+#: The data set of the end-to-end calls: texts of some hundred words.
+NARRATIVES: Final = "cfpb"
 
 #: Calls of what takes long enough to need few.
 _SLOW_CALLS: Final = 5
 
 #: From so many texts on a request is slow in that sense.
 _MANY_TEXTS: Final = 512
+
+
+#: Subjects without services, whose times are of one core.
+_IN_MEMORY: Final = ("primitives", "queries", "batches", "fidelity")
 
 
 @dataclass(frozen=True)
@@ -169,12 +180,22 @@ class _Run:
             self.console.print(f"left out: {error}", style="yellow", markup=False)
 
     def end_to_end(self) -> Iterator[Row]:
-        yield from measure_end_to_end(self.plan.end_to_end)
+        """From text to label, on narratives of complaints."""
+        if self.plan.end_to_end:
+            texts = load_dataset(NARRATIVES).test.texts
+            yield from measure_end_to_end(self.plan.end_to_end, texts, *minilm())
 
     def fidelity(self) -> Iterator[Row]:
+        """Trained heads, data set by data set."""
+        if self.plan.fidelity:
+            backbone = Backbone.load(*minilm(), device="cpu")
         for name, rows_per_label, test_rows in self.plan.fidelity:
             yield from measure_fidelity(
-                name, self.plan.parameters, rows_per_label=rows_per_label, test_rows=test_rows
+                load_dataset(name),
+                backbone,
+                self.plan.parameters,
+                rows_per_label=rows_per_label,
+                test_rows=test_rows,
             )
 
     def throughputs(self) -> Iterator[Row]:
@@ -222,6 +243,16 @@ def subjects(run: _Run) -> dict[str, Callable[[], Iterator[Row]]]:
     }
 
 
+@contextmanager
+def _one_core(wanted: bool) -> Iterator[None]:
+    """Without the threads of numpy's matrix product, where one core's work is measured."""
+    if wanted:
+        with threadpool_limits(limits=1, user_api="blas"):
+            yield
+    else:
+        yield
+
+
 def run_benchmarks(out: Path, plan: Plan = QUICK, only: Sequence[str] = ()) -> Results:
     """Measure everything, or only these subjects, write the JSON file and print tables.
 
@@ -239,8 +270,9 @@ def run_benchmarks(out: Path, plan: Plan = QUICK, only: Sequence[str] = ()) -> R
         if only and name not in only:
             continue
         started = time.perf_counter()
-        for row in subject():
-            run.rows.append(row)
+        with _one_core(name in _IN_MEMORY):
+            for row in subject():
+                run.rows.append(row)
         run.seconds[name] = round(time.perf_counter() - started, 1)
         console.print(f"{name}: {run.seconds[name]:.0f} s", highlight=False)
     results = Results(

@@ -28,7 +28,7 @@ from veilhead_service.model_store import publish
 
 _PARAMETERS = "compact"
 _NAME = "benchmark"
-_CHECKED = 32
+_CHECKED = 8
 
 
 @dataclass(frozen=True)

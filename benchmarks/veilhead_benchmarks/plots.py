@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -79,9 +80,8 @@ def _lines(
                 markersize=5,
             )
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    _decades(axes)
     if axes.lines:
         axes.legend(fontsize=8)
 
@@ -102,10 +102,18 @@ def _bars(axes: Axes, groups: dict[str, dict[str, float]], *, logarithmic: bool)
         )
     axes.set_xticks(range(len(groups)), list(groups))
     if logarithmic:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        _decades(axes)
     if labels:
         axes.legend(fontsize=8)
+
+
+def _decades(axes: Axes) -> None:
+    """A logarithmic axis of whole decades, labelled at each."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.yaxis.set_minor_formatter(lambda *_: "")
 
 
 def _stacked(axes: Axes, columns: dict[str, dict[str, float]]) -> None:
@@ -332,8 +340,7 @@ def _throughput(results: Results) -> Plot | None:
             color=_STEPS[1] if workers == 1 else _STEPS[2],
         )
     left.set_xticks(range(len(classes)), [f"{count:,}" for count in classes])
-    left.set_yscale("log")
-    left.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    _decades(left)
     left.set_xlabel("classes")
     left.set_ylabel("texts a second, saturated")
     left.legend(fontsize=8)

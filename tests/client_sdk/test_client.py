@@ -153,14 +153,16 @@ class TestLogits:
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     def test_a_row_that_is_not_finite_is_sent_like_the_others(self, connect, head_artifact, value):
         client, service = connect(head_artifact)
-        rows = unit_rows(40, 32)
+        rows = unit_rows(100, 32)
         rows[33, 5] = value
         with pytest.raises(BatchError) as caught:
             client.logits(rows)
         assert isinstance(caught.value.errors[33], NotFiniteError)
-        assert sum(row is not None for row in caught.value.results) == 39
-        assert len({len(body) for body in service.seen("infer")}) == 1
-        assert len(service.seen("infer")) == 40
+        assert sum(row is not None for row in caught.value.results) == 99
+        others, finite = connect(head_artifact)
+        others.logits(unit_rows(100, 32))
+        sizes = [len(body) for body in service.seen("infer")]
+        assert sorted(sizes) == sorted(len(body) for body in finite.seen("infer"))
 
     def test_float32_and_long_embeddings_are_projected_as_in_plaintext(
         self, connect, head_artifact
@@ -279,22 +281,24 @@ class TestRetries:
         self, connect, head_artifact
     ):
         client, service = connect(head_artifact, concurrency=1)
-        service.on("infer", *[None] * 7, problem(410, "retired"))
+        size = client._engine.chunk  # rows of one request
+        service.on("infer", *[None] * 2, problem(410, "retired"))
         with pytest.raises(BatchError) as caught:
-            client.logits(unit_rows(20, 32))
-        assert sum(row is not None for row in caught.value.results) == 7
-        assert isinstance(caught.value.errors[7], ServiceResponseError)
-        assert all(isinstance(caught.value.errors[row], NotSentError) for row in range(8, 20))
-        assert len(service.seen("infer")) == 8
+            client.logits(unit_rows(5 * size, 32))
+        kinds = [type(caught.value.errors.get(row * size + size // 2)) for row in range(5)]
+        assert kinds[:2] == [type(None)] * 2
+        assert kinds[2:] == [ServiceResponseError, NotSentError, NotSentError]
+        assert len(caught.value.errors) == 3 * size
+        assert len(service.seen("infer")) == 3
         assert client.logits(unit_rows(1, 32)).shape == (1, 5)  # the next call tries again
 
     def test_a_bad_reply_does_not_keep_the_others_from_being_sent(self, connect, head_artifact):
         client, service = connect(head_artifact, concurrency=1)
         service.on("infer", httpx2.Response(200, content=b"short"))
         with pytest.raises(BatchError) as caught:
-            client.logits(unit_rows(20, 32))
-        assert list(caught.value.errors) == [0]
-        assert len(service.seen("infer")) == 20
+            client.logits(unit_rows(3 * client._engine.chunk, 32))
+        assert list(caught.value.errors) == list(range(client._engine.chunk))
+        assert len(service.seen("infer")) == 3
 
     def test_a_compressed_answer_is_refused(self, connect, head_artifact):
         client, service = connect(head_artifact)
@@ -416,10 +420,11 @@ def test_traces_hold_times_and_sizes(connect, head_artifact):
     traces = []
     client, _ = connect(head_artifact, on_query=traces.append)
     client.logits(unit_rows(3, 32))
-    assert len(traces) == 3
+    client.logits(unit_rows(9, 32))
+    assert [trace.texts for trace in traces] == [1, 1, 1, 9]
     for trace in traces:
         assert 0 < trace.evaluate_seconds < trace.round_trip_seconds
-        assert (trace.key_bytes, trace.query_bytes) == (13672, 13764)
+        assert (trace.key_bytes, trace.query_bytes) == (13672, 13768)
 
 
 def test_the_public_names_are_these():
@@ -447,6 +452,10 @@ def test_a_backbone_that_fails_on_some_texts_keeps_the_others(
     client, service = connect(text_artifact)
     with pytest.raises(BatchError) as caught:
         client.classify([*texts[:40], "poison", *texts[41:]])
-    assert sorted(caught.value.errors) == list(range(32, 64))
+    size = client._engine.chunk
+    first = 40 // size * size
+    assert sorted(caught.value.errors) == list(range(first, min(first + size, 100)))
     assert all(isinstance(error, BackboneError) for error in caught.value.errors.values())
-    assert len(service.seen("infer")) == 100
+    requests = len(service.seen("infer"))
+    client.classify(texts)
+    assert len(service.seen("infer")) == 2 * requests

@@ -24,6 +24,7 @@ from veilhead_benchmarks.processes import (
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol.parameters import ParameterSet, parameter_set
 from veilhead_protocol.wire import SEED_BYTES, Domain, KeyMessage, Prng, key_id
+from veilhead_service.encrypted_head import EncryptedHead
 from veilhead_service.settings import Settings
 from veilhead_service.worker import KEYS
 
@@ -55,13 +56,13 @@ class Memory:
 
 
 def measure_memory(parameters: str, *, keys: int, worker_keys: int, classes: int) -> list[Memory]:
-    """Fill a service with keys, its worker with keys in use, and with a head of so many classes.
+    """Fill a service with keys, its worker with keys in use, and with heads of so many classes.
 
     Args:
         parameters: the parameter set.
         keys: keys to register; the service holds them only.
         worker_keys: keys to ask under, at most as many as a worker keeps.
-        classes: of a head that is asked for last.
+        classes: of two heads that are asked for last.
     """
     chosen = parameter_set(parameters)
     with tempfile.TemporaryDirectory(prefix="veilhead-memory-") as name:
@@ -81,14 +82,18 @@ def measure_memory(parameters: str, *, keys: int, worker_keys: int, classes: int
             before = resident_bytes(worker)
             _ask(http, small, worker_keys)
             in_use = (resident_bytes(worker) - before) / worker_keys
+            # The first leaves behind the buffers that so many classes need, the second only itself.
+            first, second = (
+                publish_random(store, work, name, classes, _DIMENSIONS, parameters)
+                for name in ("first", "second")
+            )
+            _ask(http, first, 3)
             before = resident_bytes(worker)
-            large = publish_random(store, work, "large", classes, _DIMENSIONS, parameters)
-            _ask(http, large, 1)
+            _ask(http, second, 3)
             published = (resident_bytes(worker) - before) / classes
     settings = Settings()
-    layout = large.manifest.layout
-    polynomial = 8 * layout.degree * len(chosen.data_primes)
-    public_key = 2 * 8 * layout.degree * len(chosen.key_primes)
+    head = EncryptedHead(second.manifest, second.weight, second.bias)
+    public_key = 2 * 8 * chosen.poly_modulus_degree * len(chosen.key_primes)
     message = float(KeyMessage.size(chosen))
     return [
         Memory(
@@ -114,7 +119,7 @@ def measure_memory(parameters: str, *, keys: int, worker_keys: int, classes: int
             parameters,
             classes,
             published,
-            layout.products * polynomial / classes,
+            head.held_bytes / classes,
             float(settings.worker_head_bytes),
             "worker_head_bytes",
         ),

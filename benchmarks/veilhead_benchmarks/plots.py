@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from veilhead_benchmarks.claims import own, ratio
 from veilhead_benchmarks.rows import Results, Row
+from veilhead_benchmarks.tables import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,8 +83,6 @@ def _lines(
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     _decades(axes)
-    if axes.lines:
-        axes.legend(fontsize=8)
 
 
 def _bars(axes: Axes, groups: dict[str, dict[str, float]], *, logarithmic: bool) -> None:
@@ -103,8 +102,19 @@ def _bars(axes: Axes, groups: dict[str, dict[str, float]], *, logarithmic: bool)
     axes.set_xticks(range(len(groups)), list(groups))
     if logarithmic:
         _decades(axes)
-    if labels:
-        axes.legend(fontsize=8)
+
+
+def _legend(figure: Figure) -> None:
+    """One legend above all axes: nothing of a plot lies below it."""
+    found = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if found:
+        figure.legend(
+            list(found.values()), list(found), loc="outside upper left", ncols=5, fontsize=8
+        )
 
 
 def _decades(axes: Axes) -> None:
@@ -169,6 +179,7 @@ def _by_classes(results: Results) -> Plot | None:
     _lines(axes, rows, lambda row: row.classes, lambda row: row.server_ms)
     axes.set_xlabel("classes")
     axes.set_ylabel("server milliseconds")
+    _legend(figure)
     return Plot(
         "Server time over classes",
         "One text, 384 dimensions, from request bytes to reply bytes; both axes are logarithmic.",
@@ -177,7 +188,9 @@ def _by_classes(results: Results) -> Plot | None:
 
 
 def _by_dimensions(results: Results) -> Plot | None:
-    rows = results.find(subject="single", system="veilhead", classes=20, batch=1)
+    rows = results.find(
+        subject="single", system="veilhead", parameters="compact", classes=20, batch=1
+    )
     rows += results.find(subject="single", system="plaintext", classes=20, batch=1)
     if len({row.d for row in rows}) < 3:
         return None
@@ -186,8 +199,10 @@ def _by_dimensions(results: Results) -> Plot | None:
     left.set_ylabel("server milliseconds")
     _lines(right, rows, lambda row: row.d, lambda row: (row.bytes_up or 0) + (row.bytes_down or 0))
     right.set_ylabel("bytes up and down")
+    right.yaxis.set_major_formatter(lambda value, _: size(value))
     for axes in (left, right):
         axes.set_xlabel("dimensions")
+    _legend(figure)
     return Plot("Cost over dimensions", "One text, 20 classes.", figure)
 
 
@@ -213,6 +228,7 @@ def _by_batch(results: Results) -> Plot | None:
         one.set_title(f"{count} classes", fontsize=10)
         one.set_xlabel("texts in one call")
     axes[0].set_ylabel("server microseconds a text")
+    _legend(figure)
     return Plot(
         "Server time a text over the batch",
         "384 dimensions. Veilhead chooses its requests itself: single queries, blocks or bulk.",
@@ -236,14 +252,12 @@ def _bytes(results: Results) -> Plot | None:
 
     _bars(left, grouped(lambda row: row.bytes_keys), logarithmic=True)
     left.set_title("registered once", fontsize=10)
-    left.set_ylabel("bytes")
     _bars(right, grouped(lambda row: (row.bytes_up or 0) + (row.bytes_down or 0)), logarithmic=True)
     right.set_title("up and down, for each text", fontsize=10)
-    legend = right.get_legend()
-    if legend is not None:
-        legend.remove()
     for axes in (left, right):
         axes.set_xlabel("classes")
+        axes.yaxis.set_major_formatter(lambda value, _: size(value))
+    _legend(figure)
     return Plot("Bytes", "Single queries, 384 dimensions; logarithmic.", figure)
 
 
@@ -261,6 +275,7 @@ def _ratios(results: Results) -> Plot | None:
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set_xlabel("classes")
     axes.set_ylabel("server time over Veilhead's")
+    _legend(figure)
     return Plot(
         "Server time of others over Veilhead's",
         "Single queries, `compact`; below the line the other one is faster. Logarithmic.",
@@ -375,7 +390,10 @@ def _fidelity(results: Results) -> Plot | None:
     figure, (axes,) = _figure(width=9.0)
     for place, found in enumerate(groups.values()):
         for label, error in found.items():
-            axes.plot(place, error, marker=_MARKERS[label], color=_COLOURS[label], linestyle="none")
+            beside = place + 0.06 * (list(_COLOURS).index(label) - len(_COLOURS) / 2)
+            axes.plot(
+                beside, error, marker=_MARKERS[label], color=_COLOURS[label], linestyle="none"
+            )
     used = [label for label in _COLOURS if any(label in found for found in groups.values())]
     handles: list[Any] = []
     for label in used:

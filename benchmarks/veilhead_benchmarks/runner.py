@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from veilhead_benchmarks.console import wide_console
@@ -36,6 +35,7 @@ from veilhead_benchmarks.tables import print_tables
 from veilhead_benchmarks.throughput import Loads, measure_throughput
 from veilhead_models.backbone import Backbone, minilm
 from veilhead_models.datasets import load_dataset
+from veilhead_protocol.errors import BackboneError, DatasetError
 
 _VERSIONS: Final = ("veilhead", "tenseal", "numpy", "torch", "uvicorn", "httpx2")
 DIMENSIONS: Final = 384
@@ -122,7 +122,6 @@ class _Run:
     """A run's results so far."""
 
     plan: Plan
-    console: Console
     rows: list[Row] = field(default_factory=list)
     throughput: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
@@ -168,16 +167,11 @@ class _Run:
 
     def concrete_ml(self) -> Iterator[Row]:
         """Its two ways, head by head."""
-        if not self.plan.concrete_ml:
-            return
-        try:
+        if self.plan.concrete_ml:
             python = concrete_ml_python()
             for classes in self.plan.classes:
                 head = Head.random(classes, DIMENSIONS)
                 yield from measure_concrete_ml(head, calls=self.plan.peer_calls, python=python)
-        except PeerUnavailableError as error:
-            self.left_out.append(str(error))
-            self.console.print(f"left out: {error}", style="yellow", markup=False)
 
     def end_to_end(self) -> Iterator[Row]:
         """From text to label, on narratives of complaints."""
@@ -261,7 +255,7 @@ def run_benchmarks(out: Path, plan: Plan = QUICK, only: Sequence[str] = ()) -> R
     """
     console = wide_console()
     about = environment(_VERSIONS)
-    run = _Run(plan, console)
+    run = _Run(plan)
     known = subjects(run)
     for name in only:
         if name not in known:
@@ -271,8 +265,13 @@ def run_benchmarks(out: Path, plan: Plan = QUICK, only: Sequence[str] = ()) -> R
             continue
         started = time.perf_counter()
         with _one_core(name in _IN_MEMORY):
-            for row in subject():
-                run.rows.append(row)
+            try:
+                for row in subject():
+                    run.rows.append(row)
+            except (PeerUnavailableError, DatasetError, BackboneError) as error:
+                # What cannot be had here (no network, say) costs no other subject its figures.
+                run.left_out.append(f"{name}: {error}")
+                console.print(f"left out: {name}: {error}", style="yellow", markup=False)
         run.seconds[name] = round(time.perf_counter() - started, 1)
         console.print(f"{name}: {run.seconds[name]:.0f} s", highlight=False)
     results = Results(

@@ -11,6 +11,7 @@ from veilhead_benchmarks.peers.concrete_ml import PeerUnavailableError
 from veilhead_benchmarks.rows import Results
 from veilhead_benchmarks.runner import FULL, QUICK, Plan, run_benchmarks
 from veilhead_benchmarks.throughput import Loads
+from veilhead_protocol.errors import DatasetError
 
 TINY = Plan(
     calls=2,
@@ -64,7 +65,7 @@ def test_both_parameter_sets_are_measured(results):
 
 def test_bytes_are_those_of_the_messages(results):
     row = results.one(subject="single", system="veilhead", parameters="compact", classes=2)
-    assert (row.bytes_keys, row.bytes_up) == (13672, 13764)
+    assert (row.bytes_keys, row.bytes_up) == (13672, 13768)
     assert row.bytes_down <= 7400
     peer = results.one(system="tenseal-mm")
     assert peer.bytes_keys > 1000 * row.bytes_keys
@@ -74,7 +75,7 @@ def test_requests_of_several_texts_have_keys_of_their_own(results):
     row = results.one(subject="batch", system="veilhead")
     assert row.note == "1 of 8 texts (block)"
     assert row.bytes_keys == 13672
-    assert row.bytes_up < 8 * 13764
+    assert row.bytes_up < 8 * 13768
 
 
 def test_every_query_has_a_floor_below_it(results):
@@ -117,8 +118,18 @@ def test_throughput_and_memory_have_lists_of_their_own(results):
 
 
 def test_what_was_left_out_is_said(results):
-    assert results.environment["left_out"] == ["there is no network here"]
+    assert results.environment["left_out"] == ["concrete-ml: there is no network here"]
     assert not results.find(system="concrete-ml-glwe")
+
+
+def test_a_data_set_that_cannot_be_fetched_ends_no_run(tmp_path, monkeypatch):
+    def unreachable(name):
+        raise DatasetError(f"{name} cannot be fetched")
+
+    monkeypatch.setattr(runner, "load_dataset", unreachable)
+    results = run_benchmarks(tmp_path / "none.json", QUICK, ["end-to-end"])
+    assert results.rows == ()
+    assert results.environment["left_out"] == ["end-to-end: cfpb cannot be fetched"]
 
 
 def test_the_environment_is_described(results):
@@ -156,5 +167,9 @@ def test_the_plans_hold_what_the_project_promises():
     assert (min(FULL.sweep_dimensions), max(FULL.sweep_dimensions)) == (64, 4096)
     assert {1024, 4096} <= set(QUICK.large)
     assert max(texts for texts, _ in FULL.batches) == 8192
+    for plan in (QUICK, FULL):
+        assert len(set(plan.batches)) == len(plan.batches)
+        assert not set(plan.classes) & set(plan.large)
+        assert 384 not in plan.sweep_dimensions
     assert FULL.concrete_ml
     assert not QUICK.concrete_ml

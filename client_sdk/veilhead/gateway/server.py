@@ -27,10 +27,12 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._gateway = gateway
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain, or end at once when that has begun already."""
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Begin to drain, or end without waiting when that has begun already."""
+        # Uvicorn's own would raise the signal again at the end, before the keys are dropped.
+        self.force_exit = self.should_exit
+        self.should_exit = True
         self._gateway.draining = True
-        super().handle_exit(sig, frame)
 
 
 def check_exposure(gateway: Gateway, host: str) -> None:

@@ -21,7 +21,7 @@ from veilhead.async_client import CHUNKS, Answer, AsyncClient, Stream, reported
 from veilhead.deidentify import Deidentifier
 from veilhead.engine import Engine, QueryTrace
 from veilhead.predictions import FunctionToApply, Prediction
-from veilhead_protocol.errors import ClientError
+from veilhead_protocol.errors import ClientError, VeilheadError
 from veilhead_protocol.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class Client:
         concurrency: int = CHUNKS,
         progress: Callable[[int], Any] | None = None,
         start: int = 0,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[list[Prediction] | VeilheadError]:
         """The answers to texts that need not fit into memory, in their order, as they come.
 
         A chunk of texts is embedded while earlier ones are on the wire. The iterable is read in the

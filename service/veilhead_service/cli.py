@@ -48,7 +48,7 @@ def train(
         str,
         typer.Argument(
             metavar="DATASET|FILE",
-            help="icd10-chapters, cfpb or vader-movies, or a .csv, .jsonl or .ndjson file.",
+            help="A data set by name (icd10-chapters, say), or a .csv, .jsonl or .ndjson file.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The artefact's directory; its name is the model's.")],

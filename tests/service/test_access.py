@@ -284,7 +284,7 @@ def test_a_service_is_open_until_there_is_a_tenant(store, directory, request_raw
 @pytest.fixture
 def message(artifacts):
     manifest = artifacts["digits"].manifest
-    return SecretKey(manifest.parameter_set, manifest.layout).message
+    return SecretKey(manifest.parameter_set).message
 
 
 def path_of(message):

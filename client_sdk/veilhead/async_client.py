@@ -32,6 +32,7 @@ from veilhead.backbone_cache import fetch_backbone
 from veilhead.engine import Call, Engine, QueryTrace, Row, opened_engine
 from veilhead.predictions import FunctionToApply, Prediction, Shape, default_function, scores
 from veilhead.rows import as_rows, embed_rows, embed_token_rows, named, raise_errors
+from veilhead.runtimes import Runtime, check_runtime, plan_backbone
 from veilhead.tokens import AggregationStrategy, Entity, TokenShape
 from veilhead.transport import check_url
 from veilhead.window import Window
@@ -49,7 +50,7 @@ from veilhead_protocol.signatures import VendorKey
 if TYPE_CHECKING:
     import pandas as pd
 
-    from veilhead_models.backbone import Backbone
+    from veilhead_models.embedder import Embedder
 
 #: Chunks of rows under way at once: what bounds the memory of a long call.
 CHUNKS: Final = 8
@@ -74,6 +75,7 @@ class AsyncClient:
         model: str,
         *,
         backbone: str | Path | None = None,
+        backbone_runtime: Runtime = "auto",
         device: str = "auto",
         digest: str | None = None,
         minimum_parameters: str = "compact",
@@ -95,6 +97,7 @@ class AsyncClient:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         check_url(url)
+        check_runtime(backbone_runtime)
         self._opening = partial(
             opened_engine,
             url,
@@ -109,6 +112,7 @@ class AsyncClient:
             transport=transport,
         )
         self._model = model
+        self._runtime: Runtime = backbone_runtime
         self._device = device
         self._backbone_directory = None if backbone is None else Path(backbone)
         self._on_download = on_download
@@ -116,7 +120,7 @@ class AsyncClient:
         self._connected: Engine | None = None
         self._closed = False
         self._windows: weakref.WeakSet[Window[Any]] = weakref.WeakSet()
-        self._backbone: Backbone | None = None
+        self._backbone: Embedder | None = None
         self._backbone_lock = asyncio.Lock()
         # One thread, since a backbone takes one batch at a time and uses every core for it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="veilhead-backbone")
@@ -227,9 +231,10 @@ class AsyncClient:
         function_to_apply: FunctionToApply | None = None,
         concurrency: int = CHUNKS,
         progress: Callable[[int], Any] | None = None,
-    ) -> AsyncGenerator[Answer]:
+        start: int = 0,
+    ) -> AsyncGenerator[list[Prediction] | VeilheadError]:
         """As `Client.classify_many`; `texts` may be asynchronous too."""
-        stream = self._stream(texts, top_k, function_to_apply, concurrency)
+        stream = self._stream(texts, top_k, function_to_apply, concurrency, start)
         return self._streamed(stream, texts, progress)
 
     async def _streamed(
@@ -346,6 +351,7 @@ class AsyncClient:
         top_k: int | None,
         function_to_apply: FunctionToApply | None,
         concurrency: int,
+        start: int,
     ) -> Stream:
         if isinstance(texts, str):
             raise InputError("got one string, expected an iterable of texts: put it into a list")
@@ -353,7 +359,7 @@ class AsyncClient:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         self._check_task("text-classification")
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
-        return Stream(self, shape, self._window(concurrency))
+        return Stream(self, shape, self._window(concurrency), start)
 
     def _check_task(self, task: str) -> None:
         if self.manifest.task != task:
@@ -379,7 +385,7 @@ class AsyncClient:
         backbone, rows = await self._ready_backbone(), list(texts)
         call, size = Call(), self._engine.chunk
         return await self._collect(
-            partial(self._infer_texts, backbone, rows[start : start + size], start, call)
+            partial(self._infer_texts, backbone, rows[start : start + size], call)
             for start in range(0, len(rows), size)
         )
 
@@ -397,20 +403,18 @@ class AsyncClient:
             await window.cancel()
         return rows
 
-    async def _infer_texts(
-        self, backbone: Backbone, texts: Sequence[Any], first: int, call: Call
-    ) -> list[Row]:
-        """Logits or an error for each of the texts of one chunk, whose first row is `first`."""
-        embeddings, errors = await self._on_backbone_thread(
-            lambda: embed_rows(backbone, texts, first)
-        )
+    async def _infer_texts(self, backbone: Embedder, texts: Sequence[Any], call: Call) -> list[Row]:
+        """Logits or an error for each of the texts of one chunk."""
+        if call.hopeless is not None:  # nothing will be sent: do not embed either
+            return await self._infer(np.zeros((len(texts), backbone.dimensions)), call)
+        embeddings, errors = await self._on_backbone_thread(lambda: embed_rows(backbone, texts))
         rows = await self._infer(embeddings, call)
         for place, error in errors.items():
             rows[place] = error
         return rows
 
     async def _infer_tokens(
-        self, backbone: Backbone, text: Any, row: int, shape: TokenShape, call: Call
+        self, backbone: Embedder, text: Any, row: int, shape: TokenShape, call: Call
     ) -> list[list[Entity] | VeilheadError]:
         """The entities of one text, whose tokens are sent together, or an error: one row."""
         windows, error = await self._on_backbone_thread(
@@ -436,7 +440,7 @@ class AsyncClient:
             rows[place] = NotFiniteError("the embedding holds NaN or infinity")
         return rows
 
-    async def _ready_backbone(self) -> Backbone:
+    async def _ready_backbone(self) -> Embedder:
         """The loaded backbone; the first caller fetches and loads it."""
         engine, section = self._engine, self.manifest.backbone
         if section is None:
@@ -446,21 +450,13 @@ class AsyncClient:
             )
         async with self._backbone_lock:
             if self._backbone is None:
+                plan = plan_backbone(section, self._runtime, self._device)
                 directory = self._backbone_directory
                 if directory is None:
                     directory = await fetch_backbone(
-                        engine.transport,
-                        self.manifest,
-                        section.files,
-                        progress=self._on_download,
+                        engine.transport, self.manifest, plan.files, progress=self._on_download
                     )
-
-                def load() -> Backbone:
-                    from veilhead_models.backbone import Backbone
-
-                    return Backbone.load(directory, section, device=self._device)
-
-                self._backbone = await self._on_backbone_thread(load)
+                self._backbone = await self._on_backbone_thread(partial(plan.load, directory))
             return self._backbone
 
     async def _on_backbone_thread(self, work: Callable[[], _Value]) -> _Value:
@@ -468,28 +464,26 @@ class AsyncClient:
 
 
 class Stream:
-    """Texts that come chunk by chunk, and their answers in the same order."""
+    """Texts that come chunk by chunk, and their answers in the same order.
 
-    def __init__(self, client: AsyncClient, shape: Shape, window: Window[Row]) -> None:
+    Attributes:
+        chunk: texts that are best sent together.
+    """
+
+    def __init__(self, client: AsyncClient, shape: Shape, window: Window[Row], start: int) -> None:
         self._client = client
         self._shape = shape
         self._window = window
         self._call = Call()
-        self._sent = 0
-        self._answered = 0
-
-    @property
-    def chunk(self) -> int:
-        """Texts that are best sent together."""
-        return self._client._engine.chunk
+        self._answered = start
+        self.chunk = client._engine.chunk
 
     async def send(self, texts: Sequence[Any]) -> list[Answer]:
         """Start a chunk; the answers of earlier ones that are due."""
         backbone = await self._client._ready_backbone()
-        first, self._sent = self._sent, self._sent + len(texts)
         return self._answers(
             await self._window.start(
-                partial(self._client._infer_texts, backbone, texts, first, self._call)
+                partial(self._client._infer_texts, backbone, texts, self._call)
             )
         )
 

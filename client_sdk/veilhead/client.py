@@ -20,8 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from veilhead.async_client import CHUNKS, Answer, AsyncClient, Stream, reported
 from veilhead.engine import Engine, QueryTrace
 from veilhead.predictions import FunctionToApply, Prediction
+from veilhead.runtimes import Runtime
 from veilhead.tokens import AggregationStrategy, Entity
-from veilhead_protocol.errors import ClientError
+from veilhead_protocol.errors import ClientError, VeilheadError
 from veilhead_protocol.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Client:
         model: str,
         *,
         backbone: str | Path | None = None,
+        backbone_runtime: Runtime = "auto",
         device: str = "auto",
         digest: str | None = None,
         minimum_parameters: str = "compact",
@@ -60,7 +62,11 @@ class Client:
             model: the model's name.
             backbone: directory of the backbone's files, when they need not be fetched; their
                 digests are checked all the same.
-            device: `auto` (CUDA, then MPS, then CPU), or a torch device.
+            backbone_runtime: `torch`, `onnx` (needs no torch; the model must be published for it),
+                `onnx-fp16` (half the size to fetch, a little less exact), or `auto`: torch where
+                it is installed, and else ONNX Runtime.
+            device: `auto` (CUDA, then MPS, then CPU), or a torch device; of ONNX Runtime `auto`,
+                `cpu`, `cuda` or `cuda:N`.
             digest: the model version to accept, in hexadecimal; any when it is None.
             minimum_parameters: the weakest parameter set to accept, `compact` or `strong`.
             vendor_key: the vendor's public key, `ed25519:<base64>`, or several while the vendor
@@ -89,6 +95,7 @@ class Client:
             url,
             model,
             backbone=backbone,
+            backbone_runtime=backbone_runtime,
             device=device,
             digest=digest,
             minimum_parameters=minimum_parameters,
@@ -208,7 +215,8 @@ class Client:
         function_to_apply: FunctionToApply | None = None,
         concurrency: int = CHUNKS,
         progress: Callable[[int], Any] | None = None,
-    ) -> Iterator[Answer]:
+        start: int = 0,
+    ) -> Iterator[list[Prediction] | VeilheadError]:
         """The answers to texts that need not fit into memory, in their order, as they come.
 
         A chunk of texts is embedded while earlier ones are on the wire. The iterable is read in the
@@ -223,6 +231,7 @@ class Client:
                 flight are those of the client's own `concurrency`.
             progress: called with the number of rows whenever some are answered; the `update` of a
                 tqdm bar fits.
+            start: the number of the first row, in the messages of errors.
 
         Yields:
             For each text its predictions, or, where it failed, the error, whose message names the
@@ -233,7 +242,7 @@ class Client:
             BackboneError: when the backbone cannot be loaded.
             InputError: when `texts` is a single string.
         """
-        stream = self._client._stream(texts, top_k, function_to_apply, concurrency)
+        stream = self._client._stream(texts, top_k, function_to_apply, concurrency, start)
         return self._streamed(stream, texts, progress)
 
     def _streamed(

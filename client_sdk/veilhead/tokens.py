@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from veilhead.predictions import scores
 
 if TYPE_CHECKING:
-    from veilhead_models.backbone import Token
+    from veilhead_models.embedder import Token
 
 #: How tokens become entities; the names are those of the transformers pipeline.
 AggregationStrategy = Literal["none", "simple", "first", "average", "max"]

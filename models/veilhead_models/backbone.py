@@ -12,10 +12,8 @@ import importlib.util
 import json
 import math
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from veilhead_models.embedder import Embedder
 from veilhead_models.packages import PackagePin, read_member
 from veilhead_models.sentence_transformer import SentenceTransformer
 from veilhead_protocol.errors import BackboneError, DatasetError, ManifestError
@@ -111,65 +110,26 @@ _MINILM: Final = BackboneSection(
 )
 
 
-@dataclass(frozen=True)
-class Token:
-    """A token of a text: where it is, and what it is called.
+class Backbone(Embedder):
+    """A transformer that torch runs. Make one with `Backbone.load`.
 
     Attributes:
-        piece: as the vocabulary spells it; what stands in the text where it has no spelling.
-        index: its place among the tokens of its window, special ones counted.
-        start: where it begins in the text, in characters.
-        end: where it ends.
-        continues: whether it goes on with the word of the token before it.
-    """
-
-    piece: str
-    index: int
-    start: int
-    end: int
-    continues: bool
-
-
-@dataclass(frozen=True, eq=False)
-class TokenWindow:
-    """Tokens that went through the transformer together, and their embeddings [tokens, d]."""
-
-    embeddings: NDArray[np.float64]
-    tokens: tuple[Token, ...]
-
-    def __repr__(self) -> str:  # tokens are the text
-        return f"TokenWindow(tokens={len(self.tokens)})"
-
-
-class Backbone:
-    """A loaded transformer: texts in, embeddings out. Make one with `Backbone.load`.
-
-    Attributes:
-        section: what the manifest says of it.
-        device: where it runs: `cuda`, `mps` or `cpu`.
-        dimensions: d, values in an embedding.
+        module: the computation, from token ids to embeddings.
     """
 
     def __init__(
         self, section: BackboneSection, module: EmbeddingModule, tokenizer: Any, device: str
     ) -> None:
-        self.section = section
-        self.device = device
-        self.dimensions: int = module.dimensions
-        # Tokenizers keep their truncation in themselves, and break when two threads set it.
-        self._lock = threading.Lock()
-        self._module = module
-        self._tokenizer = tokenizer
-        padding = getattr(module.config, "pad_token_id", None)
-        # Architectures that find the last token by its id cannot tell it from padding without one.
-        self._one_by_one = section.pooling == "architecture" and padding is None
-        self._padding: int = (tokenizer.pad_token_id or 0) if padding is None else padding
-
-    def __repr__(self) -> str:
-        return (
-            f"Backbone(name={self.section.name!r}, dimensions={self.dimensions}, "
-            f"device={self.device!r})"
+        super().__init__(
+            section,
+            tokenizer,
+            device,
+            dimensions=module.dimensions,
+            padding=padding_id(module, tokenizer),
+            # Architectures that find the last token by its id cannot tell it from padding then.
+            one_by_one=section.pooling == "architecture" and module.padding is None,
         )
+        self.module = module
 
     @classmethod
     def load(
@@ -209,167 +169,20 @@ class Backbone:
                 ) from error
             return cls(section, module, tokenizer, chosen)
 
-    def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        batch_size: int = 32,
-        progress: Callable[[int], None] | None = None,
-    ) -> NDArray[np.float64]:
-        """Embeddings of texts, in their order: [len(texts), d].
-
-        Args:
-            texts: any number of texts; each is cut at the section's `max_tokens`.
-            batch_size: texts that go through the transformer together.
-            progress: called after every batch with the number of texts done so far.
-
-        Raises:
-            BackboneError: when `texts` is not a sequence of strings, or the backbone embeds tokens.
-        """
+    def _run(self, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         import torch
 
-        if self.section.pooling == "tokens":
-            raise BackboneError(
-                f"the backbone {self.section.name!r} embeds the tokens of a text, not the text"
-            )
-        clean = _clean(texts)
-        embeddings = np.zeros((len(clean), self.dimensions))  # [texts, d]
-        if not clean:
-            return embeddings
-        with self._lock:
-            encoded = self._tokenizer(
-                clean,
-                truncation=True,
-                max_length=self.section.max_tokens,
-                padding=False,
-                return_attention_mask=False,
-                return_token_type_ids=self.section.token_types,
-            )
-        tokens: list[list[int]] = encoded["input_ids"]
-        types: list[list[int]] | None = encoded.get("token_type_ids")
-        if self._one_by_one:
-            batch_size = 1
-        # Texts of like length go together, or padding would be most of the work.
-        order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
         with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                made = self._run(
-                    [tokens[row] for row in rows],
-                    None if types is None else [types[row] for row in rows],
-                )
-                embeddings[rows] = made.to("cpu").numpy()
-                if progress is not None:
-                    progress(start + len(rows))
-        return embeddings
-
-    def embed_tokens(
-        self, texts: Sequence[str], *, stride: int | None = None
-    ) -> list[list[TokenWindow]]:
-        """Embeddings of the tokens of texts, special tokens left out.
-
-        Args:
-            texts: any number of texts.
-            stride: None cuts each text at the section's `max_tokens`; otherwise a longer text
-                becomes several windows, which overlap by so many tokens.
-
-        Returns:
-            The windows of each text, in order.
-
-        Raises:
-            BackboneError: when `texts` is not a sequence of strings, the backbone embeds whole
-                texts, or the stride leaves nothing to advance by.
-        """
-        import torch
-
-        if self.section.pooling != "tokens":
-            raise BackboneError(
-                f"the backbone {self.section.name!r} embeds whole texts, not their tokens"
+            made = self.module(
+                *(torch.from_numpy(values).to(self.device) for values in inputs.values())
             )
-        fixed = self._tokenizer.num_special_tokens_to_add()
-        if stride is not None and not 0 <= stride < self.section.max_tokens - fixed:
-            raise BackboneError(
-                f"got a stride of {stride}, expected 0 to {self.section.max_tokens - fixed - 1}"
-            )
-        clean = _clean(texts)
-        if not clean:
-            return []
-        with self._lock:
-            encoded = self._tokenizer(
-                clean,
-                truncation=True,
-                max_length=self.section.max_tokens,
-                padding=False,
-                return_token_type_ids=self.section.token_types,
-                return_special_tokens_mask=True,
-                return_offsets_mapping=True,
-                return_overflowing_tokens=True,
-                stride=0 if stride is None else stride,
-            )
-        windows: list[list[TokenWindow]] = [[] for _ in clean]
-        with torch.inference_mode():
-            for index, text in enumerate(encoded["overflow_to_sample_mapping"]):
-                if stride is None and windows[text]:
-                    continue
-                ids: list[int] = encoded["input_ids"][index]
-                types = encoded["token_type_ids"][index] if self.section.token_types else None
-                made = self._run([ids], None if types is None else [types])[0].to("cpu").numpy()
-                special = encoded["special_tokens_mask"][index]
-                kept = [place for place in range(len(ids)) if not special[place]]
-                spans = encoded["offset_mapping"][index]
-                windows[text].append(
-                    TokenWindow(
-                        embeddings=made[kept].astype(np.float64),
-                        tokens=tuple(
-                            self._token(clean[text], ids[place], place, *spans[place])
-                            for place in kept
-                        ),
-                    )
-                )
-        return windows
-
-    def join(self, pieces: Sequence[str]) -> str:
-        """The text of pieces of the vocabulary."""
-        joined: str = self._tokenizer.convert_tokens_to_string(list(pieces))
-        return joined
-
-    def _token(self, text: str, token_id: int, index: int, start: int, end: int) -> Token:
-        piece: str = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token_id == self._tokenizer.unk_token_id:
-            return Token(text[start:end], index, start, end, continues=False)
-        if getattr(self._tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None):
-            continues = len(piece) != end - start
-        else:
-            continues = start > 0 and " " not in text[start - 1 : start + 1]
-        return Token(piece, index, start, end, continues)
-
-    def _run(self, tokens: list[list[int]], types: list[list[int]] | None) -> torch.Tensor:
-        """Token ids and types of a batch through the module: [batch, ...], float32."""
-        import torch
-
-        longest = max(1, *(len(row) for row in tokens))
-        left = self._tokenizer.padding_side == "left"
-
-        def padded(rows: list[list[int]], filling: int) -> torch.Tensor:
-            """[batch, tokens]"""
-            whole = torch.full((len(rows), longest), filling, dtype=torch.long)
-            for row, values in enumerate(rows):
-                start = longest - len(values) if left else 0
-                whole[row, start : start + len(values)] = torch.tensor(values, dtype=torch.long)
-            return whole.to(self.device)
-
-        inputs = [padded(tokens, self._padding), padded([[1] * len(row) for row in tokens], 0)]
-        if types is not None:
-            inputs.append(padded(types, self._tokenizer.pad_token_type_id))
-        result: torch.Tensor = self._module(*inputs)
+        result: NDArray[np.float32] = made.to("cpu").numpy()
         return result
 
 
-def _clean(texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise BackboneError("got something other than a sequence of strings to embed")
-    # Lone surrogates, which JSON can smuggle into a str, have no UTF-8 form.
-    return [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+def padding_id(module: EmbeddingModule, tokenizer: Any) -> int:
+    """The token id that texts are padded with."""
+    return (tokenizer.pad_token_id or 0) if module.padding is None else module.padding
 
 
 def embedding_module(

@@ -48,7 +48,7 @@ def train(
         str,
         typer.Argument(
             metavar="DATASET|FILE",
-            help="icd10-chapters, cfpb or vader-movies, or a .csv, .jsonl or .ndjson file.",
+            help="A data set by name (icd10-chapters, say), or a .csv, .jsonl or .ndjson file.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The artefact's directory; its name is the model's.")],
@@ -154,6 +154,35 @@ def import_hf(
     typer.echo(f"{manifest.name}: {out} (digest {manifest.digest.hex()})")
 
 
+@app.command("export-onnx")
+def export_onnx(
+    directory: Annotated[Path, typer.Argument(help="An artefact with a backbone.")],
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32 or fp16, how weights are stored; repeat it for both."),
+    ] = None,
+) -> None:
+    """Give an artefact's backbone an ONNX form, so that clients need no torch. Then publish it.
+
+    The manifest changes, and its digest: it is another version of the model. Half precision halves
+    what clients fetch; they compute in single precision either way. Prints how far each is from
+    torch, on texts of its own.
+
+    Example: veilhead-server export-onnx artifacts/icd10-chapters
+    """
+    with reported():
+        for name in ("torch", "transformers", "onnxscript", "onnxruntime"):
+            if find_spec(name) is None:
+                raise ModuleNotFoundError(name=name)
+
+        from veilhead_models.onnx_export import export_onnx as export
+
+        manifest, parities = export(directory, precisions=precision or ["fp32"])
+    for parity in parities:
+        typer.echo(parity.render())
+    typer.echo(f"{manifest.name}: {directory} (digest {manifest.digest.hex()})")
+
+
 @app.command()
 def publish(
     directory: Annotated[
@@ -174,6 +203,13 @@ def publish(
         str | None,
         typer.Option(metavar="DATE", help="Serve the version before this one until then; UTC."),
     ] = None,
+    allow_bulk: Annotated[
+        bool,
+        typer.Option(
+            "--allow-bulk",
+            help="Answer thousands of texts at once: hides the head from honest clients only.",
+        ),
+    ] = False,
 ) -> None:
     """Put an artefact into a store. A service that runs on the store notices by itself.
 
@@ -199,6 +235,7 @@ def publish(
             retire_previous=(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
+            allow_bulk=allow_bulk,
         )
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")
 
@@ -228,9 +265,9 @@ def run(
 ) -> None:
     """Serve a store over HTTP until it is stopped.
 
-    Every request needs an API key of a tenant, which `veilhead-server tenants add` makes. As long
-    as there is no tenant at all, the service is open, and listens on loopback only. It speaks plain
-    HTTP: beyond loopback, put a proxy in front that speaks TLS.
+    Every request but those for its health needs an API key of a tenant, which `veilhead-server
+    tenants add` makes; a running service notices. It speaks plain HTTP: beyond loopback, put a
+    proxy in front that speaks TLS.
 
     Flags come before VEILHEAD_SERVER_* variables, these before the file; `veilhead-server
     settings` prints what is in force.
@@ -240,6 +277,7 @@ def run(
     with reported():
         from veilhead_service.app import create_app
         from veilhead_service.server import serve
+        from veilhead_service.state import State
 
         settings, _ = from_flags(
             config,
@@ -254,11 +292,12 @@ def run(
             log_level=log_level,
         )
         logs.configure(settings.log_format, settings.log_level)
-        if settings.without_tenants:
+        if settings.insecure_no_tenants:
             _logger.warning(
-                "there are no tenants: whoever reaches %s port %d may use every model; "
-                "`veilhead-server tenants add` makes the first, and a restart then asks for keys",
+                "insecure: without tenants, whoever reaches %s port %d may use every model",
                 settings.host,
                 settings.port,
             )
+        else:
+            State(settings.state_directory).close()  # what is wrong with it is said here
         serve(create_app(settings), settings, host=settings.host, port=settings.port)

@@ -68,22 +68,22 @@ class FirstLabel:
     Attributes:
         runtime: `onnx`, or `onnx-fp16` with half the bytes to fetch.
         cached: whether the backbone's files were there already.
+        fetched_bytes: what is fetched of the backbone.
+        runs: how often it was measured.
         import_seconds: until `import veilhead` was done, the interpreter's start included.
         connect_seconds: from there until the manifest was pinned.
         label_seconds: from there to the label: fetch, load, embed, encrypt, ask, decrypt.
         total_seconds: all of it; the median over `runs`, as are its parts.
-        runs: how often it was measured.
-        fetched_bytes: what is fetched of the backbone when it is not cached.
     """
 
     runtime: str
     cached: bool
+    fetched_bytes: int
+    runs: int
     import_seconds: float
     connect_seconds: float
     label_seconds: float
     total_seconds: float
-    runs: int
-    fetched_bytes: int
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ def run_light_client() -> LightClientReport:
                         FirstLabel(
                             runtime,
                             cached,
+                            0 if cached else sum(entry.bytes for entry in files),
+                            len(rows),
                             *(statistics.median(column) for column in zip(*rows, strict=True)),
-                            runs=len(rows),
-                            fetched_bytes=0 if cached else sum(entry.bytes for entry in files),
                         )
                     )
         return LightClientReport(
@@ -164,8 +164,7 @@ def show(report: LightClientReport, out: Path) -> None:
     largest = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in report.largest.items())
     lines = [
         f"installed          {report.installed_bytes / 1e6:.0f} MB ({largest})",
-        f"import veilhead    {report.import_seconds:.2f} s (a bare interpreter: "
-        f"{report.bare_seconds:.2f} s)",
+        f"import veilhead    {report.import_seconds:.2f} s (bare: {report.bare_seconds:.2f} s)",
         f"must not be there  {', '.join(report.heavy) or 'nothing of it is'}",
         f"labels             {'right' if report.right else 'WRONG'}",
     ]

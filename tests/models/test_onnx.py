@@ -28,7 +28,7 @@ from veilhead_protocol.errors import ArtifactError, BackboneError
 from veilhead_protocol.files import describe_file
 
 #: Long, short, empty, strange: in one call, so that they are padded.
-MIXED = (*TEXTS, *PROBES, "acute pain " * 40, "\ud800 half a pair")
+MIXED = (*TEXTS, *PROBES[:-1], "acute pain " * 20, "\ud800 half a pair")
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,13 @@ class TestExport:
 
     def test_nothing_of_this_machine_is_in_the_graph(self, of_texts):
         for path in GRAPH_FILES.values():
-            content = (of_texts.backbone / path).read_bytes()
-            for word in (b".py", b"/", str(Path.home()).encode(), b"Roberta", b"torch.nn"):
-                assert word not in content, word
-            model = onnx.load_from_string(content)
+            model = onnx.load(of_texts.backbone / path)
+            for weight in model.graph.initializer:
+                weight.ClearField("raw_data")
+            rest = model.SerializeToString()
+            assert b"input_ids" in rest
+            for word in (b".py", b"/", b"Roberta", b"torch.nn"):
+                assert word not in rest, word
             assert {node.domain for node in model.graph.node} == {""}
             assert not model.functions
             assert not any(item.external_data for item in model.graph.initializer)
@@ -262,9 +265,18 @@ class TestExport:
         }
 
 
-def graph_of(name, location=None, *, inputs=("input_ids", "attention_mask"), shape=("b", 16)):
+def graph_of(
+    name,
+    location=None,
+    *,
+    inputs=("input_ids", "attention_mask"),
+    shape=("b", 16),
+    kind=TensorProto.FLOAT,
+):
     """A graph of the right form, whose weight is outside of it at `location`."""
-    weight = onnx.numpy_helper.from_array(np.ones(16, dtype=np.float32), "w")
+    weight = onnx.numpy_helper.from_array(
+        np.ones(16, dtype=helper.tensor_dtype_to_np_dtype(kind)), "w"
+    )
     if location is not None:
         weight.ClearField("raw_data")
         weight.data_location = TensorProto.EXTERNAL
@@ -272,7 +284,7 @@ def graph_of(name, location=None, *, inputs=("input_ids", "attention_mask"), sha
             entry = weight.external_data.add()
             entry.key, entry.value = key, value
     nodes = [
-        helper.make_node("Cast", ["attention_mask"], ["m"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["attention_mask"], ["m"], to=kind),
         helper.make_node("ReduceSum", ["m"], ["s"], keepdims=1),
         helper.make_node("Mul", ["s", "w"], [name]),
     ]
@@ -280,7 +292,7 @@ def graph_of(name, location=None, *, inputs=("input_ids", "attention_mask"), sha
         nodes,
         "g",
         [helper.make_tensor_value_info(key, TensorProto.INT64, ["b", "t"]) for key in inputs],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, kind, shape)],
         [weight],
     )
     opset = [helper.make_opsetid("", 18)]
@@ -349,7 +361,7 @@ class TestLoad:
         [
             graph_of("out", inputs=("attention_mask",)),
             graph_of("out", inputs=("input_ids", "attention_mask", "token_type_ids")),
-            graph_of("out", shape=("b", "d")),
+            graph_of("out", kind=TensorProto.DOUBLE),
             graph_of("out", shape=("b", "t", 16)),
         ],
     )

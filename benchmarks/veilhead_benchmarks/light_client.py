@@ -206,9 +206,9 @@ def _publish(work: Path) -> tuple[BackboneSection, str]:
     weight = np.random.default_rng(0).normal(size=(_CLASSES, 384)) * 4  # [C, d]
     labels = [f"class {number}" for number in range(_CLASSES)]
     head = HeadArtifact.from_weights(weight, None, labels).with_backbone(directory, section)
-    head.save(work / _MODEL)
-    manifest, _ = export_onnx(work / _MODEL, precisions=("fp32", "fp16"))
-    publish(work / _MODEL, work / "store")
+    head.save(work / "artifacts" / _MODEL)
+    manifest, _ = export_onnx(work / "artifacts" / _MODEL, precisions=("fp32", "fp16"))
+    publish(work / "artifacts" / _MODEL, work / "store")
     if manifest.backbone is None:
         raise AssertionError("it was exported")
     logits = head.logits(Backbone.load(directory, section, device="cpu").embed([_TEXT]))

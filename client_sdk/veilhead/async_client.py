@@ -231,9 +231,10 @@ class AsyncClient:
         function_to_apply: FunctionToApply | None = None,
         concurrency: int = CHUNKS,
         progress: Callable[[int], Any] | None = None,
-    ) -> AsyncGenerator[Answer]:
+        start: int = 0,
+    ) -> AsyncGenerator[list[Prediction] | VeilheadError]:
         """As `Client.classify_many`; `texts` may be asynchronous too."""
-        stream = self._stream(texts, top_k, function_to_apply, concurrency)
+        stream = self._stream(texts, top_k, function_to_apply, concurrency, start)
         return self._streamed(stream, texts, progress)
 
     async def _streamed(
@@ -350,6 +351,7 @@ class AsyncClient:
         top_k: int | None,
         function_to_apply: FunctionToApply | None,
         concurrency: int,
+        start: int,
     ) -> Stream:
         if isinstance(texts, str):
             raise InputError("got one string, expected an iterable of texts: put it into a list")
@@ -357,7 +359,7 @@ class AsyncClient:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         self._check_task("text-classification")
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
-        return Stream(self, shape, self._window(concurrency))
+        return Stream(self, shape, self._window(concurrency), start)
 
     def _check_task(self, task: str) -> None:
         if self.manifest.task != task:
@@ -383,7 +385,7 @@ class AsyncClient:
         backbone, rows = await self._ready_backbone(), list(texts)
         call, size = Call(), self._engine.chunk
         return await self._collect(
-            partial(self._infer_texts, backbone, rows[start : start + size], start, call)
+            partial(self._infer_texts, backbone, rows[start : start + size], call)
             for start in range(0, len(rows), size)
         )
 
@@ -401,13 +403,11 @@ class AsyncClient:
             await window.cancel()
         return rows
 
-    async def _infer_texts(
-        self, backbone: Embedder, texts: Sequence[Any], first: int, call: Call
-    ) -> list[Row]:
-        """Logits or an error for each of the texts of one chunk, whose first row is `first`."""
-        embeddings, errors = await self._on_backbone_thread(
-            lambda: embed_rows(backbone, texts, first)
-        )
+    async def _infer_texts(self, backbone: Embedder, texts: Sequence[Any], call: Call) -> list[Row]:
+        """Logits or an error for each of the texts of one chunk."""
+        if call.hopeless is not None:  # nothing will be sent: do not embed either
+            return await self._infer(np.zeros((len(texts), backbone.dimensions)), call)
+        embeddings, errors = await self._on_backbone_thread(lambda: embed_rows(backbone, texts))
         rows = await self._infer(embeddings, call)
         for place, error in errors.items():
             rows[place] = error
@@ -464,28 +464,26 @@ class AsyncClient:
 
 
 class Stream:
-    """Texts that come chunk by chunk, and their answers in the same order."""
+    """Texts that come chunk by chunk, and their answers in the same order.
 
-    def __init__(self, client: AsyncClient, shape: Shape, window: Window[Row]) -> None:
+    Attributes:
+        chunk: texts that are best sent together.
+    """
+
+    def __init__(self, client: AsyncClient, shape: Shape, window: Window[Row], start: int) -> None:
         self._client = client
         self._shape = shape
         self._window = window
         self._call = Call()
-        self._sent = 0
-        self._answered = 0
-
-    @property
-    def chunk(self) -> int:
-        """Texts that are best sent together."""
-        return self._client._engine.chunk
+        self._answered = start
+        self.chunk = client._engine.chunk
 
     async def send(self, texts: Sequence[Any]) -> list[Answer]:
         """Start a chunk; the answers of earlier ones that are due."""
         backbone = await self._client._ready_backbone()
-        first, self._sent = self._sent, self._sent + len(texts)
         return self._answers(
             await self._window.start(
-                partial(self._client._infer_texts, backbone, texts, first, self._call)
+                partial(self._client._infer_texts, backbone, texts, self._call)
             )
         )
 

@@ -22,7 +22,7 @@ from veilhead.engine import Engine, QueryTrace
 from veilhead.predictions import FunctionToApply, Prediction
 from veilhead.runtimes import Runtime
 from veilhead.tokens import AggregationStrategy, Entity
-from veilhead_protocol.errors import ClientError
+from veilhead_protocol.errors import ClientError, VeilheadError
 from veilhead_protocol.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -215,7 +215,8 @@ class Client:
         function_to_apply: FunctionToApply | None = None,
         concurrency: int = CHUNKS,
         progress: Callable[[int], Any] | None = None,
-    ) -> Iterator[Answer]:
+        start: int = 0,
+    ) -> Iterator[list[Prediction] | VeilheadError]:
         """The answers to texts that need not fit into memory, in their order, as they come.
 
         A chunk of texts is embedded while earlier ones are on the wire. The iterable is read in the
@@ -230,6 +231,7 @@ class Client:
                 flight are those of the client's own `concurrency`.
             progress: called with the number of rows whenever some are answered; the `update` of a
                 tqdm bar fits.
+            start: the number of the first row, in the messages of errors.
 
         Yields:
             For each text its predictions, or, where it failed, the error, whose message names the
@@ -240,7 +242,7 @@ class Client:
             BackboneError: when the backbone cannot be loaded.
             InputError: when `texts` is a single string.
         """
-        stream = self._client._stream(texts, top_k, function_to_apply, concurrency)
+        stream = self._client._stream(texts, top_k, function_to_apply, concurrency, start)
         return self._streamed(stream, texts, progress)
 
     def _streamed(

@@ -14,7 +14,7 @@ from veilhead_protocol.manifest import HeadSection
 #: What makes scores of logits; the names are those of the transformers pipeline.
 FunctionToApply = Literal["softmax", "sigmoid", "none"]
 
-_FUNCTIONS: Final = get_args(FunctionToApply)
+_FUNCTIONS: Final[tuple[FunctionToApply, ...]] = get_args(FunctionToApply)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Shape:
     function: FunctionToApply
 
     @classmethod
-    def of(cls, head: HeadSection, top_k: int | None, function: FunctionToApply | None) -> Shape:
+    def of(cls, head: HeadSection, top_k: int | None, function: str | None) -> Shape:
         """The shape that a caller asked for; no function is the one of the head's problem type.
 
         Raises:
@@ -56,12 +56,14 @@ class Shape:
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-        if function is not None and function not in _FUNCTIONS:
-            raise ValueError(
-                f"function_to_apply must be one of {', '.join(_FUNCTIONS)} or None, "
-                f"got {function!r}"
-            )
-        return cls(head.labels, top_k, default_function(head) if function is None else function)
+        if function is None:
+            return cls(head.labels, top_k, default_function(head))
+        for known in _FUNCTIONS:
+            if function == known:
+                return cls(head.labels, top_k, known)
+        raise ValueError(
+            f"function_to_apply must be one of {', '.join(_FUNCTIONS)} or None, got {function!r}"
+        )
 
     def predictions(self, logits: NDArray[np.float64]) -> list[Prediction]:
         """The predictions of logits [C], best first."""

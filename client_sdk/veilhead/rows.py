@@ -15,29 +15,35 @@ if TYPE_CHECKING:
 
 
 def embed_rows(
-    backbone: Embedder, texts: Sequence[Any], first: int
+    backbone: Embedder, texts: Sequence[Any]
 ) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
     """Embeddings [len(texts), d], and the errors of the rows that have none, by place in `texts`.
 
-    A text that cannot be embedded becomes zeros, so that the service sees no difference. `first` is
-    the number of the first row, for messages.
+    A text that cannot be embedded becomes zeros, so that the service sees no difference.
     """
-    errors: dict[int, VeilheadError] = {
-        place: error for place, text in enumerate(texts) if (error := _unusable(text)) is not None
-    }
-    usable = ["" if place in errors else text for place, text in enumerate(texts)]
-    try:
-        embeddings = backbone.embed(usable)
-    except Exception as error:  # out of memory, say: whatever torch raises
-        for place in range(len(texts)):
-            failure = BackboneError(
-                f"the backbone failed on the texts of rows {first} to {first + len(texts) - 1}: "
-                f"{type(error).__name__}"
-            )
-            errors.setdefault(place, failure)
-        embeddings = np.zeros((len(texts), backbone.dimensions))
+    unusable = {place: error for place, text in enumerate(texts) if (error := _unusable(text))}
+    usable = ["" if place in unusable else text for place, text in enumerate(texts)]
+    embeddings, failures = _embedded(backbone, usable)
+    errors: dict[int, VeilheadError] = failures | unusable
     embeddings[list(errors)] = 0.0
     return embeddings, errors
+
+
+def _embedded(
+    backbone: Embedder, texts: list[str]
+) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
+    try:
+        return backbone.embed(texts), {}
+    except Exception as error:  # out of memory, say: whatever torch raises
+        if len(texts) == 1:
+            failure = BackboneError(f"the backbone failed on the text: {type(error).__name__}")
+            return np.zeros((1, backbone.dimensions)), {0: failure}
+    # In halves: those that can be embedded are, and less memory is needed.
+    half = len(texts) // 2
+    first, errors = _embedded(backbone, texts[:half])
+    second, more = _embedded(backbone, texts[half:])
+    errors |= {half + place: error for place, error in more.items()}
+    return np.concatenate((first, second)), errors
 
 
 def embed_token_rows(
@@ -84,9 +90,11 @@ def as_rows(embeddings: ArrayLike, dimensions: int) -> NDArray[np.float64]:
 
 
 def named(error: VeilheadError, row: int) -> VeilheadError:
-    """The same error, whose message says which row of a stream it is about."""
-    error.args = (f"row {row}: {error}",)
-    return error
+    """The error of one row of a stream, whose message names it; several rows may share `error`."""
+    copied = type(error).__new__(type(error), f"row {row}: {error}")
+    vars(copied).update(vars(error))
+    copied.__cause__ = error.__cause__
+    return copied
 
 
 def raise_errors(rows: Sequence[Any]) -> None:

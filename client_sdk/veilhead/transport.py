@@ -8,11 +8,14 @@ crafted reply would learn about the key from it.
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
@@ -334,8 +337,7 @@ async def _problem(response: httpx2.Response) -> Exception:
         "request_id": _printable(request_id) or None,
         "retryable": status in _RETRYABLE,
     }
-    asked = response.headers.get("retry-after", "")
-    retry_after = int(asked) if re.fullmatch(r"[0-9]{1,8}", asked) else None
+    retry_after = _retry_after(response.headers.get("retry-after", ""))
     if status in (401, 403):
         return AccessError(f"{message}; {_ACCESS_ADVICE}", **about)
     if status == 429 and code == BudgetExhaustedError.code:
@@ -346,6 +348,17 @@ async def _problem(response: httpx2.Response) -> Exception:
     if status == 429 and retry_after is not None and retry_after > _LONGEST_PAUSE_SECONDS:
         return error
     return _PauseError(error, retry_after)
+
+
+def _retry_after(asked: str) -> int | None:
+    """Seconds that a `Retry-After` asks for, as a number or (proxies do) as a date."""
+    if re.fullmatch(r"[0-9]{1,8}", asked):
+        return int(asked)
+    try:
+        date = parsedate_to_datetime(asked)
+        return max(0, math.ceil((date - datetime.now(UTC)).total_seconds()))
+    except (ValueError, TypeError, OverflowError):  # not a date, or one without a zone
+        return None
 
 
 def _printable(text: str) -> str:

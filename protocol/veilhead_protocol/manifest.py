@@ -240,8 +240,8 @@ class BackboneSection(_Section):
 class PolicySection(_Section):
     """What the vendor asks of both sides.
 
-    The client refuses parameters below `minimum_parameters`. `bulk` says whether layouts beyond
-    the hint limit are allowed; this version has none.
+    The client refuses parameters below `minimum_parameters`. `bulk` allows requests of more texts
+    than the hint limit of the set: they hide the head from honest keys only.
     """
 
     minimum_parameters: _ParameterName = "compact"
@@ -303,13 +303,22 @@ class Manifest(_Section):
 
     @cached_property
     def layout(self) -> Layout:
-        """The canonical layout of a query to this model."""
+        """The canonical layout of a query of one text."""
+        return self.layout_of(1)
+
+    def layout_of(self, texts: int) -> Layout:
+        """The canonical layout of a query of so many texts.
+
+        Raises:
+            LayoutError: when the model does not take so many at once.
+        """
         return Layout.canonical(
             self.parameter_set,
-            texts=1,
+            texts=texts,
             dimensions=self.head.dimensions,
             classes=len(self.head.labels),
             exponent=self.head.exponent,
+            bulk=self.policy.bulk,
         )
 
     def serialize(self) -> bytes:

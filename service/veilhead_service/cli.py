@@ -48,7 +48,7 @@ def train(
         str,
         typer.Argument(
             metavar="DATASET|FILE",
-            help="icd10-chapters, cfpb or vader-movies, or a .csv, .jsonl or .ndjson file.",
+            help="A data set by name (icd10-chapters, say), or a .csv, .jsonl or .ndjson file.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The artefact's directory; its name is the model's.")],
@@ -203,6 +203,13 @@ def publish(
         str | None,
         typer.Option(metavar="DATE", help="Serve the version before this one until then; UTC."),
     ] = None,
+    allow_bulk: Annotated[
+        bool,
+        typer.Option(
+            "--allow-bulk",
+            help="Answer thousands of texts at once: hides the head from honest clients only.",
+        ),
+    ] = False,
 ) -> None:
     """Put an artefact into a store. A service that runs on the store notices by itself.
 
@@ -228,6 +235,7 @@ def publish(
             retire_previous=(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
+            allow_bulk=allow_bulk,
         )
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")
 
@@ -257,9 +265,9 @@ def run(
 ) -> None:
     """Serve a store over HTTP until it is stopped.
 
-    Every request needs an API key of a tenant, which `veilhead-server tenants add` makes. As long
-    as there is no tenant at all, the service is open, and listens on loopback only. It speaks plain
-    HTTP: beyond loopback, put a proxy in front that speaks TLS.
+    Every request but those for its health needs an API key of a tenant, which `veilhead-server
+    tenants add` makes; a running service notices. It speaks plain HTTP: beyond loopback, put a
+    proxy in front that speaks TLS.
 
     Flags come before VEILHEAD_SERVER_* variables, these before the file; `veilhead-server
     settings` prints what is in force.
@@ -269,6 +277,7 @@ def run(
     with reported():
         from veilhead_service.app import create_app
         from veilhead_service.server import serve
+        from veilhead_service.state import State
 
         settings, _ = from_flags(
             config,
@@ -283,11 +292,12 @@ def run(
             log_level=log_level,
         )
         logs.configure(settings.log_format, settings.log_level)
-        if settings.without_tenants:
+        if settings.insecure_no_tenants:
             _logger.warning(
-                "there are no tenants: whoever reaches %s port %d may use every model; "
-                "`veilhead-server tenants add` makes the first, and a restart then asks for keys",
+                "insecure: without tenants, whoever reaches %s port %d may use every model",
                 settings.host,
                 settings.port,
             )
+        else:
+            State(settings.state_directory).close()  # what is wrong with it is said here
         serve(create_app(settings), settings, host=settings.host, port=settings.port)

@@ -189,16 +189,17 @@ def evaluate(
 def doctor(
     url: Annotated[str | None, typer.Option(help="A service to reach.")] = None,
     model: Annotated[str | None, typer.Option(help="One of its models.")] = None,
+    api_key_file: _ApiKeyFile = None,
     as_json: _Json = False,
 ) -> None:
     """Check this machine, and whether a service can be reached and understood.
 
-    A line for each check: ok, warn or fail, with what to do about it. No text is sent, and nothing
-    is encrypted but constants. Exit status 1 when a check fails.
+    A line for each check: ok, warn or fail, with what to do about it. No text is sent, nothing is
+    encrypted but constants, and the API key is not shown. Exit status 1 when a check fails.
 
     Example: veilhead doctor --url http://127.0.0.1:8000 --model icd10-chapters
     """
-    checks = examine(url, model)
+    checks = examine(url, model, api_key_file=api_key_file)
     typer.echo(render(checks, as_json=as_json))
     raise typer.Exit(0 if healthy(checks) else 1)
 

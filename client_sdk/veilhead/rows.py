@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from veilhead_protocol.errors import BackboneError, BatchError, InputError, VeilheadError
 
 if TYPE_CHECKING:
-    from veilhead_models.backbone import Backbone
+    from veilhead_models.embedder import Embedder, TokenWindow
 
 
 def embed_rows(
-    backbone: Backbone, texts: Sequence[Any]
+    backbone: Embedder, texts: Sequence[Any]
 ) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
     """Embeddings [len(texts), d], and the errors of the rows that have none, by place in `texts`.
 
@@ -30,7 +30,7 @@ def embed_rows(
 
 
 def _embedded(
-    backbone: Backbone, texts: list[str]
+    backbone: Embedder, texts: list[str]
 ) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
     try:
         return backbone.embed(texts), {}
@@ -44,6 +44,23 @@ def _embedded(
     second, more = _embedded(backbone, texts[half:])
     errors |= {half + place: error for place, error in more.items()}
     return np.concatenate((first, second)), errors
+
+
+def embed_token_rows(
+    backbone: Embedder, text: Any, row: int, stride: int | None
+) -> tuple[list[TokenWindow], VeilheadError | None]:
+    """The windows of one text, or none and the error. `row` is its number, for messages."""
+    error: VeilheadError | None = _unusable(text)
+    if error is not None:
+        return [], error
+    try:
+        return backbone.embed_tokens([text], stride=stride)[0], None
+    except BackboneError as refused:  # a stride that is none
+        return [], refused
+    except Exception as failure:  # out of memory, say: whatever torch raises
+        return [], BackboneError(
+            f"the backbone failed on the text of row {row}: {type(failure).__name__}"
+        )
 
 
 def _unusable(text: Any) -> InputError | None:

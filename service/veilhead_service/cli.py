@@ -203,6 +203,13 @@ def publish(
         str | None,
         typer.Option(metavar="DATE", help="Serve the version before this one until then; UTC."),
     ] = None,
+    allow_bulk: Annotated[
+        bool,
+        typer.Option(
+            "--allow-bulk",
+            help="Answer thousands of texts at once: hides the head from honest clients only.",
+        ),
+    ] = False,
 ) -> None:
     """Put an artefact into a store. A service that runs on the store notices by itself.
 
@@ -228,6 +235,7 @@ def publish(
             retire_previous=(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
+            allow_bulk=allow_bulk,
         )
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")
 

@@ -102,3 +102,21 @@ def soak(
     )
     show(report, out)
     raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command("light-client")
+def light_client(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
+        "benchmarks/results/light-client.json"
+    ),
+) -> None:
+    """Install veilhead[onnx] into an environment of its own: its size, and seconds to a label.
+
+    Builds a wheel of this source tree and installs it by pip. Exit status 1 when the environment
+    holds torch or the like, or a label was wrong.
+    """
+    from veilhead_benchmarks.light_client import run_light_client, show
+
+    report = run_light_client()
+    show(report, out)
+    raise typer.Exit(0 if report.passed else 1)

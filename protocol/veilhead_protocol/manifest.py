@@ -195,8 +195,8 @@ class BackboneSection(_Section):
     the embedding is divided by its norm.
 
     Texts are cut to `max_tokens` tokens. `token_types` says whether the transformer is given the
-    tokenizer's token types. `public_parameters` counts the numbers that everybody who fetches the
-    files gets. `onnx` is the same computation once more.
+    tokenizer's token types (where these are all zero it is not). `public_parameters` counts the
+    numbers that everybody who fetches the files gets. `onnx` is the same computation once more.
     """
 
     kind: Literal["transformers"]

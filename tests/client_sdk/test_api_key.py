@@ -59,7 +59,7 @@ def tenants(head_artifact, state):
 
     def connect(api_key=None, **settings):
         models = SingleModel(head_artifact)
-        given = {"insecure_no_tenants": False, "access_log": "off"} | settings
+        given = {"access_log": "off"} | settings
         app = create_app(Settings(workers=1, state_directory=state, **given), models=models)
         service = ScriptedService(InProcessTransport(app))
         client = Client("http://127.0.0.1", "model", api_key=api_key, transport=service)

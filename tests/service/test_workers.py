@@ -331,7 +331,9 @@ def open_app(store, artifacts, make_service, child_workers):
 
     def open_app(**settings):
         before = child_workers()
-        client = TestClient(create_app(Settings(store=store, workers=1, **settings)))
+        client = TestClient(
+            create_app(Settings(store=store, workers=1, insecure_no_tenants=True, **settings))
+        )
         return client, make_service(client, artifacts), lambda: child_workers() - before
 
     return open_app

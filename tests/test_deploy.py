@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +44,7 @@ class Usage:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """The metrics of an app in which every part is there."""
-    app = create_app(Settings(workers=1))
+    app = create_app(Settings(workers=1, insecure_no_tenants=True))
     telemetry = app.state.services.telemetry
     log = AccessLog(tmp_path_factory.mktemp("log") / "access.log", sync_seconds=0, file_bytes=4096)
     telemetry.watch(access_log_metrics(log))
@@ -103,7 +101,7 @@ def test_dashboard_and_alerts_use_metrics_that_exist(exposed):
 
 def test_routes_and_reasons_in_queries_exist(text):
     panels, alerts = expressions()
-    app = create_app(Settings(workers=1))
+    app = create_app(Settings(workers=1, insecure_no_tenants=True))
     paths = set(app.openapi()["paths"])
     for expression in (*panels, *alerts):
         assert set(re.findall(r'route="([^"]*)"', expression)) <= paths
@@ -187,7 +185,10 @@ def test_prometheus_scrapes_what_compose_runs(compose):
     secret = Path(job["authorization"]["credentials_file"])
     assert secret.parent == Path("/run/secrets")
     assert secret.name in compose["secrets"]
-    assert job["metrics_path"] in create_app(Settings(workers=1)).openapi()["paths"]
+    assert (
+        job["metrics_path"]
+        in create_app(Settings(workers=1, insecure_no_tenants=True)).openapi()["paths"]
+    )
 
 
 def test_grafana_reads_the_dashboard_where_compose_puts_it(compose):
@@ -214,39 +215,3 @@ def test_proxies_let_the_longest_message_through():
     assert int(re.search(r"client_max_body_size (\d+)m;", nginx)[1]) * 2**20 >= longest
     assert int(re.search(r"max_size (\d+)MB", caddy)[1]) * 10**6 >= longest
     assert nginx.count("{") == nginx.count("}")
-
-
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
-def test_nginx_accepts_its_configuration(tmp_path):
-    from datetime import UTC, datetime, timedelta
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "veilhead.example.com")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
-        .sign(key, hashes.SHA256())
-        .public_bytes(serialization.Encoding.PEM)
-    )
-    (tmp_path / "fullchain.pem").write_bytes(certificate)
-    (tmp_path / "privkey.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    site = (DEPLOY / "nginx.conf").read_text().replace("/etc/ssl/veilhead", str(tmp_path))
-    (tmp_path / "site.conf").write_text(site)
-    (tmp_path / "nginx.conf").write_text(
-        f"pid {tmp_path}/pid; error_log stderr; events {{}} http {{ access_log off; "
-        f"include {tmp_path}/site.conf; }}"
-    )
-    command_line = ["nginx", "-t", "-c", str(tmp_path / "nginx.conf")]
-    done = subprocess.run(command_line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

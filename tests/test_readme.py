@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from support.services import running
 from typer.testing import CliRunner
 
+from veilhead.api_key import API_KEY_VARIABLE
 from veilhead.cli import app as client_app
 from veilhead_models.artifact import HeadArtifact
 from veilhead_models.backbone import describe
@@ -24,9 +26,13 @@ EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", READ
 COMMANDS = re.findall(r"^\$ (.*)$", README.replace("\\\n", " "), re.MULTILINE)
 
 
-def run(source, directory):
+def run(source, directory, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, cwd=directory
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        cwd=directory,
+        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -48,8 +54,11 @@ def test_the_classify_example(tmp_path, tiny_directory):
     made = tmp_path / "icd10-chapters"
     head.with_backbone(tiny_directory, describe(tiny_directory)).save(made)
     publish(made, tmp_path / "store")
-    with running(tmp_path / "store", "--workers", "1") as url:
-        output = run(EXAMPLES["classify"].replace("http://127.0.0.1:8000", url), tmp_path)
+    state = ("--state", str(tmp_path / "state"))
+    added = CliRunner().invoke(server_app, ["tenants", "add", "clinic", *state])
+    with running(tmp_path / "store", "--workers", "1", access=state) as url:
+        source = EXAMPLES["classify"].replace("http://127.0.0.1:8000", url)
+        output = run(source, tmp_path, VEILHEAD_API_KEY=added.stdout.strip())
     one, *several = output.splitlines()
     assert one.startswith("[Prediction(label=")
     assert [line.count("(") for line in several] == [3, 3]
@@ -58,6 +67,9 @@ def test_the_classify_example(tmp_path, tiny_directory):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_exists_with_its_options(command):
     program, subcommand, *rest = command.split("#")[0].split()
+    if program == "export":
+        assert subcommand.startswith(f"{API_KEY_VARIABLE}=")
+        return
     if program == "make":
         assert f"\n{subcommand}:" in (ROOT / "Makefile").read_text("utf-8")
         return

@@ -141,7 +141,7 @@ def test_such_names_would_be_found(line):
 
 
 def documents():
-    found = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/vectors/*.md")]
+    found = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/vectors/*.md")]
     return [path.relative_to(ROOT) for path in sorted(found)]
 
 

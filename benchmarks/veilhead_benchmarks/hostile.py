@@ -379,7 +379,6 @@ async def _running(work: Path, around: Callable[[ASGIApp], ASGIApp]) -> AsyncIte
         Settings(
             store=work / "store",
             state_directory=work / "state",
-            insecure_no_tenants=False,
             workers=2,
             body_seconds=_BODY_SECONDS,
             # Requests come one after the other, and faster than any tenant sends them.

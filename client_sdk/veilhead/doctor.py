@@ -6,11 +6,13 @@ import os
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
 import httpx2
 import numpy as np
 
+from veilhead.api_key import find_api_key, read_api_key_file
 from veilhead.session import SecretKey
 from veilhead.transport import check_url
 from veilhead_protocol.checks import (
@@ -23,9 +25,8 @@ from veilhead_protocol.checks import (
     installed,
     passed,
 )
-from veilhead_protocol.errors import ManifestError, VeilheadError
+from veilhead_protocol.errors import InputError, ManifestError, VeilheadError
 from veilhead_protocol.files import cache_directory
-from veilhead_protocol.layout import Layout
 from veilhead_protocol.loopback import is_loopback
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, NAME_PATTERN, Manifest
@@ -33,18 +34,32 @@ from veilhead_protocol.parameters import COMPACT, STRONG, ParameterSet
 from veilhead_protocol.wire import FORMAT_VERSION, KeyMessage
 
 _PACKAGES: Final = ("veilhead", "tenseal", "numpy", "httpx2", "zstandard")
-_BACKBONE_PACKAGES: Final = ("torch", "transformers", "tokenizers", "safetensors")
+#: What `pip install 'veilhead[...]'` brings to run a backbone; one of these sets is enough.
+_BACKBONE_PACKAGES: Final = {
+    "torch": ("torch", "transformers", "tokenizers", "safetensors"),
+    "onnx": ("onnxruntime", "tokenizers"),
+}
 
 _TIMEOUT_SECONDS: Final = 10.0
 #: A clock that is further off breaks TLS certificates and the dates of retirements.
 _SKEW_SECONDS: Final = 60.0
 _SCALE_BITS: Final = 40
 
+#: What an API key may do, and a request that shows it and changes nothing.
+_SCOPES: Final = (
+    ("models", "GET", "/v1/models"),
+    ("infer", "HEAD", "/v1/keys/" + "0" * 64),
+    ("usage", "GET", "/v1/usage"),
+)
+#: The scopes without which nothing can be classified.
+_NEEDED_SCOPES: Final = frozenset({"models", "infer"})
+
 
 def examine(
     url: str | None = None,
     model: str | None = None,
     *,
+    api_key_file: Path | None = None,
     transport: httpx2.BaseTransport | None = None,
 ) -> list[Check]:
     """Every check of this machine, and of a service when its URL is given.
@@ -52,35 +67,48 @@ def examine(
     Args:
         url: the service's base URL.
         model: a model whose manifest is read.
+        api_key_file: where the vendor's API key is; VEILHEAD_API_KEY when it is None.
         transport: what carries requests, instead of the network.
     """
     checks = [check_python(), *check_packages(_PACKAGES, "veilhead"), *_check_backbone_packages()]
     checks += check_parameters()
     checks += [_check_encryption(parameters) for parameters in (COMPACT, STRONG)]
     checks.append(_check_cache())
+    api_key = None
+    try:
+        given = None if api_key_file is None else read_api_key_file(api_key_file)
+        api_key = find_api_key(given)
+    except InputError as error:
+        advice = "ask the vendor for a key, in a file that is yours alone"
+        checks.append(Check("API key", Outcome.FAIL, str(error), advice))
     if url is not None:
-        checks += _check_service(url, model, transport)
+        checks += _check_service(url, model, api_key, transport)
     elif model is not None:
         checks.append(Check("model", Outcome.FAIL, "no URL", "give --url with --model"))
     return checks
 
 
 def _check_backbone_packages() -> list[Check]:
-    missing = [package for package in _BACKBONE_PACKAGES if installed(package) is None]
-    if missing:
-        found = f"not installed: {', '.join(missing)}"
-        advice = "pip install 'veilhead[torch]', unless you bring embeddings of your own"
-        return [Check("backbone", Outcome.WARN, found, advice)]
-    found = ", ".join(f"{package} {version(package)}" for package in _BACKBONE_PACKAGES)
-    return [passed("backbone", found)]
+    """The first runtime that is whole; `Client` takes it too."""
+    missing = {}
+    for extra, packages in _BACKBONE_PACKAGES.items():
+        missing[extra] = [package for package in packages if installed(package) is None]
+        if not missing[extra]:
+            found = ", ".join(f"{package} {version(package)}" for package in packages)
+            return [passed("backbone", found)]
+    found = f"not installed: {', '.join(missing['torch'])}"
+    advice = (
+        "pip install 'veilhead[torch]', or 'veilhead[onnx]' where the vendor's models have an ONNX "
+        "form, unless you bring embeddings of your own"
+    )
+    return [Check("backbone", Outcome.WARN, found, advice)]
 
 
 def _check_encryption(parameters: ParameterSet) -> Check:
     """A fresh key, its message read back, and an encryption of the right size. All in memory."""
     name = f"encryption {parameters.name}"
     try:
-        layout = Layout.canonical(parameters, texts=1, dimensions=8, classes=2, exponent=0)
-        key = SecretKey(parameters, layout)
+        key = SecretKey(parameters)
         read = KeyMessage.deserialize(key.message)
         encrypted = key.encrypt(np.ones(parameters.poly_modulus_degree), _SCALE_BITS)
         shape = (len(parameters.data_primes), parameters.poly_modulus_degree)
@@ -105,7 +133,10 @@ def _check_cache() -> Check:
 
 
 def _check_service(
-    url: str, model: str | None, transport: httpx2.BaseTransport | None
+    url: str,
+    model: str | None,
+    api_key: str | None,
+    transport: httpx2.BaseTransport | None,
 ) -> list[Check]:
     try:
         base = check_url(url)
@@ -119,7 +150,8 @@ def _check_service(
         transport=transport,
         trust_env=not is_loopback(base.host),
         follow_redirects=False,
-        headers={"Accept-Encoding": "identity"},
+        headers={"Accept-Encoding": "identity"}
+        | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"}),
     ) as http:
         try:
             ready = http.get("/readyz")
@@ -129,7 +161,10 @@ def _check_service(
         checks.append(_check_ready(ready))
         checks.append(_check_skew(ready.headers.get("date"), datetime.now(UTC)))
         try:
-            checks.append(_check_formats(http.get("/version")))
+            versions = http.get("/version")
+            checks.append(_check_api_key(http, versions, given=api_key is not None))
+            if versions.status_code != 401:
+                checks.append(_check_formats(versions))
             if model is not None:
                 checks.append(_check_model(http, model))
         except httpx2.HTTPError as error:
@@ -157,6 +192,37 @@ def _check_skew(date: str | None, now: datetime) -> Check:
     return passed("clock", f"{skew:.0f} s from the service's")
 
 
+def _check_api_key(http: httpx2.Client, versions: httpx2.Response, *, given: bool) -> Check:
+    """Whether the service accepts the key, and what it lets the key do; the key is not shown.
+
+    Args:
+        http: sends the key with every request.
+        versions: the answer to /version, which any good key opens.
+        given: whether there is a key.
+    """
+    name = "API key"
+    if versions.status_code == 401:
+        if not given:
+            advice = "give the vendor's key: VEILHEAD_API_KEY or --api-key-file"
+            return Check(name, Outcome.FAIL, "none given, and the service wants one", advice)
+        found = "the service does not accept it: unknown, expired or revoked"
+        return Check(name, Outcome.FAIL, found, "ask the vendor for another")
+    if not given:
+        return passed(name, "none given, and none is asked for")
+    refused = {401, 403}
+    may = [
+        scope
+        for scope, method, path in _SCOPES
+        if http.request(method, path).status_code not in refused
+    ]
+    found = f"accepted, for: {', '.join(may) or 'nothing of this'}"
+    missing = sorted(_NEEDED_SCOPES - set(may))
+    if missing:
+        advice = f"ask the vendor for one with the scopes {', '.join(missing)}"
+        return Check(name, Outcome.FAIL, found, advice)
+    return passed(name, found)
+
+
 def _check_formats(answer: httpx2.Response) -> Check:
     name = "formats"
     theirs: Any = None
@@ -166,7 +232,7 @@ def _check_formats(answer: httpx2.Response) -> Check:
         except ValueError:
             theirs = None
     if not isinstance(theirs, dict):
-        advice = "it may be no Veilhead service, or ask for a key"
+        advice = "it may be no Veilhead service: check the URL"
         return Check(name, Outcome.WARN, f"{answer.status_code} from /version", advice)
     if (theirs.get("wire_format"), theirs.get("manifest_format")) != (
         FORMAT_VERSION,

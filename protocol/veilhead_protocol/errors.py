@@ -26,6 +26,7 @@ VeilheadError
 │   ├── DatasetError
 │   ├── BackboneError            also raised on the client, which runs the backbone
 │   ├── PrivacyError             a privacy budget that means nothing, or that the data cannot meet
+│   ├── CheckpointError          a checkpoint that cannot be imported
 │   └── ArtifactError
 ├── ServiceError                 the service cannot do what it was asked
 │   ├── StoreError
@@ -52,6 +53,11 @@ VeilheadError
     ├── InputError               a value that cannot be classified (not text, wrong shape)
     │   └── NotFiniteError       an embedding with NaN or infinity
     ├── DeidentifyError          a detector that failed: the text was not sent
+    ├── GatewayError             the gateway refuses a caller
+    │   ├── CallerError          no token of a caller, or another one
+    │   ├── RequestSizeError     more texts or bytes than one request may have
+    │   ├── GatewayFullError     too many texts wait already
+    │   └── GatewayClosedError   the gateway is about to stop
     ├── NotSentError             a row left unsent, since an earlier one failed for all of them
     └── BatchError               some rows failed; `results` keeps the others, `errors` says which
 
@@ -219,6 +225,12 @@ class PrivacyError(ModelError):
     """A privacy budget that means nothing, or that the training data cannot meet."""
 
     code = "privacy-budget"
+
+
+class CheckpointError(ModelError):
+    """A checkpoint that cannot be imported: unreadable, unsafe to read, or not to be split."""
+
+    code = "checkpoint"
 
 
 class ArtifactError(ModelError):
@@ -395,6 +407,36 @@ class DeidentifyError(ClientError):
     """A detector of the de-identification failed, so that the text was not embedded."""
 
     code = "deidentify"
+
+
+class GatewayError(ClientError):
+    """The gateway refuses a caller."""
+
+    code = "gateway"
+
+
+class CallerError(GatewayError):
+    """A request without the token of a caller."""
+
+    code = "caller"
+
+
+class RequestSizeError(GatewayError):
+    """More texts or bytes than one request may have."""
+
+    code = "request-size"
+
+
+class GatewayFullError(GatewayError):
+    """Too many texts wait already."""
+
+    code = "gateway-full"
+
+
+class GatewayClosedError(GatewayError):
+    """The gateway is about to stop, and takes no new texts."""
+
+    code = "gateway-closed"
 
 
 class NotSentError(ClientError):

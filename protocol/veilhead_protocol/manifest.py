@@ -158,6 +158,31 @@ class DenseSection(_Section):
     activation: Literal["identity", "tanh", "relu", "gelu", "sigmoid"]
 
 
+class OnnxSection(_Section):
+    """A backbone in a second form, for ONNX Runtime: nothing else of it is then needed.
+
+    `tokenizer` is a file of the tokenizers library that cuts and pads as the backbone wants it. The
+    graph takes `input_ids`, `attention_mask` and, where the backbone has token types,
+    `token_type_ids`, and gives the embeddings, in single precision either way: `fp16` only stores
+    its weights in half precision.
+    """
+
+    tokenizer: FileEntry
+    fp32: FileEntry | None = None
+    fp16: FileEntry | None = None
+
+    @model_validator(mode="after")
+    def _has_a_graph(self) -> OnnxSection:
+        if self.fp32 is None and self.fp16 is None:
+            raise ValueError("expected a graph of fp32, of fp16, or both")
+        return self
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """The tokenizer and the graphs that there are."""
+        return tuple(entry for entry in (self.tokenizer, self.fp32, self.fp16) if entry is not None)
+
+
 class BackboneSection(_Section):
     """The public transformer: its files, and how a text becomes an embedding.
 
@@ -171,7 +196,7 @@ class BackboneSection(_Section):
 
     Texts are cut to `max_tokens` tokens. `token_types` says whether the transformer is given the
     tokenizer's token types (where these are all zero it is not). `public_parameters` counts the
-    numbers that everybody who fetches the files gets.
+    numbers that everybody who fetches the files gets. `onnx` is the same computation once more.
     """
 
     kind: Literal["transformers"]
@@ -184,12 +209,18 @@ class BackboneSection(_Section):
     token_types: bool = False
     public_parameters: Annotated[int, Field(ge=1)]
     files: Annotated[tuple[FileEntry, ...], Field(strict=False, min_length=1, max_length=64)]
+    onnx: OnnxSection | None = None
+
+    @property
+    def all_files(self) -> tuple[FileEntry, ...]:
+        """`files`, and those of `onnx`: what is published. No client needs all of them."""
+        return self.files if self.onnx is None else self.files + self.onnx.files
 
     @model_validator(mode="after")
     def _paths_are_distinct(self) -> BackboneSection:
-        if len({entry.path for entry in self.files}) != len(self.files):
+        if len({entry.path for entry in self.all_files}) != len(self.all_files):
             raise ValueError("the backbone's file paths must be distinct")
-        if sum(entry.bytes for entry in self.files) > MAX_BACKBONE_BYTES:
+        if sum(entry.bytes for entry in self.all_files) > MAX_BACKBONE_BYTES:
             raise ValueError(f"the backbone has more than {MAX_BACKBONE_BYTES} bytes in all")
         return self
 
@@ -209,9 +240,9 @@ class BackboneSection(_Section):
 class PolicySection(_Section):
     """What the vendor asks of both sides.
 
-    The client refuses parameters below `minimum_parameters`. `bulk` says whether layouts beyond
-    the hint limit are allowed; this version has none. With `deidentify` the client replaces what
-    points at a person before it embeds a text, unless its user says otherwise.
+    The client refuses parameters below `minimum_parameters`. `bulk` allows requests of more texts
+    than the hint limit of the set: they hide the head from honest keys only. With `deidentify` the
+    client replaces what points at a person before it embeds a text, unless its user says otherwise.
     """
 
     minimum_parameters: _ParameterName = "compact"
@@ -275,13 +306,22 @@ class Manifest(_Section):
 
     @cached_property
     def layout(self) -> Layout:
-        """The canonical layout of a query to this model."""
+        """The canonical layout of a query of one text."""
+        return self.layout_of(1)
+
+    def layout_of(self, texts: int) -> Layout:
+        """The canonical layout of a query of so many texts.
+
+        Raises:
+            LayoutError: when the model does not take so many at once.
+        """
         return Layout.canonical(
             self.parameter_set,
-            texts=1,
+            texts=texts,
             dimensions=self.head.dimensions,
             classes=len(self.head.labels),
             exponent=self.head.exponent,
+            bulk=self.policy.bulk,
         )
 
     def serialize(self) -> bytes:

@@ -146,7 +146,10 @@ class TenantAccess:
         """Open the state."""
         directory = await self._in_thread(self._refresh)
         if not directory.keys:
-            logger.warning("there are no tenants: `veilhead-server tenants add` makes one")
+            logger.warning(
+                "there is no tenant yet, so nobody may ask anything: `veilhead-server tenants add "
+                "NAME` makes one; on loopback, `--insecure-no-tenants` does without"
+            )
 
     async def stop(self) -> None:
         """Close the state."""

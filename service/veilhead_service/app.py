@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI, Request
 from starlette.datastructures import MutableHeaders
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veilhead_service import access_log, problems, telemetry
@@ -96,7 +97,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
     )
     access = (
         InsecureAccess()
-        if settings.without_tenants
+        if settings.insecure_no_tenants
         else TenantAccess(
             settings.state_directory,
             rate=Rate(settings.rate_per_second, settings.rate_burst),
@@ -112,7 +113,11 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
             lifetime_seconds=settings.key_lifetime_seconds,
         ),
         pool=pool,
-        intake=Intake(max_bodies=settings.max_bodies, body_seconds=settings.body_seconds),
+        intake=Intake(
+            max_bodies=settings.max_bodies,
+            max_tenant_bodies=settings.tenant_max_bodies,
+            body_seconds=settings.body_seconds,
+        ),
         access=access,
         telemetry=Telemetry(),
     )
@@ -162,5 +167,8 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         tracing=tracing,
         access_log=log,
         log_required=settings.access_log_mode == "required",
+        templates=[
+            route.path for route in (*router.routes, *app.routes) if isinstance(route, Route)
+        ],
     )
     return app

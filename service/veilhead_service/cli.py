@@ -23,9 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Train, publish and serve private text classifiers.\n\n"
-        "`train` makes an artefact: a private head and a public manifest. `publish` puts it into a "
-        "store, `run` serves the store. The service answers on ciphertexts only: it never sees a "
-        "text, an embedding, a logit or a label."
+        "`train` and `import-hf` make an artefact: a private head and a public manifest. `publish` "
+        "puts it into a store, `run` serves the store. The service answers on ciphertexts only: it "
+        "never sees a text, an embedding, a logit or a label."
     ),
 )
 
@@ -48,7 +48,7 @@ def train(
         str,
         typer.Argument(
             metavar="DATASET|FILE",
-            help="icd10-chapters, cfpb or vader-movies, or a .csv, .jsonl or .ndjson file.",
+            help="A data set by name (icd10-chapters, say), or a .csv, .jsonl or .ndjson file.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The artefact's directory; its name is the model's.")],
@@ -56,7 +56,7 @@ def train(
     label: Annotated[str | None, typer.Option(help="The file's column of labels.")] = None,
     backbone: Annotated[
         Path | None,
-        typer.Option(help="Directory of a sentence transformer; MiniLM when it is absent."),
+        typer.Option(help="Directory of an encoder, or of an artefact; MiniLM when absent."),
     ] = None,
     parameters: Annotated[
         str,
@@ -90,7 +90,7 @@ def train(
             if find_spec(name) is None:  # before anything is fetched
                 raise ModuleNotFoundError(name=name)
 
-        from veilhead_models.backbone import describe, minilm
+        from veilhead_models.backbone import minilm, open_backbone
         from veilhead_models.datasets import load_dataset
         from veilhead_models.privacy import DEFAULT_DELTA, PrivacyBudget
         from veilhead_models.training import train_artifact
@@ -104,7 +104,7 @@ def train(
         else:
             privacy = None
         dataset = load_dataset(source, text=text, label=label)
-        directory, section = minilm() if backbone is None else (backbone, describe(backbone))
+        directory, section = minilm() if backbone is None else open_backbone(backbone)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -132,9 +132,94 @@ def train(
     typer.echo(f"{manifest.name}: {out} (digest {manifest.digest.hex()})")
 
 
+@app.command("import-hf")
+def import_hf(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="Directory of a transformers checkpoint that classifies texts or tokens.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The artefact's directory; its name is the model's.")],
+    name: Annotated[str | None, typer.Option(help="Another name for the model.")] = None,
+    parameters: Annotated[
+        str,
+        typer.Option(help="compact (fast), or strong (for secrets that must last decades)."),
+    ] = "compact",
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts such as clients will have, one a line; generated ones when absent.",
+        ),
+    ] = None,
+    embedding_scale: Annotated[
+        float | None,
+        typer.Option(help="What embeddings are divided by; found when absent."),
+    ] = None,
+) -> None:
+    """Make an artefact of a transformers classifier: its last linear layer becomes the head.
+
+    Everything before that layer becomes public. Code and pickle that come with a checkpoint are
+    never run.
+
+    Example: veilhead-server import-hf checkpoints/triage --out artifacts/triage
+    """
+    with reported():
+        for module in ("torch", "transformers"):
+            if find_spec(module) is None:
+                raise ModuleNotFoundError(name=module)
+
+        from veilhead_models.hf_import import import_hf as import_checkpoint
+        from veilhead_models.hf_import import read_texts
+
+        manifest, report = import_checkpoint(
+            source,
+            out,
+            name=name,
+            parameters=parameters,
+            texts=None if texts is None else read_texts(texts),
+            embedding_scale=embedding_scale,
+        )
+    typer.echo(report.render())
+    typer.echo(f"{manifest.name}: {out} (digest {manifest.digest.hex()})")
+
+
+@app.command("export-onnx")
+def export_onnx(
+    directory: Annotated[Path, typer.Argument(help="An artefact with a backbone.")],
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32 or fp16, how weights are stored; repeat it for both."),
+    ] = None,
+) -> None:
+    """Give an artefact's backbone an ONNX form, so that clients need no torch. Then publish it.
+
+    The manifest changes, and its digest: it is another version of the model. Half precision halves
+    what clients fetch; they compute in single precision either way. Prints how far each is from
+    torch, on texts of its own.
+
+    Example: veilhead-server export-onnx artifacts/icd10-chapters
+    """
+    with reported():
+        for name in ("torch", "transformers", "onnxscript", "onnxruntime"):
+            if find_spec(name) is None:
+                raise ModuleNotFoundError(name=name)
+
+        from veilhead_models.onnx_export import export_onnx as export
+
+        manifest, parities = export(directory, precisions=precision or ["fp32"])
+    for parity in parities:
+        typer.echo(parity.render())
+    typer.echo(f"{manifest.name}: {directory} (digest {manifest.digest.hex()})")
+
+
 @app.command()
 def publish(
-    directory: Annotated[Path, typer.Argument(help="An artefact that `train` made.")],
+    directory: Annotated[
+        Path, typer.Argument(help="An artefact that `train` or `import-hf` made.")
+    ],
     store: Annotated[Path, typer.Option(help="The store that `run` serves.")],
     sign_with: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Sign the manifest with this signing key.")
@@ -150,6 +235,13 @@ def publish(
         str | None,
         typer.Option(metavar="DATE", help="Serve the version before this one until then; UTC."),
     ] = None,
+    allow_bulk: Annotated[
+        bool,
+        typer.Option(
+            "--allow-bulk",
+            help="Answer thousands of texts at once: hides the head from honest clients only.",
+        ),
+    ] = False,
     deidentify: Annotated[
         bool,
         typer.Option(
@@ -182,6 +274,7 @@ def publish(
             retire_previous=(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
+            allow_bulk=allow_bulk,
             deidentify=deidentify,
         )
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")
@@ -212,9 +305,9 @@ def run(
 ) -> None:
     """Serve a store over HTTP until it is stopped.
 
-    Every request needs an API key of a tenant, which `veilhead-server tenants add` makes. As long
-    as there is no tenant at all, the service is open, and listens on loopback only. It speaks plain
-    HTTP: beyond loopback, put a proxy in front that speaks TLS.
+    Every request but those for its health needs an API key of a tenant, which `veilhead-server
+    tenants add` makes; a running service notices. It speaks plain HTTP: beyond loopback, put a
+    proxy in front that speaks TLS.
 
     Flags come before VEILHEAD_SERVER_* variables, these before the file; `veilhead-server
     settings` prints what is in force.
@@ -224,6 +317,7 @@ def run(
     with reported():
         from veilhead_service.app import create_app
         from veilhead_service.server import serve
+        from veilhead_service.state import State
 
         settings, _ = from_flags(
             config,
@@ -238,11 +332,12 @@ def run(
             log_level=log_level,
         )
         logs.configure(settings.log_format, settings.log_level)
-        if settings.without_tenants:
+        if settings.insecure_no_tenants:
             _logger.warning(
-                "there are no tenants: whoever reaches %s port %d may use every model; "
-                "`veilhead-server tenants add` makes the first, and a restart then asks for keys",
+                "insecure: without tenants, whoever reaches %s port %d may use every model",
                 settings.host,
                 settings.port,
             )
+        else:
+            State(settings.state_directory).close()  # what is wrong with it is said here
         serve(create_app(settings), settings, host=settings.host, port=settings.port)

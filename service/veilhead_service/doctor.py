@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import http.client
 import os
 import resource
 import socket
@@ -26,7 +28,7 @@ from veilhead_protocol.checks import (
     passed,
     render,
 )
-from veilhead_protocol.errors import StoreError, VeilheadError
+from veilhead_protocol.errors import SecretFileError, StateError, StoreError, VeilheadError
 from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ _PACKAGES: Final = (
 
 #: No clock that is right is before this: the year of this version.
 _EARLIEST: Final = datetime(2026, 1, 1, tzinfo=UTC)
+
+#: How long a service that runs already may take to say that it is ready.
+_PROBE_SECONDS: Final = 2.0
 
 _MEASURE: Final = """\
 import resource
@@ -81,8 +86,9 @@ def examine(settings: Settings) -> list[Check]:
     """Every check of these settings on this machine."""
     return [
         *check_parameters(),
-        *check_store(settings.store),
+        *check_store(settings),
         *check_state(settings.state_directory),
+        check_tenants(settings),
         check_port(settings.host, settings.port),
         check_core_dumps(),
         check_swap(Path("/proc/swaps")),
@@ -92,10 +98,11 @@ def examine(settings: Settings) -> list[Check]:
     ]
 
 
-def check_store(store: Path) -> list[Check]:
+def check_store(settings: Settings) -> list[Check]:
     """Whether the store can be read, only its owner writes to it, and heads are private."""
     from veilhead_service.model_store import ModelStore
 
+    store = settings.store
     if not store.is_dir():
         return [
             Check(
@@ -110,7 +117,18 @@ def check_store(store: Path) -> list[Check]:
             "store directory", store, advice=f"chmod o-w {store}: whoever writes there, publishes"
         )
     ]
-    source = ModelStore(store)
+    try:
+        head_key = settings.open_head_key()
+    except SecretFileError as error:
+        advice = "give the service the head key that `veilhead-server head-key new` made"
+        return [*checks, Check("head key", Outcome.FAIL, str(error), advice)]
+    if head_key is not None:
+        checks.append(passed("head key", f"id {head_key.id.hex()}"))
+    source = ModelStore(
+        store,
+        head_key_id=None if head_key is None else head_key.id,
+        require_encrypted_heads=settings.require_encrypted_heads,
+    )
     try:
         names = source.names()
         for name in names:
@@ -146,8 +164,26 @@ def check_state(directory: Path) -> list[Check]:
     return [check_private(name, directory, advice=f"chmod 700 {directory}")]
 
 
+def check_tenants(settings: Settings) -> Check:
+    """Whether anybody may ask the service."""
+    from veilhead_service.state import has_tenants
+
+    name = "tenants"
+    if settings.insecure_no_tenants:
+        advice = "make tenants before anybody else reaches the port, through a proxy too"
+        return Check(name, Outcome.WARN, "insecure_no_tenants: everybody may ask", advice)
+    try:
+        found = has_tenants(settings.state_directory)
+    except StateError as error:
+        return Check(name, Outcome.FAIL, str(error), "put a backup in its place")
+    if not found:
+        advice = "`veilhead-server tenants add NAME`; a running service notices"
+        return Check(name, Outcome.WARN, "none yet: every request gets 401", advice)
+    return passed(name, "there are some")
+
+
 def check_port(host: str, port: int) -> Check:
-    """Whether the service could listen there."""
+    """Whether the service could listen there, or already answers there."""
     where = f"{host} port {port}"
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -155,9 +191,22 @@ def check_port(host: str, port: int) -> Check:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        advice = "stop what listens there (this service, if it runs), or set host and port"
+        if error.errno == errno.EADDRINUSE and _is_ready(host, port):
+            return passed("port", f"{where}: a service answers there, and is ready")
+        advice = "stop what listens there, or set host and port"
         return Check("port", Outcome.FAIL, f"{where}: {error.strerror}", advice)
     return passed("port", f"{where} is free")
+
+
+def _is_ready(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(host, port, timeout=_PROBE_SECONDS)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().read(64) == b'{"status":"ready"}'
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def check_core_dumps() -> Check:

@@ -1,4 +1,4 @@
-"""Bodies on their way in: so many at once, and each within its time.
+"""Bodies on their way in: so many at once, so many of one tenant, and each within its time.
 
 A client that sends slowly holds a place here and none in the line before the workers.
 """
@@ -6,6 +6,7 @@ A client that sends slowly holds a place here and none in the line before the wo
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -13,33 +14,43 @@ from http import HTTPStatus
 from starlette.requests import ClientDisconnect
 
 from veilhead_protocol.errors import QueueFullError
-from veilhead_service.problems import Problem
+from veilhead_service.problems import RETRY_AFTER_SECONDS, Problem
 
 
 class Intake:
     """Counts and times the bodies that are being read."""
 
-    def __init__(self, *, max_bodies: int, body_seconds: float) -> None:
+    def __init__(self, *, max_bodies: int, max_tenant_bodies: int, body_seconds: float) -> None:
         self._max_bodies = max_bodies
+        self._max_tenant_bodies = max_tenant_bodies
         self._body_seconds = body_seconds
-        self._bodies = 0
+        self._bodies: Counter[str] = Counter()  # by tenant; only those that have some
 
     @property
     def bodies(self) -> int:
         """Bodies that are on their way now."""
-        return self._bodies
+        return self._bodies.total()
 
     @asynccontextmanager
-    async def body(self) -> AsyncIterator[None]:
-        """Read one body in this block.
+    async def body(self, tenant: str) -> AsyncIterator[None]:
+        """Read one body of this tenant in this block.
 
         Raises:
             QueueFullError: when too many are being read already; nothing of this one was.
-            Problem: 408 when it does not arrive in time, 400 when the client goes away.
+            Problem: 429 when too many of this tenant's are, 408 when it does not arrive in time,
+                400 when the client goes away.
         """
-        if self._bodies >= self._max_bodies:
+        if self._bodies[tenant] >= self._max_tenant_bodies:
+            raise Problem(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                "rate-limited",
+                "too many bodies of this tenant are on their way; send the same request later",
+                retryable=True,
+                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+            )
+        if self.bodies >= self._max_bodies:
             raise QueueFullError("too many bodies are on their way; send the same request later")
-        self._bodies += 1
+        self._bodies[tenant] += 1
         try:
             async with asyncio.timeout(self._body_seconds):
                 yield
@@ -56,4 +67,6 @@ class Intake:
                 HTTPStatus.BAD_REQUEST, "body-incomplete", "the connection ended within the body"
             ) from None
         finally:
-            self._bodies -= 1
+            self._bodies[tenant] -= 1
+            if not self._bodies[tenant]:
+                del self._bodies[tenant]

@@ -5,6 +5,7 @@
     STORE/<name>/<digest>.signatures    who signed its manifest, a line each
     STORE/<name>/<digest>.retired       when it stops being served
     STORE/<name>/current                the digest that the name stands for
+    STORE/.lock                         held by whoever publishes or retires
 
 Versions never change: a directory is named by the digest of its manifest and renamed into place
 whole. What may change about a version stands beside it, in small files that are replaced whole.
@@ -14,22 +15,35 @@ signed and retired.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from veilhead_models.artifact import ENCRYPTED_HEAD_FILE, HEAD_FILE, MANIFEST_FILE, HeadArtifact
+from veilhead_models.artifact import (
+    BACKBONE_DIRECTORY,
+    ENCRYPTED_HEAD_FILE,
+    HEAD_FILE,
+    MANIFEST_FILE,
+    HeadArtifact,
+)
 from veilhead_protocol.errors import (
+    ArtifactError,
+    BackboneError,
     HeadKeyError,
     ManifestError,
     ModelRetiredError,
     ModelUnavailableError,
     StoreError,
 )
+from veilhead_protocol.files import verify_files
 from veilhead_protocol.manifest import NAME_PATTERN, Manifest
 from veilhead_protocol.signatures import (
     MAX_SIGNATURES,
@@ -44,6 +58,7 @@ from veilhead_service.store_files import sync_directory, write_atomically
 _CURRENT = "current"
 _SIGNATURES = ".signatures"
 _RETIRED = ".retired"
+_LOCK = ".lock"
 _DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 #: Time, inode and size of a file, or None when it is absent: what tells that it was replaced.
@@ -345,12 +360,15 @@ def publish(
     signing_key: SigningKey | None = None,
     head_key: HeadKey | None = None,
     retire_previous: Retirement | None = None,
+    allow_bulk: bool = False,
     deidentify: bool = False,
 ) -> Manifest:
     """Copy a verified artefact into a store and let its name stand for it.
 
-    Publishing the same artefact again changes nothing, but adds the signature, and encrypts a head
-    that was not under `head_key`.
+    Publishing the same artefact again changes nothing in a whole version, but adds the signature,
+    and puts the head under `head_key`. Parts of a damaged version are replaced.
+
+    One publishes at a time: another process that publishes or retires is waited for.
 
     Args:
         directory: the artefact.
@@ -359,46 +377,115 @@ def publish(
         head_key: encrypts the head, which is then never in the store in plaintext.
         retire_previous: when the version that the name stood for stops being served; an earlier
             date that it already has stays.
-        deidentify: the manifest's policy asks clients to de-identify texts, whatever the
-            artefact's says.
+        allow_bulk: let the manifest's policy allow bulk requests, which pass the limit of hints:
+            another version than the artefact's own.
+        deidentify: let the policy ask clients to de-identify texts: another version, too.
 
     Raises:
         ArtifactError: when the directory is not a whole, consistent artefact.
         SelfTestError: when the encrypted head does not answer as the plaintext one.
-        StoreError: when the store cannot be written, or the version was retired.
+        StoreError: when the store cannot be written, the version was retired, or it is damaged in a
+            way that this cannot repair.
     """
     # Lazily: they load SEAL, and the process that answers HTTP keeps clear of it.
     from veilhead_service.encrypted_head import EncryptedHead
     from veilhead_service.self_test import self_test
 
     artifact = HeadArtifact.load(directory)
-    if deidentify:
-        policy = artifact.policy.model_copy(update={"deidentify": True})
+    asked = {"bulk": allow_bulk, "deidentify": deidentify}
+    if any(asked.values()):
+        policy = artifact.policy.model_copy(update={name: True for name, on in asked.items() if on})
         artifact = replace(artifact, policy=policy)
     manifest = artifact.manifest
     self_test(EncryptedHead(manifest, artifact.weight, artifact.bias), artifact)
     home = store / manifest.name
     version = home / manifest.digest.hex()
-    if _read_retirement(version) is not None:
-        raise StoreError(
-            f"this version of {manifest.name} was retired: withdraw that first, with "
-            f"`veilhead-server retire {manifest.name} {version.name} --withdraw`"
-        )
-    previous = ModelStore(store).current_digest(manifest.name)
-    try:
-        if not version.is_dir():
+    with _changing(store):
+        if _read_retirement(version) is not None:
+            raise StoreError(
+                f"this version of {manifest.name} was retired: withdraw that first, with "
+                f"`veilhead-server retire {manifest.name} {version.name} --withdraw`"
+            )
+        previous = None
+        if retire_previous is not None:
+            previous = ModelStore(store).current_digest(manifest.name)
+        if not version.exists():
             encrypt = None if head_key is None else head_key.encrypt
             artifact.save(version, encrypt_head=encrypt)
-        elif head_key is not None:
-            _encrypt_in_place(version, artifact, head_key)
+        else:
+            _repair(version, artifact, head_key)
         if signing_key is not None:
             _add_signature(version, signing_key.sign(manifest.digest))
         write_atomically(home / _CURRENT, f"{version.name}\n".encode())
         if retire_previous is not None and previous not in (None, version.name):
             _retire_no_later(home / str(previous), retire_previous)
+    return manifest
+
+
+@contextmanager
+def _changing(store: Path) -> Iterator[None]:
+    """Change a store, which is made when it is absent, in this block, and nobody else meanwhile.
+
+    The kernel lets go of the lock when the process ends, however it does.
+
+    Raises:
+        StoreError: for every OSError of the block.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(store / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise StoreError(f"the store {store} cannot be written: {error}") from error
-    return manifest
+
+
+def _repair(version: Path, artifact: HeadArtifact, head_key: HeadKey | None) -> None:
+    """Make a version that is there already what publishing it now would have made.
+
+    Raises:
+        StoreError: when its head is encrypted, cannot be read, and there is no key to write it.
+    """
+    whole = True
+    try:
+        if (version / MANIFEST_FILE).read_bytes() != artifact.manifest.serialize():
+            whole = False
+        if artifact.backbone is not None:
+            verify_files(version / BACKBONE_DIRECTORY, artifact.backbone)
+    except (OSError, BackboneError):
+        whole = False
+    encrypted = version / ENCRYPTED_HEAD_FILE
+    if head_key is None and encrypted.exists():
+        # A head that is encrypted at rest never turns into a plaintext one unasked.
+        try:
+            key_id_of(encrypted.read_bytes()[:HEADER_BYTES])
+        except (OSError, HeadKeyError):
+            whole = False
+        if not whole:
+            raise StoreError(
+                f"{version} is damaged and its head is encrypted: publish it again with the head "
+                "key, --head-key-file"
+            )
+        return
+    if whole and head_key is None:
+        try:
+            HeadArtifact.load(version, verify_backbone=False)
+        except ArtifactError:
+            whole = False
+    if not whole:
+        fresh, aside = (version.with_name(f".{what}-{version.name}") for what in ("new", "old"))
+        for left in (fresh, aside):  # by a publisher that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        artifact.save(fresh, encrypt_head=None if head_key is None else head_key.encrypt)
+        version.rename(aside)
+        fresh.rename(version)
+        sync_directory(version.parent)
+        shutil.rmtree(aside)
+    elif head_key is not None:
+        _encrypt_in_place(version, artifact, head_key)
 
 
 def retire(store: Path, name: str, digest: str | None, retirement: Retirement | None) -> str:
@@ -413,26 +500,26 @@ def retire(store: Path, name: str, digest: str | None, retirement: Retirement | 
     Raises:
         StoreError: when there is no such version, or the store cannot be written.
     """
-    if digest is None:
-        digest = ModelStore(store).current_digest(name)
+    if not store.is_dir():
+        raise StoreError(f"there is no store {store}")
+    with _changing(store):
         if digest is None:
-            raise StoreError(f"no model {name[:64]!r} is published in {store}")
-    valid = NAME_PATTERN.fullmatch(name) and _DIGEST_PATTERN.fullmatch(digest)
-    version = store / name / digest
-    if not valid or not version.is_dir():
-        raise StoreError(
-            f"{store} has no such version of {name[:64]!r}: `veilhead-server models list` shows "
-            "the digests, 64 hexadecimal digits each"
-        )
-    record = version.with_name(digest + _RETIRED)
-    try:
+            digest = ModelStore(store).current_digest(name)
+            if digest is None:
+                raise StoreError(f"no model {name[:64]!r} is published in {store}")
+        valid = NAME_PATTERN.fullmatch(name) and _DIGEST_PATTERN.fullmatch(digest)
+        version = store / name / digest
+        if not valid or not version.is_dir():
+            raise StoreError(
+                f"{store} has no such version of {name[:64]!r}: `veilhead-server models list` "
+                "shows the digests, 64 hexadecimal digits each"
+            )
+        record = version.with_name(digest + _RETIRED)
         if retirement is None:
             record.unlink(missing_ok=True)
             sync_directory(record.parent)
         else:
             write_atomically(record, retirement.serialize())
-    except OSError as error:
-        raise StoreError(f"the store {store} cannot be written: {error}") from error
     return digest
 
 

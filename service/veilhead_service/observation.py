@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import Request
 from starlette.datastructures import Headers
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veilhead_protocol.errors import AccessLogError
@@ -82,8 +83,9 @@ class Observation:
 class _Watch:
     """What is seen of one request while it goes by."""
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, route_of: Callable[[str], str]) -> None:
         self._scope = scope
+        self._route_of = route_of
         self._state: MutableMapping[str, Any] = scope.setdefault("state", {})
         self._started = time.perf_counter()
         self._received: float | None = None
@@ -104,7 +106,10 @@ class _Watch:
 
     def observation(self) -> Observation:
         state = self._state
-        route = getattr(self._scope.get("route"), "path", OTHER)
+        # A request that was refused before the router saw it has none yet.
+        route = getattr(self._scope.get("route"), "path", None) or self._route_of(
+            self._scope["path"]
+        )
         method = self._scope["method"]
         named = OTHER if "{name}" in route else NONE
         received = self._started if self._received is None else self._received
@@ -138,6 +143,7 @@ class ObservationMiddleware:
         tracing: Tracing | None = None,
         access_log: AccessLog | None = None,
         log_required: bool = False,
+        templates: Sequence[str] = (),
     ) -> None:
         """Watch `app`.
 
@@ -147,19 +153,21 @@ class ObservationMiddleware:
             tracing: makes spans of every request, when there is one.
             access_log: records requests, when there is one.
             log_required: answer 503 to what cannot be recorded.
+            templates: the app's routes, for requests that are refused before they reach one.
         """
         self._app = app
         self._telemetry = telemetry
         self._tracing = tracing
         self._access_log = access_log
         self._log_required = log_required
+        self._templates = [(compile_path(template)[0], template) for template in templates]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request and note what it was."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        watch = _Watch(scope)
+        watch = _Watch(scope, self._route_of)
         log = None if scope["path"] in _UNRECORDED else self._access_log
         answer = _Answer(watch, send, log, required=self._log_required)
 
@@ -182,6 +190,12 @@ class ObservationMiddleware:
             if self._tracing is not None:
                 self._tracing.record(observation)
             request_state.reset(token)
+
+    def _route_of(self, path: str) -> str:
+        for pattern, template in self._templates:
+            if pattern.fullmatch(path):
+                return template
+        return OTHER
 
 
 class _Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from veilhead_protocol.errors import (
     ModelUnavailableError,
     StoreError,
 )
+from veilhead_protocol.layout import Layout
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
 from veilhead_protocol.signatures import SIGNATURE_HEADER, write_signatures
 from veilhead_protocol.wire import (
@@ -31,6 +33,7 @@ from veilhead_protocol.wire import (
     FORMAT_VERSION,
     MAX_KEY_BYTES,
     MAX_QUERY_BYTES,
+    QUERY_HEADER_BYTES,
     KeyMessage,
     QueryHeader,
     QueryMessage,
@@ -39,7 +42,7 @@ from veilhead_protocol.wire import (
 from veilhead_service.access import Access
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
-from veilhead_service.limits import Usage, charge
+from veilhead_service.limits import Usage, charge, requested_layout
 from veilhead_service.model_store import ModelSource, StoredModel
 from veilhead_service.problems import (
     OPENAPI_RESPONSE,
@@ -53,7 +56,8 @@ from veilhead_service.telemetry import Telemetry
 from veilhead_service.workers import WorkerPool
 
 MESSAGE_TYPE: Final = "application/octet-stream"
-_CACHE_FOREVER: Final = "public, max-age=31536000, immutable"
+# Not `public`: a shared cache would then answer those who have no API key.
+_CACHE_FOREVER: Final = "private, max-age=31536000, immutable"
 _REVALIDATE: Final = "no-cache"
 
 router = APIRouter(responses={"default": OPENAPI_RESPONSE})
@@ -100,8 +104,17 @@ def _digest(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """The body of a message: of the right type, and refused as soon as it passes the limit."""
+async def _body(
+    request: Request,
+    tenant: str,
+    limit: int,
+    expect: Callable[[bytes], int] | None = None,
+) -> bytes:
+    """The body of a message: of the right type, and refused as soon as it passes the limit.
+
+    With `expect`, the header's bytes say (or raise) how long the body has to be exactly, as soon as
+    they are here: nothing more of another one is read.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != MESSAGE_TYPE:
         raise Problem(
@@ -118,11 +131,23 @@ async def _body(request: Request, limit: int) -> bytes:
     if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
         raise too_large
     body = bytearray()
-    async with _services(request).intake.body():
+    expected: int | None = None
+    async with _services(request).intake.body(tenant):
         async for piece in request.stream():
             body += piece
             if len(body) > limit:
                 raise too_large
+            if expect is not None and expected is None and len(body) >= QUERY_HEADER_BYTES:
+                expected = expect(bytes(body[:QUERY_HEADER_BYTES]))
+            if expected is not None and len(body) > expected:
+                break
+    if expect is not None and expected is None:
+        expected = expect(bytes(body))  # shorter than a header: raises
+    if expected is not None and len(body) != expected:
+        raise MessageLengthError(
+            f"got {'more than' if len(body) > expected else 'only'} "
+            f"{min(len(body), expected)} bytes, expected {expected} for this model and layout"
+        )
     return bytes(body)
 
 
@@ -201,14 +226,14 @@ async def get_manifest(
 ) -> Response:
     """The manifest's canonical bytes. The ETag is their SHA-256, which clients pin.
 
-    Headers say who signed it, and when it will be retired.
+    Headers say who signed it, and when it will be retired. They may change while the bytes do not,
+    so a cache always asks again, with If-None-Match; a 304 carries them too.
     """
     model = _version(services, name, digest)
     _note_model(request, model)
     etag = _quoted(model.manifest.digest.hex())
-    headers = {"ETag": etag, "Cache-Control": _REVALIDATE if digest is None else _CACHE_FOREVER}
+    headers = {"ETag": etag, "Cache-Control": _REVALIDATE}
     if model.retirement is not None:
-        headers["Cache-Control"] = _REVALIDATE
         headers["Sunset"] = model.retirement.http_date
     if model.signatures:
         headers[SIGNATURE_HEADER] = write_signatures(model.signatures)
@@ -251,7 +276,7 @@ async def get_file(
     model = _version(services, name, digest)
     _note_model(request, model)
     backbone = model.manifest.backbone
-    entries = {} if backbone is None else {entry.path: entry for entry in backbone.files}
+    entries = {} if backbone is None else {entry.path: entry for entry in backbone.all_files}
     entry = entries.get(path)  # only paths of the manifest: nothing of a request names a file
     if entry is None:
         raise Problem(
@@ -283,7 +308,7 @@ async def register_key(
 ) -> Response:
     """Register a key message under its SHA-256: 201 when it is new, 200 when it was known."""
     expected = request.state.key_id = _digest(id)
-    body = await _body(request, MAX_KEY_BYTES)
+    body = await _body(request, tenant, MAX_KEY_BYTES)
     if not hmac.compare_digest(key_id(body), expected):
         raise Problem(
             HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -320,30 +345,35 @@ async def forget_key(id: str, request: Request, services: _Services, tenant: _Te
     openapi_extra=_message_in("a query message"),
 )
 async def infer(name: str, request: Request, services: _Services, tenant: _Tenant) -> Response:
-    """Evaluate the head on an encrypted embedding and answer with a reply message."""
+    """Evaluate the head on encrypted embeddings and answer with a reply message."""
     with suppress(ModelRetiredError, ModelUnavailableError):  # another version may be served
         _note_model(request, _current(services, name))
     services.pool.admit()  # before the body: a query that must wait too long is not even read
-    body = await _body(request, MAX_QUERY_BYTES)
-    header = QueryHeader.deserialize(body)
-    model = services.models.version(name, header.model_digest)
-    if model is None:
-        raise ModelMismatchError(
-            "the query names a version of this model that is not published here; "
-            "read the manifest again and make a new query"
-        )
+    found: list[tuple[QueryHeader, StoredModel, Layout]] = []
+
+    def expect(data: bytes) -> int:
+        header = QueryHeader.deserialize(data)
+        model = services.models.version(name, header.model_digest)
+        if model is None:
+            raise ModelMismatchError(
+                "the query names a version of this model that is not published here; "
+                "read the manifest again and make a new query"
+            )
+        layout = requested_layout(header, model.manifest)
+        found.append((header, model, layout))
+        return QueryMessage.size(model.manifest.parameter_set, layout)
+
+    body = await _body(request, tenant, MAX_QUERY_BYTES, expect)
+    ((header, model, layout),) = found
     _note_model(request, model)
     request.state.key_id = header.key_id
-    expected = QueryMessage.size(model.manifest.parameter_set, model.manifest.layout)
-    if len(body) != expected:
-        raise MessageLengthError(f"got {len(body)} bytes, expected {expected} for this model")
     key = services.keys.get(tenant, header.key_id)
     if key is None:
         raise key_not_registered()
     manifest = model.manifest
-    units = charge(manifest.layout, manifest.scales.exponent, manifest.parameter_set)
+    units = charge(layout, manifest.scales.exponent, manifest.parameter_set)
     async with services.access.charged(tenant, name, units):
-        evaluation = await services.pool.evaluate(model, header.key_id, key, body)
+        evaluation = await services.pool.evaluate(model, header.key_id, key, body, layout=layout)
     request.state.queue_seconds = evaluation.queue_seconds
     request.state.evaluate_seconds = evaluation.seconds
     return Response(

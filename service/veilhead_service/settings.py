@@ -23,7 +23,6 @@ from pydantic_settings import (
 from veilhead_protocol.errors import ConfigurationError
 from veilhead_protocol.loopback import is_loopback
 from veilhead_service.head_encryption import HeadKey, find_head_key
-from veilhead_service.state import has_tenants
 
 ENVIRONMENT_PREFIX: Final = "VEILHEAD_SERVER_"
 
@@ -57,9 +56,9 @@ class Settings(BaseSettings):
         host: address to listen on.
         port: port to listen on.
         state_directory: directory of tenants, API keys and budgets.
-        insecure_no_tenants: let everybody do everything, uncounted; on a loopback host only. None:
-            only while the state has no tenant.
+        insecure_no_tenants: let everybody do everything, uncounted; on a loopback host only.
         tenant_key_memory_bytes: memory for the registered keys of one tenant.
+        tenant_max_bodies: bodies of one tenant that may be on their way at once.
         rate_per_second: requests a second of a tenant without a rate of its own.
         rate_burst: requests at once of such a tenant.
         query_budget: queries of a tenant and model without a budget of their own, in a period;
@@ -109,8 +108,9 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)
     state_directory: Path = Path("state")
-    insecure_no_tenants: bool | None = None
+    insecure_no_tenants: bool = False
     tenant_key_memory_bytes: int = Field(default=16 * 2**20, ge=2**16)
+    tenant_max_bodies: int = Field(default=256, ge=1)
     rate_per_second: float = Field(default=1000.0, gt=0, allow_inf_nan=False)
     rate_burst: int = Field(default=2000, ge=1)
     query_budget: int | None = Field(default=None, ge=0)
@@ -159,21 +159,7 @@ class Settings(BaseSettings):
         """`access_log`, with `auto` resolved."""
         if self.access_log != "auto":
             return self.access_log
-        return "off" if self.without_tenants else "on"
-
-    @property
-    def without_tenants(self) -> bool:
-        """Whether everybody may do everything, as `insecure_no_tenants` says.
-
-        When it says nothing, a service that has no tenant yet is open on a loopback host. This is
-        decided when the service starts.
-
-        Raises:
-            StateError: when the state has to be looked at and cannot be.
-        """
-        if self.insecure_no_tenants is not None:
-            return self.insecure_no_tenants
-        return is_loopback(self.host) and not has_tenants(self.state_directory)
+        return "off" if self.insecure_no_tenants else "on"
 
     @classmethod
     def settings_customise_sources(

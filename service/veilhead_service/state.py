@@ -14,7 +14,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -86,13 +86,19 @@ class AuditEntry:
 def has_tenants(directory: Path) -> bool:
     """Whether any tenant was ever made in this state; a state that is not there has none.
 
+    Nothing is migrated or changed.
+
     Raises:
         StateError: when it is there and cannot be read.
     """
-    if not (directory / STATE_FILE).exists():
+    path = directory / STATE_FILE
+    if not path.exists():
         return False
-    with State(directory) as state:
-        return bool(state.tenants())
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            return database.execute("SELECT 1 FROM tenants LIMIT 1").fetchone() is not None
+    except sqlite3.Error as error:
+        raise StateError(_advice(path, error)) from error
 
 
 class State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -64,10 +65,17 @@ def read_secret(path: Path, *, max_bytes: int) -> bytes:
     """The content of a file that holds a key.
 
     Raises:
-        SecretFileError: when it cannot be read or is longer than any key.
+        SecretFileError: when it cannot be read, others may read or write it, or it is longer than
+            any key.
     """
     try:
         with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & 0o077:
+                raise SecretFileError(
+                    f"{path} is open to other users of this machine (mode {mode:03o}): chmod 600 "
+                    "it, and make a new key if they may have read this one"
+                )
             content = file.read(max_bytes + 1)
     except OSError as error:
         raise SecretFileError(f"{path} cannot be read ({error.strerror})") from error

@@ -27,6 +27,21 @@ def text_artifact(tmp_path_factory, tiny_directory):
 
 
 @pytest.fixture(scope="session")
+def problem_artifacts(tmp_path_factory, tiny_directory):
+    """Directories of models for texts whose labels do not exclude each other, and of numbers."""
+    found = {}
+    for problem_type, labels in (("multi_label", ["hot", "wet", "loud"]), ("regression", ["age"])):
+        weight = np.random.default_rng(7).normal(size=(len(labels), 16))
+        head = HeadArtifact.from_weights(
+            weight, np.zeros(len(labels)), labels, problem_type=problem_type
+        )
+        found[problem_type] = tmp_path_factory.mktemp("artifacts") / problem_type
+        described = head.with_backbone(tiny_directory, describe(tiny_directory))
+        described.save(found[problem_type])
+    return found
+
+
+@pytest.fixture(scope="session")
 def head_artifact(tmp_path_factory):
     """The directory of a model for embeddings: 32 dimensions, five classes."""
     directory = tmp_path_factory.mktemp("artifacts") / "model"
@@ -35,11 +50,11 @@ def head_artifact(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def served(text_artifact, head_artifact, tmp_path_factory):
-    """The URL of a real service of both models, in a process of its own."""
+def served(text_artifact, head_artifact, problem_artifacts, tmp_path_factory):
+    """The URL of a real service of all these models, in a process of its own."""
     store = tmp_path_factory.mktemp("served") / "store"
-    publish(text_artifact, store)
-    publish(head_artifact, store)
+    for directory in (text_artifact, head_artifact, *problem_artifacts.values()):
+        publish(directory, store)
     with running(store, "--workers", "1", log=subprocess.DEVNULL) as url:
         yield url
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import httpx2
 import pytest
+from starlette.testclient import TestClient
 from support.services import running
+from support.tenants import add_tenant
 from typer.testing import CliRunner
 
 from veilhead.cli import app
 from veilhead.doctor import examine
-from veilhead_protocol.checks import Outcome, healthy
-from veilhead_service.model_store import publish
+from veilhead_protocol.checks import Outcome, healthy, render
+from veilhead_service.app import create_app
+from veilhead_service.model_store import SingleModel, publish
+from veilhead_service.settings import Settings
+from veilhead_service.state import State
+from veilhead_service.tenants import KeyScope
 
 
 def outcomes(checks):
@@ -51,6 +58,73 @@ def test_a_real_service_passes(head_artifact, tmp_path):
     assert absent.exit_code == 1
     assert "404 for absent" in absent.stdout
     assert "-> no such model" in absent.stdout
+
+
+@pytest.fixture
+def guarded(head_artifact, tmp_path):
+    """Requests as a doctor makes them to a real service that wants keys: (transport, state)."""
+    app = create_app(
+        Settings(workers=1, state_directory=tmp_path / "state", access_log="off"),
+        models=SingleModel(head_artifact),
+    )
+    client = TestClient(app)
+
+    def answer(request):
+        found = client.request(request.method, request.url.path, headers=dict(request.headers))
+        headers = {"Date": format_datetime(datetime.now(UTC), usegmt=True)}
+        return httpx2.Response(found.status_code, headers=headers, content=found.content)
+
+    return httpx2.MockTransport(answer), tmp_path / "state"
+
+
+def key_file(tmp_path, written):
+    file = tmp_path / "key"
+    file.write_text(written)
+    file.chmod(0o600)
+    return file
+
+
+def api_key_check(transport, file=None):
+    checks = examine("http://127.0.0.1", "model", api_key_file=file, transport=transport)
+    assert "vh_" not in render(checks, as_json=True)
+    (check,) = (check for check in checks if check.name == "API key")
+    return check, outcomes(checks)
+
+
+def test_an_api_key_is_sent_and_what_it_may_do_is_said(guarded, tmp_path, monkeypatch):
+    transport, state = guarded
+    written = add_tenant(state, "clinic")
+    check, others = api_key_check(transport, key_file(tmp_path, written))
+    assert (check.outcome, check.found) == (Outcome.OK, "accepted, for: models, infer, usage")
+    assert others["formats"] is others["model"] is Outcome.OK
+    monkeypatch.setenv("VEILHEAD_API_KEY", written)
+    assert api_key_check(transport)[0] == check
+
+
+def test_a_key_that_is_not_enough_is_said(guarded, tmp_path):
+    transport, state = guarded
+    narrow = add_tenant(state, "narrow", scopes={KeyScope.MODELS})
+    assert "none given" in api_key_check(transport)[0].found
+    check, _ = api_key_check(transport, key_file(tmp_path, narrow))
+    assert (check.outcome, check.found) == (Outcome.FAIL, "accepted, for: models")
+    assert "infer" in check.advice
+    with State(state) as opened:
+        opened.revoke("narrow", None)
+    time.sleep(0.3)
+    check, others = api_key_check(transport, key_file(tmp_path, narrow))
+    assert check.outcome is others["model"] is Outcome.FAIL
+    assert "does not accept" in check.found
+
+
+def test_a_key_file_that_others_may_read_fails(tmp_path):
+    file = key_file(tmp_path, add_tenant(tmp_path / "state", "clinic"))
+    file.chmod(0o644)
+    checks = examine(api_key_file=file)
+    assert outcomes(checks)["API key"] is Outcome.FAIL
+    shown = CliRunner().invoke(app, ["doctor", "--api-key-file", str(file)])
+    assert shown.exit_code == 1
+    assert "chmod 600" in shown.stdout
+    assert "vh_" not in shown.stdout
 
 
 def test_plain_http_to_elsewhere_is_not_tried():

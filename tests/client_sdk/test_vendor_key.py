@@ -48,7 +48,11 @@ def connect(vendor):
 
     def make(*, change=None, model="model", **options):
         service = Substituting(
-            InProcessTransport(create_app(Settings(workers=1), models=ModelStore(vendor.store)))
+            InProcessTransport(
+                create_app(
+                    Settings(workers=1, insecure_no_tenants=True), models=ModelStore(vendor.store)
+                )
+            )
         )
         service.change = change
         clients.append(Client("http://127.0.0.1", model, transport=service, **options))

@@ -1,8 +1,8 @@
 """Secrets stay where they belong: markers go in everywhere, and are looked for everywhere else.
 
 A text, an API key and the coefficients of secret keys pass through the real SDK, the real command,
-a killed worker and every refusal that can be reached. Logs, metrics, access log, answers, errors,
-representations and files are then searched.
+workers that are killed, idle and while they evaluate, and every refusal that can be reached. Logs,
+metrics, access log, answers, errors, representations and files are then searched.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -91,6 +92,31 @@ def workers_of(url):
     ]
 
 
+def cpu_ticks(pid):
+    """Processor time of a process so far, in hundredths of a second; 0 when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])
+
+
+def kill_evaluating(url, client):
+    """Classify with a head that takes long, kill the workers within it; the labels, and how many
+    workers were killed."""
+    with ThreadPoolExecutor(1) as thread:
+        workers = {pid: cpu_ticks(pid) for pid in workers_of(url)}
+        answers = thread.submit(client.classify, [TEXT] * 24)
+        killed = set()
+        while len(killed) < len(workers) and not answers.done():
+            for pid, before in workers.items():
+                if pid not in killed and cpu_ticks(pid) >= before + 3:  # it only ever evaluates
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+            time.sleep(0.002)
+        return [row[0].label for row in answers.result(120)], len(killed)
+
+
 def hostile(url, answers, bearer_key):
     """Markers in every part of a request, on every route, right and wrong; answers are kept."""
     headers = {"Authorization": f"Bearer {bearer_key}", "X-Note": NOISE, "User-Agent": NOISE}
@@ -145,6 +171,11 @@ def run(tmp_path_factory, tiny_directory):
     head = HeadArtifact.from_weights(weight, np.zeros(4), ["red", "green", "blue", "grey"])
     head.with_backbone(tiny_directory, describe(tiny_directory)).save(root / "colours")
     publish(root / "colours", root / "store")
+    wide = HeadArtifact.from_weights(
+        np.random.default_rng(6).normal(size=(4096, 16)), None, [f"w{n}" for n in range(4096)]
+    )
+    wide.with_backbone(tiny_directory, describe(tiny_directory)).save(root / "wide")
+    publish(root / "wide", root / "store")
 
     secrets = []
     records = []
@@ -177,6 +208,11 @@ def run(tmp_path_factory, tiny_directory):
                     for pid in workers_of(url):  # each holds heads, keys and queries
                         os.kill(pid, signal.SIGKILL)
                     assert len(client.classify([TEXT] * 20)) == 20
+                    with Client(url, "wide", api_key=key) as slow:
+                        expected = slow.classify(TEXT)[0].label
+                        labels, killed = kill_evaluating(url, slow)
+                    assert killed
+                    assert set(labels) == {expected}
                     engine = client._engine
                     representations = [
                         repr(item)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,15 +60,3 @@ def test_logits_are_within_the_bound_and_labels_agree(backbone, name, classes, r
             first, second = np.sort(expected)[[-1, -2]]
             if first - second > 2 * bound:
                 assert logits.argmax() == expected.argmax()
-
-
-def test_images_work_as_well_as_texts():
-    example = Path(__file__).parents[2] / "examples" / "digits.py"
-    done = subprocess.run(
-        [sys.executable, str(example)], capture_output=True, text=True, check=True
-    )
-    lines = [line.rsplit(maxsplit=1) for line in done.stdout.splitlines()]
-    encrypted, plaintext, error, bound = (float(value) for _, value in lines)
-    assert encrypted == pytest.approx(plaintext, abs=0.003)
-    assert encrypted > 0.95
-    assert error <= bound

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from veilhead_models import datasets
 from veilhead_models.datasets import DATASETS, Dataset, load_dataset, read_table
 from veilhead_protocol.errors import DatasetError
+
+needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
 
 SECRET = "patient Jane Doe"
 
@@ -49,6 +52,8 @@ class TestPublished:
             ("icd10-sections-150", 150, 24_021, 5_412),
             ("cfpb", 8, 10_000, 3_000),
             ("vader-movies", 2, 8_455, 2_113),
+            ("vader-tweets", 2, 3_357, 824),
+            pytest.param("spam-assassin", 2, 4_732, 1_183, marks=needs_npm),
         ],
     )
     def test_rows_are_counted_and_sound(
@@ -63,7 +68,7 @@ class TestPublished:
         assert set(dataset.test.targets.tolist()) == set(range(classes))
 
     def test_every_name_is_covered_above(self) -> None:
-        assert len(DATASETS) == 5
+        assert len(DATASETS) == 7
 
     @pytest.mark.parametrize("name", ["icd10-chapters", "icd10-sections-77"])
     def test_icd10_splits_share_no_category(self, name: str) -> None:
@@ -110,12 +115,25 @@ class TestPublished:
         assert once.test.texts == again.test.texts
         assert set(once.test.texts) != set(other.test.texts)
 
+    def test_a_sample_is_of_the_rows(self) -> None:
+        dataset = published("vader-tweets")
+        sample = dataset.sample(50, 20)
+        assert (len(sample.train.texts), len(sample.test.texts)) == (50, 20)
+        assert sample.train.targets.shape == (50,)
+        rows = set(zip(dataset.train.texts, dataset.train.targets.tolist(), strict=True))
+        assert set(zip(sample.train.texts, sample.train.targets.tolist(), strict=True)) <= rows
+        assert dataset.sample(10**6, 10**6).test.texts == dataset.test.texts
+
     def test_valence_decides_the_label(self) -> None:
         dataset = load_dataset("vader-movies")
         rows = dict(zip(dataset.train.texts, dataset.train.targets.tolist(), strict=True)) | dict(
             zip(dataset.test.texts, dataset.test.targets.tolist(), strict=True)
         )
         assert dataset.labels[rows["Effective but too tepid biopic"]] == "negative"
+
+    def test_tweets_are_read_as_their_authors_wrote_them(self) -> None:
+        dataset = published("vader-tweets")
+        assert not any("&amp;" in text for text in dataset.train.texts)
 
 
 class TestOwnTables:

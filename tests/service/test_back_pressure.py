@@ -16,6 +16,7 @@ import pytest
 from starlette.testclient import TestClient
 from support.heads import unit_rows
 from support.processes import freeze, workers_of
+from support.tenants import add_tenant, bearer
 
 from veilhead import BatchError, Client
 from veilhead_benchmarks.processes import ServiceProcess
@@ -33,7 +34,7 @@ def open_app(store, artifacts, make_service):
     @contextmanager
     def open_app(**settings):
         before = workers_of()
-        app = create_app(Settings(store=store, workers=1, **settings))
+        app = create_app(Settings(store=store, workers=1, insecure_no_tenants=True, **settings))
         with TestClient(app) as client:
             (pid,) = workers_of() - before
             yield client, make_service(client, artifacts), pid
@@ -41,7 +42,7 @@ def open_app(store, artifacts, make_service):
     return open_app
 
 
-async def ask(app, chunks, *, path="/v1/models/digits/infer"):
+async def ask(app, chunks, *, path="/v1/models/digits/infer", authorization=""):
     """The status and body of a query whose body comes from an async iterator; counts its reads."""
     reads, status, answer = 0, 0, b""
 
@@ -63,7 +64,10 @@ async def ask(app, chunks, *, path="/v1/models/digits/infer"):
         "method": "POST",
         "path": path,
         "query_string": b"",
-        "headers": [(b"content-type", b"application/octet-stream")],
+        "headers": [
+            (b"content-type", b"application/octet-stream"),
+            (b"authorization", authorization.encode()),
+        ],
     }
     await app(scope, receive, send)
     return status, answer, reads
@@ -137,6 +141,34 @@ def test_bodies_on_their_way_are_bounded(open_app, problem):
         service.check_answers()
 
 
+def test_one_tenant_cannot_take_every_place_for_bodies(store, artifacts, make_service, tmp_path):
+    """Its bodies beyond its share are 429 and not read; another tenant's come in meanwhile."""
+    greedy, other = (add_tenant(tmp_path / "state", name) for name in ("greedy", "other"))
+    settings = {"max_bodies": 4, "tenant_max_bodies": 2, "body_seconds": 30, "workers": 1}
+    app = create_app(Settings(store=store, state_directory=tmp_path / "state", **settings))
+    with TestClient(app, headers=bearer(other)) as client:
+        intake = app.state.services.intake
+        release = asyncio.Event()
+
+        async def held():
+            yield b"VEIL"
+            await release.wait()
+
+        def ask_as_greedy(chunks):
+            return ask(app, chunks, authorization=f"Bearer {greedy}")
+
+        slow = [client.portal.start_task_soon(ask_as_greedy, held()) for _ in range(2)]
+        client.portal.call(until, lambda: intake.bodies == 2)
+        status, body, reads = client.portal.call(ask_as_greedy, pieces(b"VEIL"))
+        assert (status, reads) == (429, 0)
+        assert b"urn:veilhead:problem:rate-limited" in body
+        make_service(client, artifacts).check_answers()
+        client.portal.call(release.set)
+        assert {task.result(30)[0] for task in slow} == {422}  # they were no queries
+        assert client.portal.call(ask_as_greedy, pieces(b"VEIL"))[0] == 422
+        assert intake.bodies == 0
+
+
 def test_a_client_that_goes_away_within_its_body_frees_its_place(open_app):
     with open_app() as (client, _, _):
         intake = client.app.state.services.intake
@@ -168,17 +200,19 @@ def test_a_client_that_goes_away_within_its_body_frees_its_place(open_app):
 
 def test_the_intake_counts_right_whatever_happens_in_it():
     async def run():
-        intake = Intake(max_bodies=1, body_seconds=0.05)
-        async with intake.body():
+        intake = Intake(max_bodies=1, max_tenant_bodies=1, body_seconds=0.05)
+        async with intake.body("one"):
             assert intake.bodies == 1
+            with pytest.raises(Problem, match="of this tenant"):
+                await intake.body("one").__aenter__()
             with pytest.raises(QueueFullError):
-                await intake.body().__aenter__()
+                await intake.body("another").__aenter__()
         with pytest.raises(ZeroDivisionError):
-            async with intake.body():
+            async with intake.body("one"):
                 raise ZeroDivisionError
         assert intake.bodies == 0
         with pytest.raises(Problem) as caught:
-            async with intake.body():
+            async with intake.body("one"):
                 await asyncio.sleep(5)
         assert caught.value.status == 408
         assert caught.value.headers == {"Connection": "close"}

@@ -6,14 +6,22 @@ import json
 import resource
 import shutil
 import socket
+import threading
+import time
 from datetime import UTC, datetime
 
 import pytest
+import uvicorn
+from support.heads import artifact
+from support.tenants import add_tenant
 from typer.testing import CliRunner
 
 from veilhead_protocol.checks import Check, Outcome, check_packages, healthy, render
 from veilhead_service import doctor
 from veilhead_service.cli import app
+from veilhead_service.head_encryption import HeadKey
+from veilhead_service.settings import Settings
+from veilhead_service.state import STATE_FILE
 
 
 def run(*arguments):
@@ -62,24 +70,28 @@ def outcomes(checks):
 
 
 def test_a_head_that_others_can_read_fails(copy):
-    assert healthy(doctor.check_store(copy))
+    assert healthy(doctor.check_store(Settings(store=copy)))
     head = next(copy.glob("*/*/head*"))
     head.chmod(0o640)
-    failed = [check for check in doctor.check_store(copy) if check.outcome is Outcome.FAIL]
+    failed = [
+        check for check in doctor.check_store(Settings(store=copy)) if check.outcome is Outcome.FAIL
+    ]
     assert [check.name for check in failed] == ["private head"]
     assert f"chmod 600 {head}" in failed[0].advice
 
 
 def test_a_store_that_anybody_may_write_to_fails(copy):
     copy.chmod(0o777)
-    assert outcomes(doctor.check_store(copy))["store directory"] is Outcome.FAIL
+    assert outcomes(doctor.check_store(Settings(store=copy)))["store directory"] is Outcome.FAIL
 
 
 def test_a_damaged_model_fails_and_an_empty_store_warns(copy, tmp_path):
     (copy / "digits" / "current").write_text("nonsense")
-    assert not healthy(doctor.check_store(copy))
+    assert not healthy(doctor.check_store(Settings(store=copy)))
     (tmp_path / "empty").mkdir()
-    assert outcomes(doctor.check_store(tmp_path / "empty"))["models"] is Outcome.WARN
+    assert (
+        outcomes(doctor.check_store(Settings(store=tmp_path / "empty")))["models"] is Outcome.WARN
+    )
 
 
 def test_the_state_directory_is_the_services_alone(tmp_path):
@@ -92,6 +104,52 @@ def test_the_state_directory_is_the_services_alone(tmp_path):
     assert doctor.check_state(directory)[0].outcome is Outcome.OK
     (tmp_path / "file").touch()
     assert doctor.check_state(tmp_path / "file")[0].outcome is Outcome.FAIL
+
+
+def test_whether_anybody_may_ask_is_said(tmp_path):
+    settings = Settings(state_directory=tmp_path / "state")
+    assert "none yet" in doctor.check_tenants(settings).found
+    assert not (tmp_path / "state").exists()
+    add_tenant(tmp_path / "state", "clinic")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "state").iterdir()}
+    assert doctor.check_tenants(settings).outcome is Outcome.OK
+    assert (
+        before.items() <= {p.name: p.read_bytes() for p in (tmp_path / "state").iterdir()}.items()
+    )
+    (tmp_path / "state" / STATE_FILE).write_bytes(b"damaged " * 1000)
+    assert doctor.check_tenants(settings).outcome is Outcome.FAIL
+    open_to_all = Settings(insecure_no_tenants=True)
+    assert doctor.check_tenants(open_to_all).outcome is Outcome.WARN
+
+
+def test_encrypted_heads_need_a_head_key_that_is_private(vendor, tmp_path):
+    key = HeadKey.create(tmp_path / "head.key")
+    vendor.publish(artifact(2, 8), head_key=key)
+    assert not healthy(doctor.check_store(Settings(store=vendor.store)))
+    given = Settings(store=vendor.store, head_key_file=tmp_path / "head.key")
+    found = outcomes(doctor.check_store(given))
+    assert found["head key"] is found["model model"] is Outcome.OK
+    (tmp_path / "head.key").chmod(0o640)
+    (failed,) = (check for check in doctor.check_store(given) if not healthy([check]))
+    assert failed.name == "head key"
+    assert "chmod 600" in failed.found
+
+
+def test_a_service_that_runs_is_reached(service, tmp_path):
+    """The port is taken by the very service that is asked about."""
+    config = uvicorn.Config(service.client.app, port=0, lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        check = doctor.check_port("127.0.0.1", port)
+        assert (check.outcome, "ready" in check.found) == (Outcome.OK, True)
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def test_a_port_in_use_fails():

@@ -131,14 +131,28 @@ def test_a_new_key_is_private_and_never_replaces_another(tmp_path):
 def test_what_is_no_key_is_refused_without_being_shown(tmp_path, content):
     path = tmp_path / "head.key"
     path.write_bytes(content)
+    path.chmod(0o600)
     with pytest.raises(SecretFileError) as caught:
         HeadKey.load(path)
     assert TEXT[10:30] not in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o620, 0o644])
+def test_a_key_that_others_may_read_is_refused_without_being_shown(tmp_path, mode):
+    path = tmp_path / "head.key"
+    HeadKey.create(path)
+    path.chmod(mode)
+    with pytest.raises(SecretFileError, match=f"mode {mode:03o}.*chmod 600") as caught:
+        HeadKey.load(path)
+    assert path.read_text().strip() not in str(caught.value)
+    path.chmod(0o400)
+    assert HeadKey.load(path)
+
+
 def test_a_key_comes_from_one_place(tmp_path):
     path = tmp_path / "head.key"
     path.write_text(TEXT)
+    path.chmod(0o600)
     assert find_head_key(None, None) is None
     for key in (find_head_key(path, None), find_head_key(None, TEXT)):
         assert key is not None
@@ -306,7 +320,7 @@ def test_the_service_answers_with_encrypted_heads(vendor, make_service, problem,
     vendor.publish(heads["foreign"], head_key=OTHER)
     vendor.publish(heads["plain"])
     monkeypatch.setenv("VEILHEAD_SERVER_HEAD_KEY", TEXT)
-    settings = Settings(store=vendor.store, workers=1)
+    settings = Settings(store=vendor.store, workers=1, insecure_no_tenants=True)
     assert TEXT[10:] not in repr(settings)
     with TestClient(create_app(settings)) as client:
         service = make_service(client, heads)

@@ -89,7 +89,7 @@ def test_a_record_carries_the_request_it_belongs_to(log):
 
 
 def test_a_failure_is_logged_with_the_id_that_the_client_got(store, caplog):
-    app = create_app(Settings(store=store))
+    app = create_app(Settings(store=store, insecure_no_tenants=True))
     seen = []
 
     class Handler(logging.Handler):
@@ -115,7 +115,7 @@ def test_a_failure_is_logged_with_the_id_that_the_client_got(store, caplog):
 def test_requests_at_once_keep_their_ids_apart(store):
     import anyio
 
-    app = create_app(Settings(store=store))
+    app = create_app(Settings(store=store, insecure_no_tenants=True))
     found = {}
 
     @app.get("/slow/{number}")

@@ -30,7 +30,7 @@ def models(vendor, clock):
 @pytest.fixture
 def client(models):
     """Of an app whose store has a clock of the test's; without workers."""
-    return TestClient(create_app(Settings(workers=1), models=models))
+    return TestClient(create_app(Settings(workers=1, insecure_no_tenants=True), models=models))
 
 
 # --- dates ----------------------------------------------------------------------------------------
@@ -239,7 +239,9 @@ def test_after_the_date_everything_of_the_version_is_gone(client, vendor, clock,
 def test_a_query_for_a_retired_version_learns_which_is_current(vendor, make_service, problem):
     """In a running service: the old version answers until it does not, the new one goes on."""
     vendor.publish(FIRST)
-    with TestClient(create_app(Settings(store=vendor.store, workers=1))) as client:
+    with TestClient(
+        create_app(Settings(store=vendor.store, workers=1, insecure_no_tenants=True))
+    ) as client:
         old = make_service(client, {"model": FIRST})
         old.check_answers("model")
         session = old.session("model")

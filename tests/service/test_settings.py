@@ -150,7 +150,7 @@ def test_settings_are_frozen():
 def test_the_access_log_follows_tenants():
     assert Settings(access_log="required").access_log_mode == "required"
     assert Settings(insecure_no_tenants=True).access_log_mode == "off"
-    assert Settings(insecure_no_tenants=False).access_log_mode == "on"
+    assert Settings().access_log_mode == "on"
 
 
 def test_plain_text_shows_the_same(file):

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import pickle
 import stat
+from datetime import UTC, datetime
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey
@@ -34,7 +35,8 @@ from veilhead_protocol.signatures import (
     write_signatures,
 )
 from veilhead_service.app import create_app
-from veilhead_service.model_store import ModelStore
+from veilhead_service.model_store import ModelStore, retire
+from veilhead_service.retirement import Retirement
 from veilhead_service.settings import Settings
 from veilhead_service.signing import SigningKey
 
@@ -187,8 +189,20 @@ def pem(key, encryption=None):
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "vendor.pem"
     path.write_bytes(content)
-    with pytest.raises(SecretFileError):
+    path.chmod(0o600)
+    with pytest.raises(SecretFileError, match="not a"):
         SigningKey.load(path)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o620, 0o644])
+def test_a_key_that_others_may_read_is_refused(tmp_path, mode):
+    path = tmp_path / "vendor.pem"
+    SigningKey.create(path)
+    path.chmod(mode)
+    with pytest.raises(SecretFileError, match=f"mode {mode:03o}.*chmod 600"):
+        SigningKey.load(path)
+    path.chmod(0o400)
+    assert SigningKey.load(path)
 
 
 def test_a_key_shows_and_copies_itself_nowhere():
@@ -203,7 +217,7 @@ def test_a_key_shows_and_copies_itself_nowhere():
 
 @pytest.fixture
 def client(vendor):
-    return TestClient(create_app(Settings(store=vendor.store, workers=1)))
+    return TestClient(create_app(Settings(store=vendor.store, workers=1, insecure_no_tenants=True)))
 
 
 def test_a_signature_comes_with_the_manifest(vendor, client):
@@ -231,6 +245,25 @@ def test_signing_later_changes_neither_digest_nor_version(vendor, client):
     found = read_signatures(after.headers["x-veilhead-signature"])
     assert {item.key_id for item in found} == {KEY.public.id, OTHER.public.id}
     assert {path: path.read_bytes() for path in version.rglob("*") if path.is_file()} == files
+
+
+def test_a_cache_that_asks_again_learns_of_new_signatures_and_of_the_end(vendor, client):
+    """The bytes stay, so the answer is 304; the headers it carries are those of now."""
+    head = artifact(4, 32, name="model")
+    digest = vendor.publish(head)
+    path = f"/v1/models/model?digest={digest}"
+    first = client.get(path)
+    assert first.headers["cache-control"] == "no-cache"  # so that a cache does ask again
+    held = {"If-None-Match": first.headers["etag"]}
+    vendor.publish(head, signing_key=KEY)
+    retire(vendor.store, "model", digest, Retirement(datetime(2099, 1, 1, tzinfo=UTC)))
+    again = client.get(path, headers=held)
+    assert (again.status_code, again.content) == (304, b"")
+    (signature,) = read_signatures(again.headers["x-veilhead-signature"])
+    assert signature.verifies(KEY.public, bytes.fromhex(digest))
+    assert again.headers["sunset"] == "Thu, 01 Jan 2099 00:00:00 GMT"
+    retire(vendor.store, "model", digest, Retirement(datetime(2020, 1, 1, tzinfo=UTC)))
+    assert client.get(path, headers=held).status_code == 410
 
 
 def test_a_version_has_a_bounded_number_of_signatures(vendor):

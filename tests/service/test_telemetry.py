@@ -10,12 +10,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
+from support.tenants import add_tenant, bearer
 
 from veilhead_protocol.errors import ConfigurationError
 from veilhead_service.app import create_app
 from veilhead_service.observation import ObservationMiddleware
 from veilhead_service.settings import Settings
 from veilhead_service.telemetry import Telemetry
+from veilhead_service.tenants import KeyScope
 from veilhead_service.tracing import Tracing
 
 
@@ -82,7 +84,7 @@ def test_a_refusal_is_counted_by_its_reason(service, added):
 def test_keys_are_counted_in_number_and_bytes_and_by_how_they_went(
     store, artifacts, make_service, tmp_path
 ):
-    app = create_app(Settings(store=store, key_memory_bytes=2**16))
+    app = create_app(Settings(store=store, key_memory_bytes=2**16, insecure_no_tenants=True))
     small = make_service(TestClient(app), artifacts)
     messages = [small.session("digits")._fresh_enough_key().message for _ in range(6)]
     for message in messages:
@@ -95,7 +97,7 @@ def test_keys_are_counted_in_number_and_bytes_and_by_how_they_went(
 
 
 def test_expired_keys_are_counted(store, artifacts, make_service):
-    app = create_app(Settings(store=store, key_idle_seconds=1e-6))
+    app = create_app(Settings(store=store, key_idle_seconds=1e-6, insecure_no_tenants=True))
     brief = make_service(TestClient(app), artifacts)
     message = brief.session("digits")._fresh_enough_key().message
     brief.put(message)
@@ -108,11 +110,46 @@ def test_requests_in_flight_are_those_being_answered(service):
 
 
 def test_apps_of_one_process_count_for_themselves(store):
-    first, second = (TestClient(create_app(Settings(store=store))) for _ in range(2))
+    first, second = (
+        TestClient(create_app(Settings(store=store, insecure_no_tenants=True))) for _ in range(2)
+    )
     first.get("/livez")
     labels = {"method": "GET", "route": "/livez", "model": "none", "code": "200"}
     assert value(samples(first), "veilhead_requests_total", **labels) == 1
     assert value(samples(second), "veilhead_requests_total", **labels) == 0
+
+
+def test_what_the_gate_refuses_is_counted_under_its_route(store, tmp_path):
+    """And paths of no route still are all one."""
+    key = add_tenant(tmp_path / "state", "clinic", scopes={KeyScope.METRICS})
+    app = create_app(Settings(store=store, state_directory=tmp_path / "state", access_log="off"))
+    client = TestClient(app)
+    paths = {
+        "/v1/models": "/v1/models",
+        "/v1/models/digits": "/v1/models/{name}",
+        "/v1/models/nowhere/files/a/b": "/v1/models/{name}/files/{path:path}",
+        "/v1/keys/x": "/v1/keys/{id}",
+        "/docs": "/docs",
+        "/v1/models/digits/nowhere": "other",
+        "/v1/models/": "other",
+        "/nowhere": "other",
+    }
+    for number in range(3):
+        for path in paths:
+            assert client.get(f"{path}{number}" if path == "/nowhere" else path).status_code == 401
+    assert client.get("/v1/models", headers=bearer(key)).status_code == 403
+    client.headers.update(bearer(key))
+    counted = samples(client)
+
+    def count(route, code):
+        model = "other" if "{name}" in route else "none"
+        labels = {"method": "GET", "route": route, "model": model, "code": code}
+        return value(counted, "veilhead_requests_total", **labels)
+
+    assert {route: count(route, "401") for route in paths.values()} == {
+        route: 9 if route == "other" else 3 for route in paths.values()
+    }
+    assert count("/v1/models", "403") == 1
 
 
 MARKER = "zqxjkmarker"
@@ -120,7 +157,7 @@ MARKER = "zqxjkmarker"
 
 def test_nothing_that_a_client_chooses_becomes_a_label(store, request_raw):
     """Labels are bounded, whatever paths, methods, names, ids and headers come."""
-    app = create_app(Settings(store=store))
+    app = create_app(Settings(store=store, insecure_no_tenants=True))
     client = TestClient(app)
     hostile = (MARKER, f"{MARKER}\n# TYPE x", f'{MARKER}"}} 1', "../" + MARKER, f"{MARKER}%00")
 
@@ -174,7 +211,7 @@ def spans(store, artifacts, make_service):
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    app = create_app(Settings(store=store, workers=1))
+    app = create_app(Settings(store=store, workers=1, insecure_no_tenants=True))
     app.add_middleware(ObservationMiddleware, telemetry=Telemetry(), tracing=Tracing(provider))
     with TestClient(app) as client:
         yield make_service(client, artifacts), exporter
@@ -221,7 +258,7 @@ def test_tracing_is_off_unless_it_is_set(store):
     """FastAPI's own spans, which hold paths and query strings, are never made."""
     from opentelemetry import trace
 
-    app = create_app(Settings(store=store))
+    app = create_app(Settings(store=store, insecure_no_tenants=True))
     assert not app._native_telemetry.enabled()
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)

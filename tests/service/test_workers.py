@@ -219,7 +219,7 @@ def test_a_cancelled_query_does_not_leave_its_answer_to_the_next(open_bench, dis
                 os.kill(pid, signal.SIGCONT)
             for query in queries[1:]:
                 reply = (await bench.evaluate(query)).reply
-                assert reply[136:168] == query.digest
+                assert reply[140:172] == query.digest
 
     asyncio.run(run())
 
@@ -331,7 +331,9 @@ def open_app(store, artifacts, make_service, child_workers):
 
     def open_app(**settings):
         before = child_workers()
-        client = TestClient(create_app(Settings(store=store, workers=1, **settings)))
+        client = TestClient(
+            create_app(Settings(store=store, workers=1, insecure_no_tenants=True, **settings))
+        )
         return client, make_service(client, artifacts), lambda: child_workers() - before
 
     return open_app

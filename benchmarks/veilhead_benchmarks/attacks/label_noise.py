@@ -46,8 +46,8 @@ def recipe(
     if generator is not None:
         labels += generator.normal(scale=epsilon / len(targets), size=labels.shape)
     gram = embeddings.T @ embeddings + np.eye(embeddings.shape[1])  # [d, d]
-    solution: _Array = np.linalg.solve(gram, embeddings.T @ labels)  # [d, C]
-    return solution.T
+    solution = np.linalg.solve(gram, embeddings.T @ labels)  # [d, C]
+    return np.asarray(solution.T, dtype=np.float64)
 
 
 def share_told_apart(

@@ -371,6 +371,7 @@ class Case:
             "kind": "transformers",
             "name": "example/sentence-encoder",
             "pooling": "mean",
+            "onnx": None,
             "split": None,
             "dense": [],
             "normalise": True,

@@ -258,24 +258,33 @@ def save_ciphertext(ciphertext: Any) -> Residues:
     return np.frombuffer(members, dtype="<u8", count=count, offset=start).reshape(2, primes, degree)
 
 
-def shifted_residues(seal: Runtime, ciphertexts: list[Any], shifts: int) -> Residues:
-    """Residues of each of m ciphertexts times X^0, ..., X^(shifts - 1): [m * shifts, 2, L, N].
+def expand_residues(
+    seal: Runtime, c0: Residues, seed: bytes, *, prng: int, ntt_form: bool, into: Residues
+) -> None:
+    """Write (c0, c1) in NTT form into `into` [2, L, N]: c0 [L, N], and c1 expanded from the seed.
 
-    All in NTT form, where X^k is a product with the k-th powers of the roots.
+    `ntt_form` says what c0 and the expansion are in, as in `load_seeded_ciphertext`.
     """
-    primes = seal.parameters.data_primes
-    shape = (len(ciphertexts), shifts, 2, len(primes), seal.parameters.poly_modulus_degree)
-    residues = np.empty(shape, dtype=np.uint64)
-    for row, ciphertext in zip(residues, ciphertexts, strict=True):
-        row[0] = save_ciphertext(ciphertext)
-    if shifts > 1:
-        roots = _roots(seal.parameters)
-        for shift in range(1, shifts):
-            for number, prime in enumerate(primes):
-                residues[:, shift, :, number] = _multiply(
-                    residues[:, shift - 1, :, number], roots[number], prime
-                )
-    return residues.reshape(-1, *shape[2:])
+    # What SEAL gives back it compresses: zeros, in the place of a c0 that is known, cost nothing.
+    given = np.zeros_like(c0) if ntt_form else c0
+    ciphertext = load_seeded_ciphertext(
+        seal, given, seed, prng=prng, ntt_form=ntt_form, scale_bits=0
+    )
+    into[:] = save_ciphertext(ciphertext)
+    if ntt_form:
+        into[0] = c0
+
+
+def shift_residues(parameters: ParameterSet, residues: Residues) -> None:
+    """Fill residues [m, shifts, 2, L, N]: row k is row 0 times X^k, all in NTT form.
+
+    There X^k is a product with the k-th powers of the roots.
+    """
+    for shift in range(1, residues.shape[1]):
+        for number, prime in enumerate(parameters.data_primes):
+            residues[:, shift, :, number] = _multiply(
+                residues[:, shift - 1, :, number], _roots(parameters)[number], prime
+            )
 
 
 @lru_cache(maxsize=4)

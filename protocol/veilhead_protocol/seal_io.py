@@ -110,6 +110,7 @@ class _Scratch(threading.local):
         self._owner = -1
         self._descriptor = -1
         self._path = ""
+        self._template: bytes | None = None
         self.decompressor = zstandard.ZstdDecompressor()
 
     def _open(self) -> None:
@@ -122,6 +123,7 @@ class _Scratch(threading.local):
         else:
             self._descriptor, self._path = tempfile.mkstemp(prefix="veilhead-public-")
         self._owner = os.getpid()
+        self._template = None
 
     def save(self, seal_object: Any) -> bytes:
         """What SEAL writes of this object."""
@@ -136,8 +138,22 @@ class _Scratch(threading.local):
         os.ftruncate(self._descriptor, len(data))
         seal_object.load(context, self._path)
 
+    def load_ending(self, seal_object: Any, context: Any, template: bytes, ending: bytes) -> None:
+        """As `load` of the template with another ending; the file keeps the rest of it.
+
+        A file that is used like this is used for nothing else.
+        """
+        self._open()
+        if self._template is not template:
+            os.pwrite(self._descriptor, template, 0)
+            os.ftruncate(self._descriptor, len(template))
+            self._template = template
+        os.pwrite(self._descriptor, ending, len(template) - len(ending))
+        seal_object.load(context, self._path)
+
 
 _SCRATCH: Final = _Scratch()
+_EXPANSIONS: Final = _Scratch()
 
 
 def _scratch() -> _Scratch:
@@ -265,14 +281,28 @@ def expand_residues(
 
     `ntt_form` says what c0 and the expansion are in, as in `load_seeded_ciphertext`.
     """
-    # What SEAL gives back it compresses: zeros, in the place of a c0 that is known, cost nothing.
-    given = np.zeros_like(c0) if ntt_form else c0
-    ciphertext = load_seeded_ciphertext(
-        seal, given, seed, prng=prng, ntt_form=ntt_form, scale_bits=0
+    if not ntt_form:
+        into[:] = save_ciphertext(
+            load_seeded_ciphertext(seal, c0, seed, prng=prng, ntt_form=False, scale_bits=0)
+        )
+        return
+    # SEAL is given zeros in the place of the c0 that is known: it need not read them again, and
+    # compresses them fast when it gives them back.
+    ciphertext = sealapi.Ciphertext()
+    template = _expansion_template(seal.parameters)
+    _EXPANSIONS.load_ending(ciphertext, seal.context, template, bytes([prng]) + seed)
+    into[0] = c0
+    into[1] = save_ciphertext(ciphertext)[1]
+
+
+@lru_cache(maxsize=4)
+def _expansion_template(parameters: ParameterSet) -> bytes:
+    """SEAL's bytes of a ciphertext of zeros in NTT form, up to the generator and the seed."""
+    seal = runtime(parameters)
+    zeros = np.zeros((1, len(parameters.data_primes), parameters.poly_modulus_degree), np.uint64)
+    return _lay_out(
+        seal, seal.data_parms_id, zeros, seed=(0, bytes(SEED_BYTES)), ntt_form=True, scale=1.0
     )
-    into[:] = save_ciphertext(ciphertext)
-    if ntt_form:
-        into[0] = c0
 
 
 def shift_residues(parameters: ParameterSet, residues: Residues) -> None:

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from veilhead_benchmarks.console import wide_console
 from veilhead_benchmarks.end_to_end import Case, measure_end_to_end
 from veilhead_benchmarks.fidelity import measure_fidelity
-from veilhead_benchmarks.heads import Head, measure
+from veilhead_benchmarks.heads import Exchange, Head, measure
 from veilhead_benchmarks.memory import measure_memory
 from veilhead_benchmarks.peers.concrete_ml import (
     PeerUnavailableError,
@@ -30,7 +30,7 @@ from veilhead_benchmarks.peers.tenseal_bsgs import TensealBsgsExchange
 from veilhead_benchmarks.peers.tenseal_mm import TensealMmExchange
 from veilhead_benchmarks.primitives import floor_of, measure_primitives
 from veilhead_benchmarks.queries import VeilheadExchange
-from veilhead_benchmarks.rows import Results, Row, environment
+from veilhead_benchmarks.rows import Results, Row, System, environment
 from veilhead_benchmarks.tables import print_tables
 from veilhead_benchmarks.throughput import Loads, measure_throughput
 from veilhead_models.backbone import Backbone, minilm
@@ -153,7 +153,7 @@ class _Run:
             yield from self._own_single(head, "compact", _SLOW_CALLS)
 
     @staticmethod
-    def _single(exchange: Any, system: Any, head: Head, calls: int) -> Row:
+    def _single(exchange: Exchange, system: System, head: Head, calls: int) -> Row:
         return measure("single", system, exchange, head, batch=1, calls=calls)
 
     def _own_single(self, head: Head, parameters: str, calls: int) -> Iterator[Row]:

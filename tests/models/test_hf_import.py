@@ -17,8 +17,9 @@ from veilhead import Client
 from veilhead_models import norm_bound as norm_bound_module
 from veilhead_models.artifact import HeadArtifact
 from veilhead_models.backbone import Backbone, minilm
+from veilhead_models.checkpoint import GENERATED_TEXTS
 from veilhead_models.embedding_module import EmbeddingModule
-from veilhead_models.hf_import import GENERATED_TEXTS, import_hf
+from veilhead_models.hf_import import import_hf
 from veilhead_protocol.errors import ArtifactError, CheckpointError, ScaleError
 from veilhead_service.model_store import publish
 

@@ -210,6 +210,13 @@ def publish(
             help="Answer thousands of texts at once: hides the head from honest clients only.",
         ),
     ] = False,
+    deidentify: Annotated[
+        bool,
+        typer.Option(
+            "--deidentify",
+            help="Ask clients to replace e-mail addresses, account numbers and the like.",
+        ),
+    ] = False,
 ) -> None:
     """Put an artefact into a store. A service that runs on the store notices by itself.
 
@@ -236,6 +243,7 @@ def publish(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
             allow_bulk=allow_bulk,
+            deidentify=deidentify,
         )
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")
 

@@ -212,6 +212,22 @@ class TestKeys:
         assert caught.value.errors[0].problem == "key-not-registered"
         assert len(service.seen("infer")) == 3
 
+    def test_keys_of_earlier_calls_are_forgotten_at_the_service(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        for _ in range(3):
+            client.logits(unit_rows(9, 32))  # one request of a key of its own
+        assert (len(service.seen("key")), len(service.seen("forget"))) == (3, 2)
+        for _ in range(102):
+            client.logits(unit_rows(1, 32))
+        assert (len(service.seen("key")), len(service.seen("forget"))) == (5, 4)
+        assert len(service.seen("infer")) == 105  # no key was missed
+
+    def test_a_service_that_does_not_hear_a_goodbye_changes_nothing(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        service.on("forget", httpx2.ConnectError("gone"), httpx2.ReadTimeout("slow"))
+        for _ in range(3):
+            assert client.logits(unit_rows(9, 32)).shape == (9, 5)
+
     def test_closing_forgets_the_key_at_the_service(self, connect, head_artifact):
         client, service = connect(head_artifact)
         client.logits(unit_rows(1, 32))

@@ -20,6 +20,7 @@ PAGES = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "docs").g
 
 #: Pages whose examples have a test of their own, which prepares what they need.
 ELSEWHERE = {
+    "deidentify": "tests/client_sdk/test_deidentify.py",
     "light-client": "tests/end_to_end/test_light_client.py",
     "models": "tests/test_models_page.py",
 }

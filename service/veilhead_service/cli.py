@@ -56,7 +56,7 @@ def train(
     label: Annotated[str | None, typer.Option(help="The file's column of labels.")] = None,
     backbone: Annotated[
         Path | None,
-        typer.Option(help="Directory of a sentence transformer; MiniLM when it is absent."),
+        typer.Option(help="Directory of an encoder, or of an artefact; MiniLM when absent."),
     ] = None,
     parameters: Annotated[
         str,
@@ -73,12 +73,12 @@ def train(
             if find_spec(name) is None:  # before anything is fetched
                 raise ModuleNotFoundError(name=name)
 
-        from veilhead_models.backbone import describe, minilm
+        from veilhead_models.backbone import minilm, open_backbone
         from veilhead_models.datasets import load_dataset
         from veilhead_models.training import train_artifact
 
         dataset = load_dataset(source, text=text, label=label)
-        directory, section = minilm() if backbone is None else (backbone, describe(backbone))
+        directory, section = minilm() if backbone is None else open_backbone(backbone)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -203,6 +203,13 @@ def publish(
         str | None,
         typer.Option(metavar="DATE", help="Serve the version before this one until then; UTC."),
     ] = None,
+    allow_bulk: Annotated[
+        bool,
+        typer.Option(
+            "--allow-bulk",
+            help="Answer thousands of texts at once: hides the head from honest clients only.",
+        ),
+    ] = False,
     deidentify: Annotated[
         bool,
         typer.Option(
@@ -235,6 +242,7 @@ def publish(
             retire_previous=(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
+            allow_bulk=allow_bulk,
             deidentify=deidentify,
         )
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")

@@ -360,6 +360,7 @@ def publish(
     signing_key: SigningKey | None = None,
     head_key: HeadKey | None = None,
     retire_previous: Retirement | None = None,
+    allow_bulk: bool = False,
     deidentify: bool = False,
 ) -> Manifest:
     """Copy a verified artefact into a store and let its name stand for it.
@@ -376,8 +377,9 @@ def publish(
         head_key: encrypts the head, which is then never in the store in plaintext.
         retire_previous: when the version that the name stood for stops being served; an earlier
             date that it already has stays.
-        deidentify: the manifest's policy asks clients to de-identify texts, whatever the
-            artefact's says.
+        allow_bulk: let the manifest's policy allow bulk requests, which pass the limit of hints:
+            another version than the artefact's own.
+        deidentify: let the policy ask clients to de-identify texts: another version, too.
 
     Raises:
         ArtifactError: when the directory is not a whole, consistent artefact.
@@ -390,8 +392,9 @@ def publish(
     from veilhead_service.self_test import self_test
 
     artifact = HeadArtifact.load(directory)
-    if deidentify:
-        policy = artifact.policy.model_copy(update={"deidentify": True})
+    asked = {"bulk": allow_bulk, "deidentify": deidentify}
+    if any(asked.values()):
+        policy = artifact.policy.model_copy(update={name: True for name, on in asked.items() if on})
         artifact = replace(artifact, policy=policy)
     manifest = artifact.manifest
     self_test(EncryptedHead(manifest, artifact.weight, artifact.bias), artifact)

@@ -373,7 +373,7 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
     manifest = model.manifest
     units = charge(layout, manifest.scales.exponent, manifest.parameter_set)
     async with services.access.charged(tenant, name, units):
-        evaluation = await services.pool.evaluate(model, layout, header.key_id, key, body)
+        evaluation = await services.pool.evaluate(model, header.key_id, key, body, layout=layout)
     request.state.queue_seconds = evaluation.queue_seconds
     request.state.evaluate_seconds = evaluation.seconds
     return Response(

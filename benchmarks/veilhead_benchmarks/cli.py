@@ -171,3 +171,39 @@ def soak(
     )
     show(report, out)
     raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def deidentify(
+    records: Annotated[int, typer.Option(min=1, help="Generated records.")] = 20_000,
+    dataset: Annotated[str, typer.Option(help="The data set of the accuracies.")] = "cfpb",
+    train_rows: Annotated[int, typer.Option(min=1, help="Texts to train on.")] = 2_000,
+    test_rows: Annotated[int, typer.Option(min=1, help="Texts to judge by.")] = 1_000,
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
+        "benchmarks/results/deidentify.json"
+    ),
+) -> None:
+    """Measure what de-identification finds, and what it costs a classifier in accuracy."""
+    from veilhead_benchmarks.deidentify import run_deidentify
+
+    run_deidentify(
+        count=records, dataset=dataset, train_rows=train_rows, test_rows=test_rows, out=out
+    )
+
+
+@app.command("light-client")
+def light_client(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
+        "benchmarks/results/light-client.json"
+    ),
+) -> None:
+    """Install veilhead[onnx] into an environment of its own: its size, and seconds to a label.
+
+    Builds a wheel of this source tree and installs it by pip. Exit status 1 when the environment
+    holds torch or the like, or a label was wrong.
+    """
+    from veilhead_benchmarks.light_client import run_light_client, show
+
+    report = run_light_client()
+    show(report, out)
+    raise typer.Exit(0 if report.passed else 1)

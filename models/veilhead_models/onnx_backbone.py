@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _CPU: Final = "CPUExecutionProvider"
 _CUDA: Final = "CUDAExecutionProvider"
 
+_FLOAT: Final = "tensor(float)"
+
 #: Of ONNX Runtime's log only what ends the process is shown; errors come as exceptions.
 _LOG_FATAL: Final = 4
 
@@ -184,14 +186,10 @@ def _check_graph(section: BackboneSection, session: InferenceSession) -> None:
     inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if section.token_types else [])]
     rank = 3 if section.pooling == "tokens" else 2
     found = [item.name for item in session.get_inputs()]
-    outputs = [item.shape for item in session.get_outputs()]
-    if (
-        found != inputs
-        or len(outputs) != 1
-        or len(outputs[0]) != rank
-        or not isinstance(outputs[0][-1], int)
-    ):
+    outputs = [(item.type, item.shape) for item in session.get_outputs()]
+    fixed = [shape[-1] for kind, shape in outputs if kind == _FLOAT and len(shape) == rank]
+    if found != inputs or len(outputs) != 1 or not fixed or not isinstance(fixed[0], int):
         raise BackboneError(
             f"the ONNX graph of {section.name!r} takes {found} and gives {outputs}, expected "
-            f"{inputs} and one array of {rank} axes, the last of a fixed size"
+            f"{inputs} and one {_FLOAT} of {rank} axes, the last of a fixed size"
         )

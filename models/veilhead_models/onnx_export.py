@@ -117,7 +117,8 @@ def export_onnx(
         target = Path(made)
         original = Backbone.load(source, section, device="cpu")
         exported = convert(original, target, precisions)
-        parities = [_parity(artifact, original, target, exported, name) for name in precisions]
+        expected = _embeddings(original)
+        parities = [_parity(artifact, expected, target, exported, name) for name in precisions]
         for entry in section.files:
             (target / entry.path).parent.mkdir(parents=True, exist_ok=True)
             (target / entry.path).symlink_to(source / entry.path)
@@ -271,18 +272,18 @@ def _serialized(model: onnx.ModelProto, section: BackboneSection) -> bytes:
 
 def _parity(
     artifact: HeadArtifact,
-    original: Backbone,
+    expected: NDArray[np.float64],
     directory: Path,
     section: BackboneSection,
     precision: str,
 ) -> OnnxParity:
-    """How far one precision is from torch.
+    """How far one precision is from torch, whose embeddings are `expected`: [rows, d].
 
     Raises:
         BackboneError: when that is too far.
     """
     backbone = OnnxBackbone.load(directory, section, precision=precision, device="cpu")
-    expected, got = _embeddings(original), _embeddings(backbone)  # [rows, d]
+    got = _embeddings(backbone)  # [rows, d]
     difference = float(np.abs(got - expected).max())
     scale = float(np.abs(expected).max())
     if not difference <= TOLERANCE[precision] * scale:  # NaN is not, either

@@ -363,15 +363,19 @@ class Case:
         )
 
     def manifest(self) -> dict[str, Any]:
-        files = [
+        *files, tokenizer, graph = (
             {"path": path, "bytes": size, "sha256": hashlib.sha256(path.encode()).hexdigest()}
-            for path, size in (("config.json", 612), ("weights/model.safetensors", 90868376))
-        ]
+            for path, size in (
+                ("config.json", 612),
+                ("weights/model.safetensors", 90868376),
+                ("onnx/tokenizer.json", 466268),
+                ("onnx/model.fp16.onnx", 45178348),
+            )
+        )
         backbone = {
             "kind": "transformers",
             "name": "example/sentence-encoder",
             "pooling": "mean",
-            "onnx": None,
             "split": None,
             "dense": [],
             "normalise": True,
@@ -379,6 +383,7 @@ class Case:
             "token_types": False,
             "public_parameters": 22713216,
             "files": files,
+            "onnx": {"tokenizer": tokenizer, "fp32": None, "fp16": graph},
         }
         return {
             "format": "veilhead-manifest/1",
@@ -831,6 +836,10 @@ def failing(files: dict[str, bytes]) -> list[dict[str, Any]]:
         ("a path with a backslash", ["backbone", "files", 0, "path"], "a\\b"),
         ("a path twice", ["backbone", "files", 0, "path"], "weights/model.safetensors"),
         ("a short digest", ["backbone", "files", 0, "sha256"], "ab"),
+        ("an ONNX form without a graph", ["backbone", "onnx", "fp16"], None),
+        ("an ONNX form without a tokenizer", ["backbone", "onnx", "tokenizer"], None),
+        ("an ONNX path that climbs", ["backbone", "onnx", "fp16", "path"], "../model.onnx"),
+        ("an ONNX path of another file", ["backbone", "onnx", "fp16", "path"], "config.json"),
     )
     for name, path, value in manifest_edits:
         add(name, base, "ManifestError", {"path": path, "value": value})

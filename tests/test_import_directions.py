@@ -72,6 +72,8 @@ RULES = {
             "veilhead_models.onnx_backbone",
         ),
     ),
+    # The gateway serves HTTP; the command imports it lazily, and nothing else does.
+    "client_sdk/veilhead/gateway": Rule(always=("veilhead_protocol", *SERVING)),
     "client_sdk/veilhead/local.py": Rule(
         always=("veilhead_protocol",),
         lazily=("veilhead_models.artifact", "veilhead_service"),
@@ -231,6 +233,7 @@ def test_lazy_imports_are_seen():
         ("client_sdk/veilhead/x.py", "class A:\n    from veilhead_models import backbone"),
         ("client_sdk/veilhead/x.py", "try:\n    import fastapi\nexcept ImportError: pass"),
         ("client_sdk/veilhead/local.py", "from veilhead_service.app import create_app"),
+        ("client_sdk/veilhead/gateway/x.py", "def f():\n    from veilhead_service import app"),
         ("service/veilhead_service/x.py", "import veilhead"),
         ("service/veilhead_service/x.py", "import veilhead.session as s"),
         ("service/veilhead_service/x.py", "async def f():\n    from veilhead import session"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from veilhead.deidentify import Deidentified, Deidentifier
 from veilhead_protocol.errors import BackboneError, BatchError, InputError, VeilheadError
 
 if TYPE_CHECKING:
@@ -15,14 +17,21 @@ if TYPE_CHECKING:
 
 
 def embed_rows(
-    backbone: Embedder, texts: Sequence[Any]
+    backbone: Embedder, texts: Sequence[Any], deidentifier: Deidentifier | None = None
 ) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
     """Embeddings [len(texts), d], and the errors of the rows that have none, by place in `texts`.
 
     A text that cannot be embedded becomes zeros, so that the service sees no difference.
     """
-    unusable = {place: error for place, text in enumerate(texts) if (error := _unusable(text))}
-    usable = ["" if place in unusable else text for place, text in enumerate(texts)]
+    unusable: dict[int, VeilheadError] = {}
+    usable: list[str] = []
+    for place, text in enumerate(texts):
+        try:
+            checked = _checked(text)
+            usable.append(checked if deidentifier is None else deidentifier(checked).text)
+        except VeilheadError as error:
+            unusable[place] = error
+            usable.append("")
     embeddings, failures = _embedded(backbone, usable)
     errors: dict[int, VeilheadError] = failures | unusable
     embeddings[list(errors)] = 0.0
@@ -47,31 +56,54 @@ def _embedded(
 
 
 def embed_token_rows(
-    backbone: Embedder, text: Any, row: int, stride: int | None
+    backbone: Embedder,
+    text: Any,
+    row: int,
+    stride: int | None,
+    deidentifier: Deidentifier | None = None,
 ) -> tuple[list[TokenWindow], VeilheadError | None]:
-    """The windows of one text, or none and the error. `row` is its number, for messages."""
-    error: VeilheadError | None = _unusable(text)
-    if error is not None:
-        return [], error
+    """The windows of one text, or none and the error. `row` is its number, for messages.
+
+    The places of tokens are those in the text as it was given, de-identified or not.
+    """
     try:
-        return backbone.embed_tokens([text], stride=stride)[0], None
-    except BackboneError as refused:  # a stride that is none
-        return [], refused
+        checked = _checked(text)
+        if deidentifier is None:
+            return backbone.embed_tokens([checked], stride=stride)[0], None
+        safe = deidentifier(checked)
+        windows = backbone.embed_tokens([safe.text], stride=stride)[0]
+        return [_in_original(window, safe) for window in windows], None
+    except VeilheadError as error:  # no text, a detector that failed, or a stride that is none
+        return [], error
     except Exception as failure:  # out of memory, say: whatever torch raises
         return [], BackboneError(
             f"the backbone failed on the text of row {row}: {type(failure).__name__}"
         )
 
 
-def _unusable(text: Any) -> InputError | None:
-    """Why a row is not a text, or None when it is one."""
+def _in_original(window: TokenWindow, safe: Deidentified) -> TokenWindow:
+    tokens = []
+    for token in window.tokens:
+        start, end = safe.in_original(token.start, token.end)
+        tokens.append(replace(token, start=start, end=end))
+    return replace(window, tokens=tuple(tokens))
+
+
+def _checked(text: Any) -> str:
+    """A row, when it is a text.
+
+    Raises:
+        InputError: when it is not.
+    """
     if not isinstance(text, str):
-        return InputError(f"expected a string, got {type(text).__name__}")
+        raise InputError(f"expected a string, got {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return InputError("the text holds half of a surrogate pair: decode it as UTF-8 again")
-    return None
+        raise InputError(
+            "the text holds half of a surrogate pair: decode it as UTF-8 again"
+        ) from None
+    return text
 
 
 def as_rows(embeddings: ArrayLike, dimensions: int) -> NDArray[np.float64]:

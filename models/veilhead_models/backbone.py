@@ -24,9 +24,9 @@ from pydantic import ValidationError
 from veilhead_models.embedder import Embedder
 from veilhead_models.packages import PackagePin, read_member
 from veilhead_models.sentence_transformer import SentenceTransformer
-from veilhead_protocol.errors import BackboneError, DatasetError
+from veilhead_protocol.errors import BackboneError, DatasetError, ManifestError
 from veilhead_protocol.files import cache_directory, describe_file, verify_files
-from veilhead_protocol.manifest import BackboneSection, FileEntry
+from veilhead_protocol.manifest import BackboneSection, FileEntry, Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -265,6 +265,28 @@ def minilm() -> tuple[Path, BackboneSection]:
     return cached, _MINILM
 
 
+def open_backbone(directory: str | Path) -> tuple[Path, BackboneSection]:
+    """Directory and section of a backbone on this machine.
+
+    Args:
+        directory: what `describe` takes, or an artefact, whose backbone it is then.
+
+    Raises:
+        BackboneError: when it holds no backbone.
+    """
+    source = Path(directory).resolve()
+    file = source / "manifest.json"
+    if not file.is_file():
+        return source, describe(source)
+    try:
+        section = Manifest.deserialize(file.read_bytes()).backbone
+    except (OSError, ManifestError) as error:
+        raise BackboneError(f"{file} is not the manifest of an artefact: {error}") from error
+    if section is None:
+        raise BackboneError(f"{source} is an artefact without a backbone")
+    return source / "backbone", section
+
+
 def describe(
     directory: str | Path,
     *,
@@ -307,6 +329,16 @@ def describe(
         raise BackboneError(
             f"{source} is not a backbone, it has no {', no '.join(missing)}: expected the "
             "directory of a transformers model, saved as safetensors"
+        )
+    classifiers = [
+        str(name)
+        for name in read_json(source / CONFIG_FILE).get("architectures") or ()
+        if str(name).endswith(("ForSequenceClassification", "ForTokenClassification"))
+    ]
+    if classifiers:
+        raise BackboneError(
+            f"{source} holds a {classifiers[0][:80]}, whose head would be published with it: make "
+            "an artefact of it with `veilhead-server import-hf`, and use that as the backbone"
         )
     pipeline = SentenceTransformer.read(source)
     if max_tokens is None:

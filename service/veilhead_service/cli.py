@@ -56,7 +56,7 @@ def train(
     label: Annotated[str | None, typer.Option(help="The file's column of labels.")] = None,
     backbone: Annotated[
         Path | None,
-        typer.Option(help="Directory of a sentence transformer; MiniLM when it is absent."),
+        typer.Option(help="Directory of an encoder, or of an artefact; MiniLM when absent."),
     ] = None,
     parameters: Annotated[
         str,
@@ -73,12 +73,12 @@ def train(
             if find_spec(name) is None:  # before anything is fetched
                 raise ModuleNotFoundError(name=name)
 
-        from veilhead_models.backbone import describe, minilm
+        from veilhead_models.backbone import minilm, open_backbone
         from veilhead_models.datasets import load_dataset
         from veilhead_models.training import train_artifact
 
         dataset = load_dataset(source, text=text, label=label)
-        directory, section = minilm() if backbone is None else (backbone, describe(backbone))
+        directory, section = minilm() if backbone is None else open_backbone(backbone)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -210,6 +210,13 @@ def publish(
             help="Answer thousands of texts at once: hides the head from honest clients only.",
         ),
     ] = False,
+    deidentify: Annotated[
+        bool,
+        typer.Option(
+            "--deidentify",
+            help="Ask clients to replace e-mail addresses, account numbers and the like.",
+        ),
+    ] = False,
 ) -> None:
     """Put an artefact into a store. A service that runs on the store notices by itself.
 
@@ -236,6 +243,7 @@ def publish(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
             allow_bulk=allow_bulk,
+            deidentify=deidentify,
         )
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")
 

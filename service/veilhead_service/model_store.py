@@ -361,6 +361,7 @@ def publish(
     head_key: HeadKey | None = None,
     retire_previous: Retirement | None = None,
     allow_bulk: bool = False,
+    deidentify: bool = False,
 ) -> Manifest:
     """Copy a verified artefact into a store and let its name stand for it.
 
@@ -378,6 +379,7 @@ def publish(
             date that it already has stays.
         allow_bulk: let the manifest's policy allow bulk requests, which pass the limit of hints:
             another version than the artefact's own.
+        deidentify: let the policy ask clients to de-identify texts: another version, too.
 
     Raises:
         ArtifactError: when the directory is not a whole, consistent artefact.
@@ -390,8 +392,9 @@ def publish(
     from veilhead_service.self_test import self_test
 
     artifact = HeadArtifact.load(directory)
-    if allow_bulk:
-        policy = artifact.policy.model_copy(update={"bulk": True})
+    asked = {"bulk": allow_bulk, "deidentify": deidentify}
+    if any(asked.values()):
+        policy = artifact.policy.model_copy(update={name: True for name, on in asked.items() if on})
         artifact = replace(artifact, policy=policy)
     manifest = artifact.manifest
     self_test(EncryptedHead(manifest, artifact.weight, artifact.bias), artifact)

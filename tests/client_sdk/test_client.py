@@ -212,6 +212,22 @@ class TestKeys:
         assert caught.value.errors[0].problem == "key-not-registered"
         assert len(service.seen("infer")) == 3
 
+    def test_keys_of_earlier_calls_are_forgotten_at_the_service(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        for _ in range(3):
+            client.logits(unit_rows(9, 32))  # one request of a key of its own
+        assert (len(service.seen("key")), len(service.seen("forget"))) == (3, 2)
+        for _ in range(102):
+            client.logits(unit_rows(1, 32))
+        assert (len(service.seen("key")), len(service.seen("forget"))) == (5, 4)
+        assert len(service.seen("infer")) == 105  # no key was missed
+
+    def test_a_service_that_does_not_hear_a_goodbye_changes_nothing(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        service.on("forget", httpx2.ConnectError("gone"), httpx2.ReadTimeout("slow"))
+        for _ in range(3):
+            assert client.logits(unit_rows(9, 32)).shape == (9, 5)
+
     def test_closing_forgets_the_key_at_the_service(self, connect, head_artifact):
         client, service = connect(head_artifact)
         client.logits(unit_rows(1, 32))
@@ -467,3 +483,21 @@ def test_a_text_that_the_backbone_fails_on_fails_alone(connect, text_artifact, t
     assert isinstance(caught.value.errors[40], BackboneError)
     assert "RuntimeError" in str(caught.value.errors[40])
     assert [len(body) for body in service.seen("infer")] == sent
+
+
+def test_texts_of_like_length_are_embedded_together(connect, text_artifact, monkeypatch):
+    from veilhead_models.backbone import Backbone
+
+    embed, chunks = Backbone.embed, []
+
+    def recorded(self, chunk, **options):
+        chunks.append([len(text) for text in chunk])
+        return embed(self, chunk, **options)
+
+    monkeypatch.setattr(Backbone, "embed", recorded)
+    client, _ = connect(text_artifact)
+    client.classify(["pain " * (1 + number % 7) for number in range(250)])
+    lengths = [length for chunk in chunks for length in chunk]
+    assert len(chunks) > 1
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(lengths) == 250

@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 #: Chunks of rows under way at once: what bounds the memory of a long call.
 CHUNKS: Final = 8
 
+#: Texts of a list that are embedded together, about: enough that few differ in length.
+_TOGETHER: Final = 1024
+
 _Value = TypeVar("_Value")
 _Text = TypeVar("_Text")
 
@@ -325,7 +328,7 @@ class AsyncClient:
 
     async def classify_frame(
         self,
-        texts: pd.Series[Any],
+        texts: pd.Series,
         *,
         top_k: int = 1,
         function_to_apply: FunctionToApply | None = None,
@@ -402,10 +405,19 @@ class AsyncClient:
         self._check_task("text-classification")
         backbone, rows = await self._ready_backbone(), list(texts)
         call, size = Call(), self._engine.chunk
-        return await self._collect(
-            partial(self._infer_texts, backbone, rows[start : start + size], call)
+        # Texts of like length go together: padding costs the backbone a fifth more otherwise.
+        size *= -(-_TOGETHER // size)
+        order = sorted(range(len(rows)), key=lambda row: _length(rows[row]), reverse=True)
+        found = await self._collect(
+            partial(
+                self._infer_texts,
+                backbone,
+                [rows[row] for row in order[start : start + size]],
+                call,
+            )
             for start in range(0, len(rows), size)
         )
+        return [answer for _, answer in sorted(zip(order, found, strict=True), key=_row_number)]
 
     async def _collect(
         self, chunks: Iterable[Callable[[], Coroutine[Any, Any, list[_Value]]]]
@@ -532,6 +544,14 @@ def reported(answers: list[Answer], progress: Callable[[int], Any] | None) -> li
 
 def _answer(row: Row, shape: Shape) -> Answer:
     return row if isinstance(row, VeilheadError) else shape.predictions(row)
+
+
+def _length(text: object) -> int:
+    return len(text) if isinstance(text, str) else 0
+
+
+def _row_number(pair: tuple[int, Row]) -> int:
+    return pair[0]
 
 
 async def _chunks(

@@ -248,8 +248,7 @@ def test_a_full_gateway_says_so_and_recovers(gateway):
 
         upstream.on("infer", *[wait] * 64)
         asked = [asyncio.create_task(caller.post({"inputs": "pain"})) for _ in range(40)]
-        while not any(task.done() for task in asked):
-            await asyncio.sleep(0.01)
+        await asyncio.wait(asked, timeout=30, return_when=asyncio.FIRST_COMPLETED)
         held.set()
         answers = [await task for task in asked]
         return answers, await caller.predict("pain")
@@ -377,8 +376,9 @@ def test_a_draining_gateway_answers_what_runs_and_takes_nothing_new(gateway):
 
         upstream.on("infer", wait)
         running = asyncio.create_task(caller.post({"inputs": "pain"}))
-        while not upstream.seen("infer"):
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(30):
+            while not upstream.seen("infer"):
+                await asyncio.sleep(0.01)
         before = (await caller.http.get("/health")).status_code
         caller.gateway.stop()
         after = (await caller.http.get("/health")).status_code
@@ -414,7 +414,9 @@ class Fails:
         return []
 
 
-@pytest.mark.parametrize("failing", [None, "upstream", "detector", "backbone", "body"])
+@pytest.mark.parametrize(
+    "failing", [None, "upstream", "detector", "backbone", "body", "client", "batcher"]
+)
 def test_texts_reach_neither_logs_nor_metrics_nor_errors(
     gateway, quick, caplog, capfd, monkeypatch, failing
 ):
@@ -430,6 +432,14 @@ def test_texts_reach_neither_logs_nor_metrics_nor_errors(
             monkeypatch.setattr(
                 "veilhead_models.backbone.Backbone.embed", lambda self, rows, **_: broken(rows)
             )
+
+        async def leaking(rows, **_):
+            raise RuntimeError(rows[0])
+
+        if failing == "client":
+            caller.gateway.client.classify = leaking
+        if failing == "batcher":
+            caller.gateway.batcher.ask = leaking
         answer = await caller.post(document)
         assert answer.is_success == (failing is None)
         return answer.text + await caller.metrics()

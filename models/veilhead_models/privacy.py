@@ -158,11 +158,11 @@ class PrivacyStatement:
             PrivacyError: when an account exceeds the budget.
             ModelError: when `dp-accounting` is not installed.
         """
+        closed = closed_form_epsilon((steps, count), budget.delta)
+        distributions = pld_epsilon((steps, count), budget.delta)
         accountants = {
-            "gaussian, closed form": closed_form_epsilon((steps, count), budget.delta),
-            f"dp-accounting {version('dp-accounting')}, pld": pld_epsilon(
-                (steps, count), budget.delta
-            ),
+            "gaussian, closed form": closed,
+            f"dp-accounting {version('dp-accounting')}, pld": distributions,
         }
         for name, epsilon in accountants.items():
             if not epsilon <= budget.epsilon:

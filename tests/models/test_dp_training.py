@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from veilhead_models.dp_training import (
 )
 from veilhead_models.privacy import PrivacyBudget, Release, closed_form_epsilon
 from veilhead_models.training import train_artifact, train_head
-from veilhead_protocol.errors import DatasetError, PrivacyError
+from veilhead_protocol.errors import DatasetError, ModelError, PrivacyError
 from veilhead_service.cli import app
 
 GRID = 2**36
@@ -178,6 +179,17 @@ class TestFit:
         embeddings[7, 1] = np.nan
         with pytest.raises(DatasetError, match="NaN or infinity"):
             fit_private_head(embeddings, targets, 2, PrivacyBudget(4.0))
+
+    @pytest.mark.parametrize(
+        ("package", "epsilon"), [("opendp.prelude", 3.1), ("dp_accounting", 3.2)]
+    )
+    def test_a_missing_package_is_named_with_what_to_install(
+        self, package: str, epsilon: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        embeddings, targets = rows_of(2, 300, 4)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ModelError, match=f"needs {package}.*veilhead\\[train\\]"):
+            fit_private_head(embeddings, targets, 2, PrivacyBudget(epsilon))
 
     def test_the_step_bounds_the_noise_of_a_logit(self) -> None:
         assert step_size(22, 14518, PrivacyBudget(4.0).mu) == 88

@@ -159,7 +159,7 @@ class TestLogits:
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     def test_a_row_that_is_not_finite_is_sent_like_the_others(self, connect, head_artifact, value):
         client, service = connect(head_artifact)
-        rows = unit_rows(100, 32)
+        rows = unit_rows(40, 32)
         rows[33, 5] = value
         with pytest.raises(BatchError) as caught:
             client.logits(rows)

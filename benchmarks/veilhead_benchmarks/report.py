@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from base64 import b64encode
 from html import escape
 from pathlib import Path
@@ -51,11 +52,11 @@ def to_html(results: Results) -> str:
         *map(_table, first),
     ]
     for plot in plots(results):
-        alternative = escape(f"{plot.title}. {plot.text}", quote=True)
+        alternative = escape(f"{plot.title}. {plot.text}".replace("`", ""), quote=True)
         parts += [
             f"<h2>{escape(plot.title)}</h2>",
             f'<figure><img alt="{alternative}" src="{_data_url(plot.figure)}">',
-            f"<figcaption>{escape(plot.text)}</figcaption></figure>",
+            f"<figcaption>{_prose(plot.text)}</figcaption></figure>",
         ]
     parts += [*map(_table, others), "</body></html>", ""]
     return "\n".join(parts)
@@ -71,12 +72,17 @@ def _data_url(figure: Figure) -> str:
 def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     rows = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in table.rows)
-    note = f"<p>{escape(table.note)}</p>" if table.note else ""
+    note = f"<p>{_prose(table.note)}</p>" if table.note else ""
     return (
         f"<h2>{escape(table.title)}</h2>{note}"
         f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _prose(text: str) -> str:
+    """A sentence, with names in code as Markdown has them."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _cell(text: str) -> str:

@@ -156,7 +156,7 @@ def test_claims_follow_from_the_figures():
     assert found[f"{bulk}: up a text"] == (pytest.approx(5234824 / 2048), True)
     other = "server time a text of TenSEAL's batched tensor at 20 classes over ours"
     assert found[f"{bulk}: {other}"] == (pytest.approx(17.0), True)
-    end = "end to end, {} texts, 8 classes: encrypted over plaintext"
+    end = "end to end, texts in a call: {}, 8 classes: encrypted over plaintext"
     assert found[end.format(1)] == (pytest.approx(1.05), True)
     assert found[end.format("2,048")] == (pytest.approx(1.05), False)
     assert found["texts a second, 22 classes: two workers over one"] == (1.8, True)

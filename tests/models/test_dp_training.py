@@ -108,7 +108,7 @@ class TestNoise:
     @pytest.mark.parametrize("scale", [1.5, 2.0**38])
     def test_the_sampler_has_the_scale_it_is_asked_for(self, scale: float) -> None:
         draws = discrete_gaussian(scale, 4000) / scale
-        # Six standard errors: one run in 10^8 fails.
+        # Six standard errors: hardly one run in a million fails.
         assert abs(draws.mean()) < 6 / math.sqrt(4000)
         assert abs(draws.std() - 1) < 6 / math.sqrt(2 * 4000)
         assert abs((draws**4).mean() - 3) < 6 * math.sqrt(96 / 4000)

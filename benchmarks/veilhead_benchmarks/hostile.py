@@ -337,6 +337,7 @@ def _publish_all(work: Path) -> dict[str, HeadArtifact]:
         pooling="mean",
         normalise=True,
         max_tokens=16,
+        public_parameters=1000,
         files=tuple(describe_file(files, path.name) for path in sorted(files.iterdir())),
     )
     head = HeadArtifact.from_weights(

@@ -120,7 +120,7 @@ def _veilhead(head: Head, parameters: str) -> Row:
     key = ClientKey.from_message(query.key.message)
     server_ms, reply = _timed(lambda: service.evaluate(query.data, key))
     decrypt_ms, logits = _timed(lambda: session.decrypt(query, reply))
-    key_ms, _ = _timed(lambda: SecretKey(manifest.parameter_set, manifest.layout))
+    key_ms, _ = _timed(lambda: SecretKey(manifest.parameter_set))
     return Row(
         subject="single",
         system="veilhead",

@@ -1,18 +1,22 @@
 """Veilhead's client: classify text with a private model that never sees the text."""
 
+from veilhead.async_client import AsyncClient
 from veilhead.client import Client
 from veilhead.engine import QueryTrace
 from veilhead.predictions import Prediction
 from veilhead_protocol.errors import (
     AccessError,
+    BackboneError,
     BatchError,
     BudgetExhaustedError,
     ClientError,
     InputError,
     InsecureTransportError,
+    ManifestError,
     NoBackboneError,
     NotFiniteError,
     NotSentError,
+    ParameterError,
     ProtocolError,
     ReplyError,
     ServiceResponseError,
@@ -23,15 +27,19 @@ from veilhead_protocol.errors import (
 
 __all__ = [
     "AccessError",
+    "AsyncClient",
+    "BackboneError",
     "BatchError",
     "BudgetExhaustedError",
     "Client",
     "ClientError",
     "InputError",
     "InsecureTransportError",
+    "ManifestError",
     "NoBackboneError",
     "NotFiniteError",
     "NotSentError",
+    "ParameterError",
     "Prediction",
     "ProtocolError",
     "QueryTrace",

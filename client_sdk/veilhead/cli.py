@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -19,10 +20,18 @@ from veilhead.api_key import read_api_key_file
 from veilhead.client import Client
 from veilhead.doctor import examine
 from veilhead.evaluation import evaluate as score_answers
-from veilhead.predictions import Prediction
-from veilhead.tables import read_columns
+from veilhead.predictions import Prediction, Shape
+from veilhead.runs import json_line, opened_run
+from veilhead.tables import TableFile
 from veilhead_protocol.checks import healthy, render
-from veilhead_protocol.errors import BatchError, InputError, VeilheadError
+from veilhead_protocol.errors import (
+    InputError,
+    NotSentError,
+    ServiceResponseError,
+    TransportError,
+    VeilheadError,
+)
+from veilhead_protocol.files import sha256_of
 
 app = typer.Typer(
     name="veilhead",
@@ -35,15 +44,12 @@ app = typer.Typer(
     ),
 )
 
-#: Texts between two steps of the progress bar.
-_STEP = 256
-
 _errors = Console(stderr=True)
 
 _Url = Annotated[str, typer.Option(help="The service: https://..., or http:// on this machine.")]
 _Model = Annotated[str, typer.Option(help="The model's name at the service.")]
 _File = Annotated[
-    Path | None, typer.Option(help="A .csv, .jsonl or .ndjson file instead of TEXT arguments.")
+    Path | None, typer.Option(help="A .csv, .jsonl or .parquet file instead of TEXT arguments.")
 ]
 _Backbone = Annotated[
     Path | None,
@@ -85,7 +91,18 @@ def classify(
     ] = None,
     file: _File = None,
     column: Annotated[str | None, typer.Option(help="The file's column of texts.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .jsonl or .csv file for the answers to --file; the same command again goes on "
+            "where a killed one stopped."
+        ),
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels for each text, best first.")] = 1,
+    function_to_apply: Annotated[
+        str | None,
+        typer.Option(help="Scores by softmax, sigmoid or none (logits); else the model's own."),
+    ] = None,
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
@@ -99,17 +116,20 @@ def classify(
     Example: veilhead classify --url http://127.0.0.1:8000 --model icd10-chapters "chest pain"
 
     One line a text: the labels with their scores. With --json one JSON object a text, with its
-    row number and either predictions or the error. Exit status 1 when any text failed.
+    row number and either predictions or the error. Exit status 1 when any text failed, although
+    the others' answers are kept, and when the service could not answer, which stops the run.
     """
     with _reported():
-        rows = _texts(texts, file, column)
+        table = _table(texts, file, column, out)
         with _opened(
             url, model, backbone, device, minimum_parameters, digest, vendor_key, api_key_file
         ) as client:
-            failed = False
-            for number, row in enumerate(_answers(client, rows, top_k)):
-                failed |= isinstance(row, VeilheadError)
-                _print_row(number, row, as_json)
+            shape = Shape.of(client.manifest.head, top_k, function_to_apply)
+            if table is None or out is None:
+                rows = _lines(texts) if table is None else table
+                failed = _print_rows(_answers(client, rows, shape), as_json)
+            else:
+                failed = _write_rows(client, table, shape, out)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -117,7 +137,7 @@ def classify(
 def evaluate(
     url: _Url,
     model: _Model,
-    file: Annotated[Path, typer.Option(help="A .csv, .jsonl or .ndjson file.")],
+    file: Annotated[Path, typer.Option(help="A .csv, .jsonl or .parquet file.")],
     text: Annotated[str, typer.Option(help="Its column of texts.")],
     label: Annotated[str, typer.Option(help="Its column of true labels, which stay here.")],
     as_json: _Json = False,
@@ -134,11 +154,13 @@ def evaluate(
     labels leave this machine. Exit status 1 when any text failed.
     """
     with _reported():
-        texts, labels = read_columns(file, [text, label])
+        labelled = TableFile.open(file, [text, label])
+        labels = [name for _, name in labelled.values()]
         with _opened(
             url, model, backbone, device, minimum_parameters, digest, vendor_key, api_key_file
         ) as client:
-            rows = list(_answers(client, texts, 1))
+            shape = Shape.of(client.manifest.head, 1, None)
+            rows = list(_answers(client, labelled, shape))
             unknown = {str(name) for name in labels} - set(client.labels)
         answers = [None if isinstance(row, VeilheadError) else row[0].label for row in rows]
         scores = score_answers([str(name) for name in labels], answers)
@@ -238,52 +260,107 @@ def _vendor_keys(given: list[str] | None) -> list[str] | None:
     return keys
 
 
-def _texts(texts: Sequence[str] | None, file: Path | None, column: str | None) -> list[Any]:
-    if file is not None:
-        if texts:
-            raise InputError("give TEXT arguments or --file, not both")
-        if column is None:
-            raise InputError("--file needs --column, the name of the column of texts")
-        return read_columns(file, [column])[0]
+def _table(
+    texts: Sequence[str] | None, file: Path | None, column: str | None, out: Path | None
+) -> TableFile | None:
+    """The table of --file and --column, when there is one."""
+    if file is None:
+        if out is not None:
+            raise InputError("--out needs --file: what comes from elsewhere cannot be continued")
+        return None
     if texts:
-        return list(texts)
+        raise InputError("give TEXT arguments or --file, not both")
+    if column is None:
+        raise InputError("--file needs --column, the name of the column of texts")
+    return TableFile.open(file, [column])
+
+
+def _lines(texts: Sequence[str] | None) -> Sequence[str] | TextIO:
+    if texts:
+        return texts
     if sys.stdin.isatty():
         raise InputError("nothing to classify: give TEXT arguments, --file, or standard input")
-    return [line.rstrip("\n") for line in sys.stdin]
+    return sys.stdin
 
 
 def _answers(
-    client: Client, texts: Sequence[Any], top_k: int
+    client: Client, texts: TableFile | Sequence[str] | TextIO, shape: Shape, start: int = 0
 ) -> Iterator[list[Prediction] | VeilheadError]:
-    """Predictions or the error of each text, in order, with a bar on a terminal."""
+    """Predictions or the error of each text from row `start`, with a bar on a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_errors, disable=not _errors.is_terminal) as progress:
-        task = progress.add_task("classifying", total=len(texts))
-        for start in range(0, len(texts), _STEP):
-            step = texts[start : start + _STEP]
-            try:
-                yield from client.classify(step, top_k=top_k)
-            except BatchError as error:
-                for index, row in enumerate(error.results):
-                    yield error.errors.get(index, row)
-            progress.advance(task, len(step))
-
-
-def _print_row(number: int, row: list[Prediction] | VeilheadError, as_json: bool) -> None:
-    if isinstance(row, VeilheadError):
-        if as_json:
-            problem = {"code": row.code, "message": str(row)}
-            typer.echo(json.dumps({"row": number, "error": problem}))
-        else:
-            typer.echo("")  # one line a text, so that lines and texts stay side by side
-            typer.echo(f"row {number}: {row}", err=True)
-    elif as_json:
-        found = [asdict(prediction) for prediction in row]
-        typer.echo(json.dumps({"row": number, "predictions": found}, ensure_ascii=False))
+    rows: Iterable[Any]
+    if isinstance(texts, TableFile):
+        total: int | None = texts.rows
+        rows = (values[0] for values in texts.values(start))
+    elif isinstance(texts, Sequence):
+        total, rows = len(texts), texts
     else:
-        typer.echo("\t".join(f"{item.score:.4f} {item.label}" for item in row))
+        total, rows = None, (line.rstrip("\n") for line in texts)
+    with Progress(*columns, console=_errors, disable=not _errors.is_terminal) as progress:
+        task = progress.add_task("classifying", total=total, completed=start)
+        yield from client.classify_many(
+            rows,
+            top_k=shape.top_k,
+            function_to_apply=shape.function,
+            progress=partial(progress.advance, task),
+            start=start,
+        )
+
+
+def _answered(
+    answers: Iterable[list[Prediction] | VeilheadError],
+) -> Iterator[list[Prediction] | VeilheadError]:
+    """The answers, until one shows that the service gives no more.
+
+    Raises:
+        VeilheadError: that one.
+    """
+    for answer in answers:
+        if isinstance(answer, NotSentError | TransportError | ServiceResponseError):
+            raise answer
+        yield answer
+
+
+def _write_rows(client: Client, table: TableFile, shape: Shape, out: Path) -> int:
+    """Answer the rows of a table that `out` does not answer yet; how many failed in all."""
+    identity = {
+        "model": client.manifest.name,
+        "digest": client.manifest.digest.hex(),
+        "input": sha256_of(table.path),
+        "column": table.columns[0],
+        "top_k": shape.top_k,
+        "function_to_apply": shape.function,
+    }
+    with opened_run(out, shape, identity) as run:
+        try:
+            for answer in _answered(_answers(client, table, shape, run.rows)):
+                run.write(answer)
+        except VeilheadError:
+            typer.echo(
+                f"{out} holds {run.rows} of {table.rows} rows: the same command goes on from there",
+                err=True,
+            )
+            raise
+        if run.failed:
+            typer.echo(f"{run.failed} of {run.rows} rows failed: {out} says why", err=True)
+        return run.failed
+
+
+def _print_rows(answers: Iterable[list[Prediction] | VeilheadError], as_json: bool) -> int:
+    """Print a line for each text; how many failed."""
+    failed = 0
+    for number, answer in enumerate(_answered(answers)):
+        failed += isinstance(answer, VeilheadError)
+        if as_json:
+            typer.echo(json_line(number, answer))
+        elif isinstance(answer, VeilheadError):
+            typer.echo("")  # one line a text, so that lines and texts stay side by side
+            typer.echo(str(answer), err=True)
+        else:
+            typer.echo("\t".join(f"{item.score:.4f} {item.label}" for item in answer))
+    return failed

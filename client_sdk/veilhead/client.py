@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import httpx2
 import numpy as np
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from numpy.typing import ArrayLike, NDArray
 
-from veilhead.api_key import find_api_key
-from veilhead.backbone_cache import fetch_backbone
-from veilhead.engine import Call, QueryTrace, Row, opened_engine
-from veilhead.predictions import Prediction, predictions
-from veilhead_protocol.errors import (
-    BackboneError,
-    BatchError,
-    InputError,
-    NoBackboneError,
-    NotFiniteError,
-    SignatureError,
-    VeilheadError,
-)
+from veilhead.async_client import CHUNKS, Answer, AsyncClient, Stream, reported
+from veilhead.engine import Engine, QueryTrace
+from veilhead.predictions import FunctionToApply, Prediction
+from veilhead_protocol.errors import ClientError, VeilheadError
 from veilhead_protocol.manifest import Manifest
-from veilhead_protocol.signatures import VendorKey
 
 if TYPE_CHECKING:
-    from veilhead_models.backbone import Backbone
+    import pandas as pd
 
-#: Texts that are embedded together, and sent while the next ones are embedded.
-_CHUNK: Final = 32
-
-#: Chunks on the wire at once: what bounds the memory of a long call.
-_CHUNKS_IN_FLIGHT: Final = 8
+_Value = TypeVar("_Value")
 
 
 class Client:
@@ -97,39 +84,30 @@ class Client:
             SignatureError: when no accepted vendor key signed it, or a vendor key is not one.
             ParameterError: when the model's parameters are below the minimum.
         """
-        if concurrency < 1:
-            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
-        vendor_keys = _vendor_keys(vendor_key)
-        api_key = find_api_key(api_key)
+        self._client = AsyncClient(
+            url,
+            model,
+            backbone=backbone,
+            device=device,
+            digest=digest,
+            minimum_parameters=minimum_parameters,
+            vendor_key=vendor_key,
+            api_key=api_key,
+            concurrency=concurrency,
+            timeout=timeout,
+            on_query=on_query,
+            on_download=on_download,
+            transport=transport,
+        )
         stack = ExitStack()
         # Closes at exit or when the client is collected; it must not hold the client itself.
         self._finalizer = weakref.finalize(self, stack.close)
         try:
             self._portal: BlockingPortal = stack.enter_context(start_blocking_portal())
-            self._engine = stack.enter_context(
-                self._portal.wrap_async_context_manager(
-                    opened_engine(
-                        url,
-                        model,
-                        digest=digest,
-                        minimum_parameters=minimum_parameters,
-                        vendor_keys=vendor_keys,
-                        api_key=api_key,
-                        concurrency=concurrency,
-                        timeout=timeout,
-                        on_query=on_query,
-                        transport=transport,
-                    )
-                )
-            )
+            stack.enter_context(self._portal.wrap_async_context_manager(self._client))
         except BaseException:
             self._finalizer()
             raise
-        self._device = device
-        self._backbone_directory = None if backbone is None else Path(backbone)
-        self._on_download = on_download
-        self._backbone: Backbone | None = None
-        self._backbone_lock = threading.Lock()
 
     @classmethod
     def local(cls, directory: str | Path, **options: Any) -> Client:
@@ -162,37 +140,51 @@ class Client:
         self._finalizer()
 
     def __repr__(self) -> str:
-        manifest = self._engine.manifest
-        return f"Client(model={manifest.name!r}, digest={manifest.digest.hex()[:12]!r})"
+        return repr(self._client).removeprefix("Async")
 
     @property
     def manifest(self) -> Manifest:
         """The pinned manifest: labels, error bound, parameters, policy."""
-        return self._engine.manifest
+        return self._client.manifest
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels, in the order of the logits."""
-        return self.manifest.head.labels
+        return self._client.labels
 
     @overload
     def classify(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
-        self, texts: str, *, top_k: int | None = 1
+        self,
+        texts: str,
+        *,
+        top_k: int | None = 1,
+        function_to_apply: FunctionToApply | None = None,
     ) -> list[Prediction]: ...
 
     @overload
     def classify(
-        self, texts: Sequence[str], *, top_k: int | None = 1
+        self,
+        texts: Sequence[str],
+        *,
+        top_k: int | None = 1,
+        function_to_apply: FunctionToApply | None = None,
     ) -> list[list[Prediction]]: ...
 
     def classify(
-        self, texts: str | Sequence[str], *, top_k: int | None = 1
+        self,
+        texts: str | Sequence[str],
+        *,
+        top_k: int | None = 1,
+        function_to_apply: FunctionToApply | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
         """The best labels of a text, or of each text of a list, best first.
 
         Args:
             texts: one text, or a sequence of any length.
             top_k: labels for each text; None for all.
+            function_to_apply: what makes scores of logits: `softmax` over all labels, `sigmoid` of
+                each, or `none`. None is the model's own: sigmoid when its labels do not exclude
+                each other or it has one only, none when it predicts numbers, softmax otherwise.
 
         Returns:
             A list of predictions for one text, a list of such lists for a sequence.
@@ -203,22 +195,109 @@ class Client:
             BatchError: when rows of a sequence failed; it holds the answers of the others.
             VeilheadError: what went wrong with a single text.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-        backbone = self._ready_backbone()
-        single = isinstance(texts, str)
-        rows = [texts] if single else list(texts)
-        errors: dict[int, VeilheadError] = {}
-        logits = self._collect(_embedded(backbone, rows, errors), errors)
-        if single and isinstance(logits[0], VeilheadError):
-            raise logits[0]
-        answers = _answers(
-            [
-                row if isinstance(row, VeilheadError) else predictions(row, self.labels, top_k)
-                for row in logits
-            ]
+        return self._run(
+            self._client.classify, texts, top_k=top_k, function_to_apply=function_to_apply
         )
-        return answers[0] if single else answers
+
+    def classify_many(
+        self,
+        texts: Iterable[str],
+        *,
+        top_k: int | None = 1,
+        function_to_apply: FunctionToApply | None = None,
+        concurrency: int = CHUNKS,
+        progress: Callable[[int], Any] | None = None,
+        start: int = 0,
+    ) -> Iterator[list[Prediction] | VeilheadError]:
+        """The answers to texts that need not fit into memory, in their order, as they come.
+
+        A chunk of texts is embedded while earlier ones are on the wire. The iterable is read in the
+        caller's thread, no further ahead than the chunks under way. What it raises ends the stream
+        at once.
+
+        Args:
+            texts: any iterable of texts, endless ones too.
+            top_k: labels for each text; None for all.
+            function_to_apply: as for `classify`.
+            concurrency: chunks of texts under way at once, which bounds the memory; the queries in
+                flight are those of the client's own `concurrency`.
+            progress: called with the number of rows whenever some are answered; the `update` of a
+                tqdm bar fits.
+            start: the number of the first row, in the messages of errors.
+
+        Yields:
+            For each text its predictions, or, where it failed, the error, whose message names the
+            row. When the service cannot be reached or refuses, every later row is a `NotSentError`.
+
+        Raises:
+            NoBackboneError: when the model takes embeddings only.
+            BackboneError: when the backbone cannot be loaded.
+            InputError: when `texts` is a single string.
+        """
+        stream = self._client._stream(texts, top_k, function_to_apply, concurrency, start)
+        return self._streamed(stream, texts, progress)
+
+    def _streamed(
+        self, stream: Stream, texts: Iterable[Any], progress: Callable[[int], Any] | None
+    ) -> Iterator[Answer]:
+        source = iter(texts)
+        try:
+            while chunk := list(islice(source, stream.chunk)):
+                yield from reported(self._run(stream.send, chunk), progress)
+            while rest := self._run(stream.rest):
+                yield from reported(rest, progress)
+        finally:
+            with suppress(RuntimeError):  # closed already, or collected on the loop's own thread
+                self._portal.call(stream.cancel)
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """The best label of each text, for evaluation code.
+
+        Raises:
+            BatchError: when rows failed; it holds the predictions of the others.
+        """
+        return self._run(self._client.predict, texts)
+
+    def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Scores of every label for each text, for evaluation code.
+
+        Returns:
+            float64 [len(texts), C] in the order of `labels`: probabilities that add up to 1, or one
+            for each label by itself when the model's labels do not exclude each other.
+
+        Raises:
+            InputError: when the model predicts numbers.
+            BatchError: when rows failed; it holds the logits of the others.
+        """
+        return self._run(self._client.predict_proba, texts)
+
+    def classify_frame(
+        self,
+        texts: pd.Series[Any],
+        *,
+        top_k: int = 1,
+        function_to_apply: FunctionToApply | None = None,
+    ) -> pd.DataFrame:
+        """The best labels of a pandas Series of texts, as a DataFrame with the same index.
+
+        Needs pandas: `pip install 'veilhead[tables]'`.
+
+        Args:
+            texts: the texts; missing values become errors of their rows.
+            top_k: labels for each text.
+            function_to_apply: as for `classify`.
+
+        Returns:
+            Columns `label` and `score`, then `label_2`, `score_2` and so on up to `top_k`, and
+            `error`: why a row failed, and missing where it did not. No row makes the others fail.
+
+        Raises:
+            NoBackboneError: when the model takes embeddings only.
+            BackboneError: when the backbone cannot be loaded.
+        """
+        return self._run(
+            self._client.classify_frame, texts, top_k=top_k, function_to_apply=function_to_apply
+        )
 
     def logits(self, embeddings: ArrayLike) -> NDArray[np.float64]:
         """Logits of embeddings that were made elsewhere.
@@ -233,12 +312,7 @@ class Client:
             InputError: when the shape is wrong.
             BatchError: when rows failed (not finite, for instance); it holds the others' logits.
         """
-        rows = _as_rows(embeddings, self.manifest.head.dimensions)
-        collected = self._collect(
-            (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)), {}
-        )
-        answers = _answers(collected)
-        return np.array(answers, dtype=np.float64).reshape(len(rows), len(self.labels))
+        return self._run(self._client.logits, embeddings)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Embeddings [len(texts), d] of texts, by the public backbone, on this machine.
@@ -247,137 +321,20 @@ class Client:
             NoBackboneError: when the model takes embeddings only.
             BackboneError: when the backbone cannot be loaded.
         """
-        return self._ready_backbone().embed(list(texts))
+        return self._run(self._client.embed, texts)
 
-    def _collect(
-        self,
-        chunks: Iterable[NDArray[np.float64]],
-        errors: Mapping[int, VeilheadError],
-    ) -> list[Row]:
-        """Logits or an error for every row of chunks [<= _CHUNK, d], which are made as they go out.
+    @property
+    def _engine(self) -> Engine:
+        return self._client._engine
 
-        Everything is sent before any error is seen. Errors of rows that failed locally, by row
-        number, take the place of their answers.
-        """
-        call = Call()
-        results: list[Row] = []
-        pending: list[Future[list[Row]]] = []
-        broken: list[bool] = []
-        for chunk in chunks:
-            broken += [not np.isfinite(row).all() for row in chunk]
-            pending.append(self._portal.start_task_soon(self._engine.infer, chunk, call))
-            if len(pending) >= _CHUNKS_IN_FLIGHT:
-                results += pending.pop(0).result()
-        for future in pending:
-            results += future.result()
-        for index, is_broken in enumerate(broken):
-            if is_broken:
-                results[index] = NotFiniteError("the embedding holds NaN or infinity")
-        for index, error in errors.items():
-            results[index] = error
-        return results
-
-    def _ready_backbone(self) -> Backbone:
-        """The loaded backbone; the first caller fetches and loads it."""
-        section = self.manifest.backbone
-        if section is None:
-            raise NoBackboneError(
-                f"the model {self.manifest.name!r} has no backbone: make embeddings of "
-                f"{self.manifest.head.dimensions} values yourself and call `logits`"
-            )
-        with self._backbone_lock:
-            if self._backbone is None:
-                from veilhead_models.backbone import Backbone
-
-                directory = self._backbone_directory
-                if directory is None:
-                    directory = self._portal.call(self._fetch_backbone)
-                self._backbone = Backbone.load(directory, section, device=self._device)
-            return self._backbone
-
-    async def _fetch_backbone(self) -> Path:
-        return await fetch_backbone(
-            self._engine.transport,
-            self.manifest,
-            progress=self._on_download,
-        )
-
-
-def _vendor_keys(given: str | Sequence[str] | None) -> tuple[VendorKey, ...]:
-    """The keys of `vendor_key`. An empty list is refused: it would read as "check nothing"."""
-    if given is None:
-        return ()
-    texts = [given] if isinstance(given, str) else list(given)
-    if not texts:
-        raise SignatureError("got no vendor key in the list, expected at least one, or None")
-    return tuple(map(VendorKey.parse, texts))
-
-
-def _embedded(
-    backbone: Backbone, texts: Sequence[Any], errors: dict[int, VeilheadError]
-) -> Iterator[NDArray[np.float64]]:
-    """Embeddings [<= _CHUNK, d] of the texts, chunk by chunk.
-
-    A text that cannot be embedded becomes zeros, so that the service sees no difference, and an
-    entry in `errors` by row number.
-    """
-    for start in range(0, len(texts), _CHUNK):
-        chunk = []
-        for index, text in enumerate(texts[start : start + _CHUNK], start):
-            error = _unusable(text)
-            if error is not None:
-                errors[index] = error
-            chunk.append("" if error is not None else text)
+    def _run(
+        self, work: Callable[..., Coroutine[Any, Any, _Value]], *arguments: Any, **options: Any
+    ) -> _Value:
+        """What `work` returns on the event loop. An interrupt here stops it there."""
+        if not self._finalizer.alive:
+            raise ClientError("the client is closed: make another one")
+        future: Future[_Value] = self._portal.start_task_soon(partial(work, *arguments, **options))
         try:
-            embeddings = backbone.embed(chunk)
-        except Exception as error:  # out of memory, say: whatever torch raises
-            failure = BackboneError(
-                f"the backbone failed on the texts of rows {start} to {start + len(chunk) - 1}: "
-                f"{type(error).__name__}"
-            )
-            for index in range(start, start + len(chunk)):
-                errors.setdefault(index, failure)
-            embeddings = np.zeros((len(chunk), backbone.dimensions))
-        for index in errors:
-            if start <= index:
-                embeddings[index - start] = 0.0
-        yield embeddings
-
-
-def _unusable(text: Any) -> InputError | None:
-    """Why a row is not a text, or None when it is one."""
-    if not isinstance(text, str):
-        return InputError(f"expected a string, got {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return InputError("the text holds half of a surrogate pair: decode it as UTF-8 again")
-    return None
-
-
-def _as_rows(embeddings: ArrayLike, dimensions: int) -> NDArray[np.float64]:
-    """Embeddings as float64 [batch, d].
-
-    Raises:
-        InputError: when they are not.
-    """
-    array = np.asarray(embeddings)
-    if array.ndim != 2 or array.shape[1] != dimensions or array.dtype.kind not in "fiub":
-        raise InputError(
-            f"got an array of shape {list(array.shape)} and type {array.dtype}, "
-            f"expected real numbers of shape [batch, {dimensions}]"
-        )
-    return array.astype(np.float64)
-
-
-def _answers(rows: Sequence[Any]) -> list[Any]:
-    """The rows, when none of them is an error.
-
-    Raises:
-        BatchError: when any is; it holds the others.
-    """
-    errors = {index: row for index, row in enumerate(rows) if isinstance(row, VeilheadError)}
-    if errors:
-        results = [None if index in errors else row for index, row in enumerate(rows)]
-        raise BatchError(results, errors)
-    return list(rows)
+            return future.result()
+        finally:
+            future.cancel()

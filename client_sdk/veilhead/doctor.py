@@ -27,7 +27,6 @@ from veilhead_protocol.checks import (
 )
 from veilhead_protocol.errors import InputError, ManifestError, VeilheadError
 from veilhead_protocol.files import cache_directory
-from veilhead_protocol.layout import Layout
 from veilhead_protocol.loopback import is_loopback
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, NAME_PATTERN, Manifest
@@ -99,8 +98,7 @@ def _check_encryption(parameters: ParameterSet) -> Check:
     """A fresh key, its message read back, and an encryption of the right size. All in memory."""
     name = f"encryption {parameters.name}"
     try:
-        layout = Layout.canonical(parameters, texts=1, dimensions=8, classes=2, exponent=0)
-        key = SecretKey(parameters, layout)
+        key = SecretKey(parameters)
         read = KeyMessage.deserialize(key.message)
         encrypted = key.encrypt(np.ones(parameters.poly_modulus_degree), _SCALE_BITS)
         shape = (len(parameters.data_primes), parameters.poly_modulus_degree)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import anyio
+import anyio.to_thread
 import httpx2
 import numpy as np
 from numpy.typing import NDArray
 
-from veilhead.session import SecretKey, Session
+from veilhead.session import EncryptedQuery, SecretKey, Session
 from veilhead.transport import Answer, Transport
 from veilhead_protocol.errors import (
     ManifestError,
@@ -34,10 +35,13 @@ from veilhead_protocol.signatures import VendorKey, read_signatures, require_sig
 #: A key may be dropped by the service between its registration and the query, but not for ever.
 _REGISTRATIONS: Final = 3
 
-#: Polynomial products that may be asked for at once, and what each adds to the time that an answer
-#: may take: a head of 4,096 classes evaluates for seconds, one of 22 classes for milliseconds.
-_PRODUCTS_IN_FLIGHT: Final = 8192
-_PRODUCT_SECONDS: Final = 0.02
+#: Rows that are handed over together at least.
+_CHUNK: Final = 32
+
+#: What may be asked for at once, in the units of a layout's cost, and the seconds that each unit
+#: adds to the time that an answer may take: a head of 4,096 classes evaluates for seconds.
+_COST_IN_FLIGHT: Final = 160_000
+_COST_SECONDS: Final = 0.001
 
 _GOODBYE_SECONDS: Final = 2.0
 
@@ -56,6 +60,7 @@ class QueryTrace:
         key_bytes: size of the key message, which is sent once for many queries.
         query_bytes: size of the query.
         reply_bytes: size of the reply.
+        texts: embeddings in the query.
     """
 
     encrypt_seconds: float
@@ -65,6 +70,7 @@ class QueryTrace:
     key_bytes: int
     query_bytes: int
     reply_bytes: int
+    texts: int = 1
 
 
 @dataclass
@@ -85,9 +91,14 @@ class Engine:
     manifest: Manifest = field(init=False)
     session: Session = field(init=False)
     _slots: anyio.Semaphore = field(init=False)
-    _more_seconds: float = field(init=False)
     _registration: anyio.Lock = field(init=False)
     _registered: weakref.WeakSet[SecretKey] = field(init=False, default_factory=weakref.WeakSet)
+
+    @property
+    def chunk(self) -> int:
+        """Rows that are best handed over together."""
+        best = self.session.plan(self.manifest.parameter_set.poly_modulus_degree)[0]
+        return best * -(-_CHUNK // best)
 
     async def open(
         self, digest: str | None, minimum_parameters: str, vendor_keys: Sequence[VendorKey]
@@ -113,33 +124,46 @@ class Engine:
         self.manifest = manifest
         self.session = Session(manifest)
         # More queries of a large head would only wait in line at the service.
-        fitting = max(2, _PRODUCTS_IN_FLIGHT // manifest.layout.products)
+        fitting = max(2, _COST_IN_FLIGHT // manifest.layout.cost)
         self._slots = anyio.Semaphore(min(self.concurrency, fitting))
-        self._more_seconds = manifest.layout.products * _PRODUCT_SECONDS
 
     async def infer(self, embeddings: NDArray[np.float64], call: Call) -> list[Row]:
-        """Logits, or an error, for each row of embeddings [batch, d]."""
+        """Logits, or an error, for each row of embeddings [batch, d].
+
+        The rows go out in as few requests as are cheap. One is encrypted while others are on the
+        wire.
+        """
         rows: list[Row] = [NotSentError("not sent")] * len(embeddings)
 
-        async def one(index: int) -> None:
+        async def one(start: int, size: int) -> None:
             async with self._slots:
-                rows[index] = await self._infer_row(embeddings[index], call)
+                found = await self._infer_rows(embeddings[start : start + size], call)
+            rows[start : start + size] = [found] * size if isinstance(found, Exception) else found
 
         async with anyio.create_task_group() as tasks:
-            for index in range(len(embeddings)):
-                tasks.start_soon(one, index)
+            start = 0
+            for size in self.session.plan(len(embeddings)):
+                tasks.start_soon(one, start, size)
+                start += size
         return rows
 
-    async def _infer_row(self, embedding: NDArray[np.float64], call: Call) -> Row:
+    async def _infer_rows(
+        self, embeddings: NDArray[np.float64], call: Call
+    ) -> list[Row] | VeilheadError:
+        """Logits of the rows of one request, or why there are none for any of them."""
         if call.hopeless is not None:
             return NotSentError(
                 f"not sent, since an earlier row failed for all of them: {call.hopeless}"
             )
         started = time.perf_counter()
-        query = self.session.encrypt(embedding)
+        if len(embeddings) == 1:
+            query = self.session.encrypt(embeddings[0])
+        else:
+            # On a thread: what is on the wire goes on meanwhile.
+            query = await anyio.to_thread.run_sync(self.session.encrypt_batch, embeddings)
         encrypted = time.perf_counter()
         try:
-            answer, waited = await self._ask(query.key, query.data)
+            answer, waited = await self._ask(query)
         except ReplyError as error:
             return error
         except (TransportError, ServiceResponseError) as error:
@@ -147,7 +171,7 @@ class Engine:
             return error
         received = time.perf_counter()
         try:
-            logits = self.session.decrypt(query, answer.body)
+            logits = self.session.decrypt_batch(query, answer.body)
         except WireError as error:
             return ReplyError(f"the service's reply was refused: {error}")
         if self.on_query is not None:
@@ -160,26 +184,27 @@ class Engine:
                     key_bytes=len(query.key.message),
                     query_bytes=len(query.data),
                     reply_bytes=len(answer.body),
+                    texts=len(embeddings),
                 )
             )
-        return logits
+        return list(logits)
 
-    async def _ask(self, key: SecretKey, query: bytes) -> tuple[Answer, float]:
+    async def _ask(self, query: EncryptedQuery) -> tuple[Answer, float]:
         """The answer to a query and the seconds it took; registers the key as often as needed."""
         for attempt in range(1, _REGISTRATIONS + 1):
-            await self._register(key)
+            await self._register(query.key)
             started = time.perf_counter()
             try:
                 answer = await self.transport.infer(
                     self.model,
-                    query,
-                    self.session.reply_bytes,
-                    more_seconds=self._more_seconds,
+                    query.data,
+                    query.reply_bytes,
+                    more_seconds=query.layout.cost * _COST_SECONDS,
                 )
             except ServiceResponseError as error:
                 if error.problem != "key-not-registered" or attempt == _REGISTRATIONS:
                     raise
-                self._registered.discard(key)
+                self._registered.discard(query.key)
             else:
                 return answer, time.perf_counter() - started
         raise AssertionError("the last attempt returns or raises")

@@ -1,29 +1,90 @@
-"""Logits -> labels and scores."""
+"""Logits -> labels and scores, in the shapes of the transformers pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from veilhead_protocol.manifest import HeadSection
+
+#: What makes scores of logits; the names are those of the transformers pipeline.
+FunctionToApply = Literal["softmax", "sigmoid", "none"]
+
+_FUNCTIONS: Final[tuple[FunctionToApply, ...]] = get_args(FunctionToApply)
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """One label and its score: a probability in [0, 1] by softmax over the rounded logits.
+    """One label and its score.
 
-    A head with a single logit has one label, whose score is the logit's sigmoid.
+    The score is a probability in [0, 1] by softmax over the labels or by the sigmoid of the label's
+    own logit, or the rounded logit itself, as `function_to_apply` says.
     """
 
     label: str
     score: float
 
+    def to_dict(self) -> dict[str, str | float]:
+        """What the transformers pipeline gives: `{"label": ..., "score": ...}`."""
+        return {"label": self.label, "score": self.score}
 
-def scores(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Probabilities [..., C] of logits [..., C]."""
-    if logits.shape[-1] == 1:
-        sigmoid: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-logits))
+
+@dataclass(frozen=True)
+class Shape:
+    """How logits become predictions: how many of the labels, and which scores.
+
+    Attributes:
+        labels: the labels, in the order of the logits.
+        top_k: predictions for each text; None for all.
+        function: what makes scores of logits.
+    """
+
+    labels: tuple[str, ...]
+    top_k: int | None
+    function: FunctionToApply
+
+    @classmethod
+    def of(cls, head: HeadSection, top_k: int | None, function: str | None) -> Shape:
+        """The shape that a caller asked for; no function is the one of the head's problem type.
+
+        Raises:
+            ValueError: when `top_k` or the function is not one.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+        if function is None:
+            return cls(head.labels, top_k, default_function(head))
+        for known in _FUNCTIONS:
+            if function == known:
+                return cls(head.labels, top_k, known)
+        raise ValueError(
+            f"function_to_apply must be one of {', '.join(_FUNCTIONS)} or None, got {function!r}"
+        )
+
+    def predictions(self, logits: NDArray[np.float64]) -> list[Prediction]:
+        """The predictions of logits [C], best first."""
+        return predictions(logits, self.labels, self.top_k, self.function)
+
+
+def default_function(head: HeadSection) -> FunctionToApply:
+    """The function of a head when the caller names none: that of the transformers pipeline."""
+    if head.problem_type == "regression":
+        return "none"
+    if head.problem_type == "multi_label" or len(head.labels) == 1:
+        return "sigmoid"
+    return "softmax"
+
+
+def scores(logits: NDArray[np.float64], function: FunctionToApply) -> NDArray[np.float64]:
+    """Scores [..., C] of logits [..., C]."""
+    if function == "none":
+        return logits
+    if function == "sigmoid":
+        sigmoid: NDArray[np.float64] = np.exp(-np.logaddexp(0.0, -logits))
         return sigmoid
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     softmax: NDArray[np.float64] = shifted / shifted.sum(axis=-1, keepdims=True)
@@ -31,10 +92,13 @@ def scores(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def predictions(
-    logits: NDArray[np.float64], labels: Sequence[str], top_k: int | None
+    logits: NDArray[np.float64],
+    labels: Sequence[str],
+    top_k: int | None,
+    function: FunctionToApply = "softmax",
 ) -> list[Prediction]:
     """The `top_k` best labels of logits [C], best first; all of them for None."""
-    probabilities = scores(logits)
+    values = scores(logits, function)
     # Stable: equal logits keep the order of the labels.
     order = np.argsort(-logits, kind="stable")[:top_k]
-    return [Prediction(labels[index], float(probabilities[index])) for index in order]
+    return [Prediction(labels[index], float(values[index])) for index in order]

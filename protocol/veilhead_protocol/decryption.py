@@ -15,12 +15,18 @@ from tenseal import sealapi
 
 from veilhead_protocol import seal_io
 from veilhead_protocol.encoding import decode
-from veilhead_protocol.layout import Layout
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.scales import round_logits
-from veilhead_protocol.wire import ReplyMessage
+from veilhead_protocol.wire import ReplyMessage, Residues
 
 _PROBE_BITS: Final = 30
+
+#: Masks have at most 33 bits: both halves are below 2^17.
+_HALF_BITS: Final = 17
+_LOW_MASK: Final = np.uint64((1 << _HALF_BITS) - 1)
+
+#: Reply polynomials that are decrypted together: what bounds the memory of a large head's reply.
+_ROWS_AT_ONCE: Final = 64
 
 
 def secret_coefficients(seal: seal_io.Runtime, secret: Any) -> NDArray[np.float64]:
@@ -37,35 +43,58 @@ def secret_coefficients(seal: seal_io.Runtime, secret: Any) -> NDArray[np.float6
     return np.rint(decode(seal, plaintext))
 
 
-def decryption_rows(secret: NDArray[np.float64], layout: Layout) -> NDArray[np.float64]:
-    """Rows [G, N] whose product with c1 is a wanted coefficient of c1 times the secret.
+class DecryptionKey:
+    """A secret's coefficients, ready for products with the masks of replies.
 
-    The wanted coefficients of every reply polynomial begin those of the first.
+    The products are negacyclic convolutions of integers, by FFT: halves of a mask are the real and
+    imaginary parts of one complex polynomial. With halves below 2^17 and a ternary secret, double
+    precision is off by less than 2^-12 (docs/protocol.md), so rounding gives the exact integers.
     """
-    distance = layout.wanted(0)[:, np.newaxis] - np.arange(layout.degree)  # [G, N]
-    sign = np.where(distance < 0, -1.0, 1.0)
-    rows: NDArray[np.float64] = sign * secret[distance % layout.degree]
-    return rows
+
+    def __init__(self, coefficients: NDArray[np.float64]) -> None:
+        """Prepare the secret's coefficients in {-1, 0, 1}, [N]."""
+        degree = len(coefficients)
+        # X -> X exp(i pi / N) turns X^N + 1 into X^N - 1, whose products are cyclic.
+        self._twist = np.exp(1j * np.pi * np.arange(degree) / degree)
+        self._back = np.conj(self._twist)
+        self._spectrum = np.fft.fft(coefficients * self._twist)
+
+    def __repr__(self) -> str:
+        return "DecryptionKey(...)"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a decryption key cannot be pickled or copied")
+
+    def products(self, masks: Residues) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Low and high halves of masks [m, N] times the secret: `low + 2^17 high`, [m, N] each."""
+        halves = (masks & _LOW_MASK) + 1j * (masks >> _HALF_BITS)
+        values = np.fft.ifft(np.fft.fft(halves * self._twist, axis=-1) * self._spectrum, axis=-1)
+        values *= self._back
+        return np.rint(values.real), np.rint(values.imag)
 
 
-def wanted_values(reply: ReplyMessage, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Wanted coefficients of c0 + c1 s modulo 2^kappa, centred: [replies, G]. Never published.
+def wanted_values(reply: ReplyMessage, key: DecryptionKey) -> NDArray[np.float64]:
+    """Wanted coefficients of c0 + c1 s modulo 2^kappa, centred: [b, C]. Never published.
 
-    Every sum is an integer below 2^46, so float64 is exact. An unrounded value is an exact linear
+    Every sum is an integer below 2^47, so float64 is exact. An unrounded value is an exact linear
     equation in the secret: `rounded_logits` is the only form in which anything may leave.
     """
-    c1 = np.stack([polynomial.c1 for polynomial in reply.polynomials]).astype(np.float64)
-    values: NDArray[np.float64] = c1 @ rows.T
-    for row, polynomial in zip(values, reply.polynomials, strict=True):
-        row[: len(polynomial.c0)] += polynomial.c0
-    modulus = 2.0**reply.reply_bits
-    centred: NDArray[np.float64] = values - modulus * np.rint(values / modulus)
+    layout, modulus = reply.layout, 2.0**reply.reply_bits
+    found = []
+    for start in range(0, layout.replies, _ROWS_AT_ONCE):
+        polynomials = reply.polynomials[start : start + _ROWS_AT_ONCE]
+        low, high = key.products(np.stack([polynomial.c1 for polynomial in polynomials]))
+        values = low + 2.0**_HALF_BITS * high
+        for number, polynomial in enumerate(polynomials):
+            found.append(values[number, layout.wanted(start + number)] + polynomial.c0)
+    sums = layout.logits(found)
+    centred: NDArray[np.float64] = sums - modulus * np.rint(sums / modulus)
     return centred
 
 
 def rounded_logits(values: NDArray[np.float64], manifest: Manifest) -> NDArray[np.float64]:
-    """Logits [C] of wanted values [replies, G], rounded to multiples of 2^-12."""
+    """Logits of wanted values, same shape, rounded to multiples of 2^-12."""
     scales = manifest.scales
     # 2^kappa Delta / Q units make a logit of one.
     unit = manifest.parameter_set.data_modulus / 2 ** (scales.reply_bits + scales.scale_bits)
-    return round_logits(values.reshape(-1)[: manifest.layout.classes] * unit)
+    return round_logits(values * unit)

@@ -78,10 +78,18 @@ class _Section(BaseModel):
 
 
 class HeadSection(_Section):
-    """The head's public numbers; `scales` holds what each of them means."""
+    """The head's public numbers; `scales` holds what each of them means.
+
+    `problem_type` says what the logits of a text are: `single_label` (their softmax gives the
+    labels' probabilities; the sigmoid where there is one label only), `multi_label` (the sigmoid of
+    each is its label's probability) or `regression` (they are the values themselves).
+    `private_parameters` counts the numbers of weight and bias, which nobody is shown.
+    """
 
     dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)]
     labels: Annotated[tuple[Annotated[str, Field(max_length=512)], ...], Field(strict=False)]
+    problem_type: Literal["single_label", "multi_label", "regression"]
+    private_parameters: int
     exponent: Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
     scale_bits: Annotated[int, Field(ge=1, le=128)]
     weight_scale_bits: Annotated[int, Field(ge=1, le=40)]
@@ -103,18 +111,36 @@ class HeadSection(_Section):
             for letter in label
         ):
             raise ValueError("labels must not contain control characters")
+        if self.private_parameters != len(self.labels) * (self.dimensions + 1):
+            raise ValueError("private_parameters is not what weight and bias have")
         return self
+
+
+class CalibrationSection(_Section):
+    """How a scale was measured: `margin` times the `quantile` of the norms of `rows` embeddings."""
+
+    rows: Annotated[int, Field(ge=1)]
+    quantile: Annotated[float, Field(gt=0, le=1)]
+    margin: Annotated[float, Field(ge=1, le=100)]
 
 
 class EmbeddingSection(_Section):
     """What the client divides an embedding by before it projects it onto the unit ball.
 
     `scale_origin` says where the scale comes from: `normalised` (the backbone's output has norm
-    one) or `given` (set by whoever made the artefact).
+    one), `derived` (a bound on the norm that follows from the backbone's last operation),
+    `calibrated` (measured as `calibration` says) or `given` (set by whoever made the artefact).
     """
 
     scale: Annotated[float, Field(gt=0, le=1e9)]
-    scale_origin: Literal["normalised", "given"]
+    scale_origin: Literal["normalised", "derived", "calibrated", "given"]
+    calibration: CalibrationSection | None = None
+
+    @model_validator(mode="after")
+    def _calibration_is_told(self) -> EmbeddingSection:
+        if (self.calibration is not None) != (self.scale_origin == "calibrated"):
+            raise ValueError("a calibrated scale, and no other, says how it was calibrated")
+        return self
 
 
 class FileEntry(_Section):
@@ -125,14 +151,38 @@ class FileEntry(_Section):
     sha256: _HexDigest
 
 
+class DenseSection(_Section):
+    """A public linear layer after the pooling, and the function of its output."""
+
+    file: Annotated[str, Field(max_length=256), AfterValidator(_safe_path)]
+    activation: Literal["identity", "tanh", "relu", "gelu", "sigmoid"]
+
+
 class BackboneSection(_Section):
-    """The public transformer: its files, and how a text becomes an embedding."""
+    """The public transformer: its files, and how a text becomes an embedding.
+
+    The files are a transformers checkpoint and its tokenizer. Where `pooling` is `architecture`,
+    they are those of a text classifier, and where it is `tokens`, those of a token classifier, in
+    both cases without the last linear layer: the embedding is what the classifier would hand to the
+    module named `split`, its own pooling and activations included. Otherwise they are those of an
+    encoder, whose last hidden states are pooled: `mean`, `max`, the first token (`cls`) or the last
+    (`last`), each over the attention mask; then come the layers of `dense`, and, with `normalise`,
+    the embedding is divided by its norm.
+
+    Texts are cut to `max_tokens` tokens. `token_types` says whether the transformer is given the
+    tokenizer's token types (where these are all zero it is not). `public_parameters` counts the
+    numbers that everybody who fetches the files gets.
+    """
 
     kind: Literal["transformers"]
     name: Annotated[str, Field(min_length=1, max_length=128)]
-    pooling: Literal["mean"]
+    pooling: Literal["mean", "max", "cls", "last", "architecture", "tokens"]
+    split: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,127}$")] | None = None
+    dense: Annotated[tuple[DenseSection, ...], Field(strict=False, max_length=8)] = ()
     normalise: bool
     max_tokens: Annotated[int, Field(ge=2, le=8192)]
+    token_types: bool = False
+    public_parameters: Annotated[int, Field(ge=1)]
     files: Annotated[tuple[FileEntry, ...], Field(strict=False, min_length=1, max_length=64)]
 
     @model_validator(mode="after")
@@ -143,12 +193,24 @@ class BackboneSection(_Section):
             raise ValueError(f"the backbone has more than {MAX_BACKBONE_BYTES} bytes in all")
         return self
 
+    @model_validator(mode="after")
+    def _computation_is_consistent(self) -> BackboneSection:
+        classifier = self.pooling in ("architecture", "tokens")
+        if classifier != (self.split is not None):
+            raise ValueError("a classifier without its last layer, and nothing else, has a split")
+        if classifier and (self.dense or self.normalise):
+            raise ValueError("only the pooled states of an encoder go through dense or normalise")
+        paths = {entry.path for entry in self.files}
+        if not all(layer.file in paths for layer in self.dense):
+            raise ValueError("every file of dense must be among the files")
+        return self
+
 
 class PolicySection(_Section):
     """What the vendor asks of both sides.
 
-    The client refuses parameters below `minimum_parameters`. `bulk` says whether layouts beyond
-    the hint limit are allowed; this version has none.
+    The client refuses parameters below `minimum_parameters`. `bulk` allows requests of more texts
+    than the hint limit of the set: they hide the head from honest keys only.
     """
 
     minimum_parameters: _ParameterName = "compact"
@@ -156,10 +218,14 @@ class PolicySection(_Section):
 
 
 class Manifest(_Section):
-    """A model as the public sees it."""
+    """A model as the public sees it.
+
+    `task` says whether an embedding stands for a text, or for a token of one.
+    """
 
     format: Literal["veilhead-manifest/1"] = FORMAT
     name: Annotated[str, AfterValidator(valid_name)]
+    task: Literal["text-classification", "token-classification"]
     parameters: _ParameterName
     parameters_id: _HexDigest
     head: HeadSection
@@ -175,6 +241,9 @@ class Manifest(_Section):
             raise ValueError("parameters_id is not the id of the named parameter set")
         if not parameters.at_least(PARAMETER_SETS[self.policy.minimum_parameters]):
             raise ValueError("the parameter set is below the policy's minimum")
+        of_tokens = self.backbone is not None and self.backbone.pooling == "tokens"
+        if of_tokens != (self.task == "token-classification"):
+            raise ValueError("the task is not the one of the backbone's pooling")
         head = self.head
         expected = HeadScales.of_exponent(
             parameters, head.exponent, head.weight_scale_bits, head.error_bound
@@ -203,13 +272,22 @@ class Manifest(_Section):
 
     @cached_property
     def layout(self) -> Layout:
-        """The canonical layout of a query to this model."""
+        """The canonical layout of a query of one text."""
+        return self.layout_of(1)
+
+    def layout_of(self, texts: int) -> Layout:
+        """The canonical layout of a query of so many texts.
+
+        Raises:
+            LayoutError: when the model does not take so many at once.
+        """
         return Layout.canonical(
             self.parameter_set,
-            texts=1,
+            texts=texts,
             dimensions=self.head.dimensions,
             classes=len(self.head.labels),
             exponent=self.head.exponent,
+            bulk=self.policy.bulk,
         )
 
     def serialize(self) -> bytes:

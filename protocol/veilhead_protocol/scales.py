@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veilhead_protocol.errors import ScaleError
-from veilhead_protocol.layout import group_size
+from veilhead_protocol.layout import group_limit
 from veilhead_protocol.parameters import ERROR_VARIANCE, MAX_EXPONENT, ParameterSet
 
 #: The client rounds every logit to a multiple of this before anything else sees it: an unrounded
@@ -126,13 +126,10 @@ def plan_scales(
     delta = 2.0**scales.scale_bits
     flood = 2.0**scales.flood_bits
 
-    # The group with the largest norm decides; d > N has one class a group.
-    dimensions = weight.shape[1]
-    rows = group_size(parameters, dimensions, exponent)
-    squares = norms**2
-    largest_group = max(
-        float(squares[start : start + rows].sum()) for start in range(0, len(squares), rows)
-    )
+    # The weights of a group meet in a coefficient's noise. Layouts differ in how many consecutive
+    # rows that are and where they begin: the largest run of the largest group bounds them all.
+    rows = min(group_limit(parameters, weight.shape[1], exponent), len(norms))
+    largest_group = float(np.convolve(norms**2, np.ones(rows), mode="valid").max())
     secret_weight = 2 * degree / 3  # expected squared norm of a ternary secret
     if parameters.special_prime is None:
         key_variance = ERROR_VARIANCE * (2 * secret_weight + 1)

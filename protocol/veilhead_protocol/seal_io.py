@@ -110,6 +110,7 @@ class _Scratch(threading.local):
         self._owner = -1
         self._descriptor = -1
         self._path = ""
+        self.decompressor = zstandard.ZstdDecompressor()
 
     def _open(self) -> None:
         # A descriptor inherited by fork shares its file with the parent: make a new one.
@@ -152,7 +153,7 @@ def _inflate(saved: bytes) -> bytes:
     if mode == _UNCOMPRESSED:
         return body
     if mode == _ZSTANDARD:
-        return zstandard.ZstdDecompressor().decompressobj().decompress(body)
+        return _scratch().decompressor.decompressobj().decompress(body)
     raise AssertionError(f"SEAL wrote compression mode {mode}, expected none or zstandard")
 
 
@@ -237,11 +238,13 @@ def _key_level_residues(level: Runtime, b: Residues, seed: bytes, prng: int) -> 
     return save_ciphertext(ciphertext)
 
 
-def load_ciphertext(seal: Runtime, residues: Residues, *, scale_bits: int) -> Any:
-    """A data-level SEAL ciphertext of the residues [2, L, N], in NTT form."""
+def load_ciphertext(
+    seal: Runtime, residues: Residues, *, scale_bits: int, ntt_form: bool = True
+) -> Any:
+    """A data-level SEAL ciphertext of the residues [2, L, N], which are in this form."""
     ciphertext = sealapi.Ciphertext()
     data = _lay_out(
-        seal, seal.data_parms_id, residues, seed=None, ntt_form=True, scale=2.0**scale_bits
+        seal, seal.data_parms_id, residues, seed=None, ntt_form=ntt_form, scale=2.0**scale_bits
     )
     _scratch().load(ciphertext, seal.context, data)
     return ciphertext
@@ -253,6 +256,52 @@ def save_ciphertext(ciphertext: Any) -> Residues:
     _, primes, degree, count = _read_members(members, seeded=False)
     start = _MEMBERS.size + _HEADER.size + _COUNT.size
     return np.frombuffer(members, dtype="<u8", count=count, offset=start).reshape(2, primes, degree)
+
+
+def shifted_residues(seal: Runtime, ciphertexts: list[Any], shifts: int) -> Residues:
+    """Residues of each of m ciphertexts times X^0, ..., X^(shifts - 1): [m * shifts, 2, L, N].
+
+    All in NTT form, where X^k is a product with the k-th powers of the roots.
+    """
+    primes = seal.parameters.data_primes
+    shape = (len(ciphertexts), shifts, 2, len(primes), seal.parameters.poly_modulus_degree)
+    residues = np.empty(shape, dtype=np.uint64)
+    for row, ciphertext in zip(residues, ciphertexts, strict=True):
+        row[0] = save_ciphertext(ciphertext)
+    if shifts > 1:
+        roots = _roots(seal.parameters)
+        for shift in range(1, shifts):
+            for number, prime in enumerate(primes):
+                residues[:, shift, :, number] = _multiply(
+                    residues[:, shift - 1, :, number], roots[number], prime
+                )
+    return residues.reshape(-1, *shape[2:])
+
+
+@lru_cache(maxsize=4)
+def _roots(parameters: ParameterSet) -> Residues:
+    """The polynomial X in NTT form: [L, N]."""
+    seal = runtime(parameters)
+    monomial = np.zeros(
+        (2, len(parameters.data_primes), parameters.poly_modulus_degree), dtype=np.uint64
+    )
+    monomial[..., 1] = 1
+    ciphertext = load_ciphertext(seal, monomial, scale_bits=0, ntt_form=False)
+    seal.evaluator.transform_to_ntt_inplace(ciphertext)
+    (root, _) = save_ciphertext(ciphertext)
+    return np.asarray(root)
+
+
+def _multiply(first: Residues, second: Residues, prime: int) -> Residues:
+    """Products of residues modulo a prime below 2^54.
+
+    The quotient is off by a unit or two in double precision; the difference is exact modulo 2^64
+    and small.
+    """
+    quotient = (first.astype(np.float64) * (second.astype(np.float64) / prime)).astype(np.uint64)
+    difference = (first * second - quotient * np.uint64(prime)).view(np.int64)
+    product: Residues = np.mod(difference, prime).astype(np.uint64)
+    return product
 
 
 def save_seeded(serializable: Any) -> tuple[Residues, int, bytes]:

@@ -32,7 +32,7 @@ from veilhead_protocol.errors import (
     SeedReuseError,
     ZeroPolynomialError,
 )
-from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS, Layout
+from veilhead_protocol.layout import MAX_PIECES, Layout
 from veilhead_protocol.parameters import PARAMETER_SETS, ParameterSet
 
 Residues = NDArray[np.uint64]
@@ -44,12 +44,15 @@ DIGEST_BYTES: Final = 32
 
 _PREFIX: Final = struct.Struct("<4sBBBB32s")  # magic, version, type, prng, domain, parameter id
 _TARGET: Final = struct.Struct("<32s32s")  # model digest, key id
-_COUNTS: Final = struct.Struct("<B3xIIIIII")  # layout, texts, d, C, t, pieces, polynomials
+_COUNTS: Final = struct.Struct("<B3xIIIIIII")  # layout, texts, d, C, t, pieces, group, polynomials
 _REPLY: Final = struct.Struct("<I32s")  # kappa, SHA-256 of the query
 
 KEY_HEADER_BYTES: Final = _PREFIX.size
 QUERY_HEADER_BYTES: Final = _PREFIX.size + _TARGET.size + _COUNTS.size
 REPLY_HEADER_BYTES: Final = QUERY_HEADER_BYTES + _REPLY.size
+
+#: Reply polynomials that are packed together: what bounds the memory of a large head's reply.
+_ROWS_AT_ONCE: Final = 256
 
 
 class MessageType(IntEnum):
@@ -83,19 +86,31 @@ def packed_bytes(count: int, width: int) -> int:
     return -(-count * width // 8)
 
 
-def pack_bits(values: Residues, width: int) -> bytes:
-    """Values [n] below 2^width (8 <= width <= 56), little-endian, without gaps, zero-padded."""
-    count = len(values)
-    rows = -(-count // 8)  # eight values of `width` bits fill exactly `width` bytes
-    padded = np.zeros(rows * 8, dtype=np.uint64)
-    padded[:count] = values
-    lanes = padded.reshape(rows, 8)
-    buffer = np.zeros(rows * width + 8, dtype=np.uint8)
+def pack_rows(values: Residues, width: int) -> NDArray[np.uint8]:
+    """Each row of values [m, n] as `pack_bits` has it: [m, packed_bytes(n, width)]."""
+    rows, count = values.shape
+    octets = -(-count // 8)  # eight values of `width` bits fill exactly `width` bytes
+    padded = values
+    if count % 8:
+        padded = np.zeros((rows, octets * 8), dtype=np.uint64)
+        padded[:, :count] = values
+    lanes = padded.reshape(rows, octets, 8)
+    stride = octets * width
+    # Windows of eight bytes reach beyond an octet of values, and there into the next row.
+    buffer = np.zeros(rows * stride + 8, dtype=np.uint8)
     for lane in range(8):
         start, shift = divmod(lane * width, 8)
-        window = np.ndarray((rows,), dtype="<u8", buffer=buffer, offset=start, strides=(width,))
-        window |= lanes[:, lane] << np.uint64(shift)
-    return buffer[: packed_bytes(count, width)].tobytes()
+        window = np.ndarray(
+            (rows, octets), dtype="<u8", buffer=buffer, offset=start, strides=(stride, width)
+        )
+        window |= lanes[..., lane] << np.uint64(shift)
+    packed: NDArray[np.uint8] = buffer[:-8].reshape(rows, stride)[:, : packed_bytes(count, width)]
+    return packed
+
+
+def pack_bits(values: Residues, width: int) -> bytes:
+    """Values [n] below 2^width (8 <= width <= 56), little-endian, without gaps, zero-padded."""
+    return pack_rows(values[np.newaxis], width).tobytes()
 
 
 def unpack_bits(data: bytes, count: int, width: int) -> Residues:
@@ -109,18 +124,42 @@ def unpack_bits(data: bytes, count: int, width: int) -> Residues:
         raise MessageLengthError(
             f"got {len(data)} bytes of packed residues, expected {packed_bytes(count, width)}"
         )
+    (values,) = _unpack_rows(data, 1, count, width, offset=0, stride=len(data))
+    return np.asarray(values)
+
+
+def _unpack_rows(
+    data: bytes, rows: int, count: int, width: int, *, offset: int, stride: int
+) -> Residues:
+    """Values [rows, count] of runs that begin at `offset`, `offset + stride`, ...
+
+    Raises:
+        PaddingError: when a bit after the last value of a run is set.
+    """
+    length = packed_bytes(count, width)
     used = count * width % 8
-    if used and data[-1] >> used:
-        raise PaddingError("padding bits after the last residue are not zero")
-    rows = -(-count // 8)
-    buffer = data.ljust(rows * width + 8, b"\0")
+    if used:
+        last = np.frombuffer(data, dtype=np.uint8)[offset + length - 1 :: stride][:rows]
+        if (last >> np.uint8(used)).any():
+            raise PaddingError("padding bits after the last residue are not zero")
+    octets = -(-count // 8)
+    reach = offset + (rows - 1) * stride + octets * width + 8
+    buffer = data if len(data) >= reach else data.ljust(reach, b"\0")
     mask = np.uint64((1 << width) - 1)
-    values = np.empty((rows, 8), dtype=np.uint64)
+    values = np.empty((rows, octets, 8), dtype=np.uint64)
     for lane in range(8):
         start, shift = divmod(lane * width, 8)
-        window = np.ndarray((rows,), dtype="<u8", buffer=buffer, offset=start, strides=(width,))
-        values[:, lane] = (window >> np.uint64(shift)) & mask
-    return values.reshape(-1)[:count]
+        window = np.ndarray(
+            (rows, octets),
+            dtype="<u8",
+            buffer=buffer,
+            offset=offset + start,
+            strides=(stride, width),
+        )
+        lanes = values[..., lane]
+        np.right_shift(window, np.uint64(shift), out=lanes)
+        lanes &= mask
+    return values.reshape(rows, octets * 8)[:, :count]
 
 
 def _polynomial_bytes(degree: int, primes: Sequence[int]) -> int:
@@ -134,18 +173,23 @@ def _pack_polynomial(residues: Residues, primes: Sequence[int]) -> bytes:
     )
 
 
-def _unpack_polynomial(data: bytes, degree: int, primes: Sequence[int]) -> Residues:
-    """The inverse of `_pack_polynomial`, with every residue in range and not all of them zero."""
-    residues = np.empty((len(primes), degree), dtype=np.uint64)
-    offset = 0
+def _unpack_polynomials(
+    data: bytes, polynomials: int, degree: int, primes: Sequence[int], *, offset: int, stride: int
+) -> Residues:
+    """The inverse of `_pack_polynomial` for polynomials that begin `stride` bytes apart: [P, L, N].
+
+    Every residue is in range, and none of the polynomials is zero.
+    """
+    residues = np.empty((polynomials, len(primes), degree), dtype=np.uint64)
     for row, prime in enumerate(primes):
         width = prime.bit_length()
-        length = packed_bytes(degree, width)
-        residues[row] = unpack_bits(data[offset : offset + length], degree, width)
-        offset += length
-        if residues[row].max() >= prime:
+        residues[:, row] = _unpack_rows(
+            data, polynomials, degree, width, offset=offset, stride=stride
+        )
+        offset += packed_bytes(degree, width)
+        if residues[:, row].max() >= prime:
             raise ResidueRangeError(f"a residue is not below its prime {prime:#x}")
-    if not residues.any():
+    if not residues.any(axis=(1, 2)).all():
         raise ZeroPolynomialError("all residues of a polynomial are zero")
     return residues
 
@@ -193,6 +237,7 @@ class Counts:
     classes: int
     block_length: int
     pieces: int
+    group: int
     polynomials: int
 
     @classmethod
@@ -205,6 +250,7 @@ class Counts:
             layout.classes,
             layout.block_length,
             layout.pieces,
+            layout.group,
             polynomials,
         )
 
@@ -297,10 +343,13 @@ class KeyMessage:
                 f"got {len(data)} bytes, expected {cls.size(parameters)} for a "
                 f"{parameters.name} key"
             )
-        b = _unpack_polynomial(
-            data[KEY_HEADER_BYTES:-SEED_BYTES],
+        (b,) = _unpack_polynomials(
+            data,
+            1,
             parameters.poly_modulus_degree,
             parameters.key_primes,
+            offset=KEY_HEADER_BYTES,
+            stride=len(data),
         )
         return cls(parameters, prng, domain, b, data[-SEED_BYTES:])
 
@@ -320,7 +369,7 @@ class SeededPolynomial:
 
 @dataclass(frozen=True)
 class QueryMessage:
-    """An encrypted embedding: one seeded ciphertext for every piece of the layout."""
+    """Encrypted embeddings: one seeded ciphertext for every piece of the layout."""
 
     parameters: ParameterSet
     model_digest: bytes
@@ -374,18 +423,20 @@ class QueryMessage:
             )
         degree = parameters.poly_modulus_degree
         body = _polynomial_bytes(degree, parameters.data_primes)
-        seen = set() if key_seed is None else {key_seed}
-        polynomials = []
-        for piece in range(layout.pieces):
-            start = QUERY_HEADER_BYTES + piece * (body + SEED_BYTES)
-            seed = data[start + body : start + body + SEED_BYTES]
-            if seed in seen:
-                raise SeedReuseError(
-                    "a seed occurs twice, in the query or in the query and its key"
-                )
-            seen.add(seed)
-            c0 = _unpack_polynomial(data[start : start + body], degree, parameters.data_primes)
-            polynomials.append(SeededPolynomial(c0, seed))
+        stride = body + SEED_BYTES
+        ends = range(QUERY_HEADER_BYTES + stride, len(data) + 1, stride)
+        seeds = [data[end - SEED_BYTES : end] for end in ends]
+        distinct = set(seeds) if key_seed is None else {key_seed, *seeds}
+        if len(distinct) != len(seeds) + (key_seed is not None):
+            raise SeedReuseError("a seed occurs twice, in the query or in the query and its key")
+        residues = _unpack_polynomials(
+            data,
+            layout.pieces,
+            degree,
+            parameters.data_primes,
+            offset=QUERY_HEADER_BYTES,
+            stride=stride,
+        )
         return cls(
             parameters,
             header.model_digest,
@@ -393,7 +444,7 @@ class QueryMessage:
             layout,
             header.prng,
             header.domain,
-            tuple(polynomials),
+            tuple(map(SeededPolynomial, residues, seeds)),
         )
 
 
@@ -433,11 +484,15 @@ class ReplyMessage:
             Counts.of(self.layout, len(self.polynomials)).serialize(),
             _REPLY.pack(self.reply_bits, self.query_digest),
         ]
-        for polynomial in self.polynomials:
-            parts += [
-                pack_bits(polynomial.c0, self.reply_bits),
-                pack_bits(polynomial.c1, self.reply_bits),
-            ]
+        for start in range(0, len(self.polynomials), _ROWS_AT_ONCE):
+            polynomials = self.polynomials[start : start + _ROWS_AT_ONCE]
+            # The last reply polynomial may hold fewer classes than the others.
+            even = [one.c0 for one in polynomials if len(one.c0) == len(polynomials[0].c0)]
+            wanted = [*pack_rows(np.stack(even), self.reply_bits)]
+            wanted += [*pack_rows(polynomials[-1].c0[np.newaxis], self.reply_bits)]
+            masks = pack_rows(np.stack([one.c1 for one in polynomials]), self.reply_bits)
+            for c0, c1 in zip(wanted, masks, strict=False):
+                parts += [c0.tobytes(), c1.tobytes()]
         return b"".join(parts)
 
     @classmethod
@@ -481,15 +536,21 @@ class ReplyMessage:
             )
         if found_query != query_digest:
             raise QueryMismatchError("the reply answers another query")
+        mask_bytes = packed_bytes(layout.degree, reply_bits)
+        stride = packed_bytes(len(layout.wanted(0)), reply_bits) + mask_bytes
+        polynomials: list[ReplyPolynomial] = []
         offset = REPLY_HEADER_BYTES
-        polynomials = []
-        for reply in range(layout.replies):
-            parts = []
-            for count in (len(layout.wanted(reply)), layout.degree):
-                length = packed_bytes(count, reply_bits)
-                parts.append(unpack_bits(data[offset : offset + length], count, reply_bits))
-                offset += length
-            polynomials.append(ReplyPolynomial(*parts))
+        # The last polynomial may hold fewer classes than the others.
+        for rows, reply in ((layout.replies - 1, 0), (1, layout.replies - 1)):
+            if rows:
+                count = len(layout.wanted(reply))
+                c0 = _unpack_rows(data, rows, count, reply_bits, offset=offset, stride=stride)
+                offset += packed_bytes(count, reply_bits)
+                c1 = _unpack_rows(
+                    data, rows, layout.degree, reply_bits, offset=offset, stride=stride
+                )
+                polynomials += map(ReplyPolynomial, c0, c1)
+                offset += rows * stride - packed_bytes(count, reply_bits)
         return cls(
             parameters,
             model_digest,
@@ -501,14 +562,10 @@ class ReplyMessage:
         )
 
 
-#: Largest body of a query that this version can be sent, for limits before reading.
-MAX_QUERY_BYTES: Final = max(
-    QueryMessage.size(
-        parameters,
-        Layout.canonical(
-            parameters, texts=1, dimensions=MAX_DIMENSIONS, classes=MAX_CLASSES, exponent=0
-        ),
-    )
+#: Largest body of a query that any model can be sent. What a model takes is known from the header.
+MAX_QUERY_BYTES: Final = QUERY_HEADER_BYTES + max(
+    MAX_PIECES
+    * (_polynomial_bytes(parameters.poly_modulus_degree, parameters.data_primes) + SEED_BYTES)
     for parameters in PARAMETER_SETS.values()
 )
 

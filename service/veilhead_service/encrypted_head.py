@@ -9,9 +9,13 @@ tests attack the product with each one removed.
 from __future__ import annotations
 
 import hashlib
-import secrets
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import islice
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +23,35 @@ from tenseal import sealapi
 
 from veilhead_protocol import seal_io
 from veilhead_protocol.encoding import encode
-from veilhead_protocol.errors import KeyMismatchError, ModelMismatchError, ParameterMismatchError
+from veilhead_protocol.errors import (
+    KeyMismatchError,
+    ModelMismatchError,
+    ParameterMismatchError,
+)
+from veilhead_protocol.layout import Layout, LayoutKind
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.parameters import ParameterSet
 from veilhead_protocol.scales import quantise
 from veilhead_protocol.wire import (
     Domain,
     KeyMessage,
+    QueryHeader,
     QueryMessage,
     ReplyMessage,
     ReplyPolynomial,
     Residues,
     key_id,
 )
+from veilhead_service.limits import requested_layout
+
+#: Encoded weights of block layouts that a head keeps, beside those of its single layout.
+BLOCK_BYTES: Final = 64 * 2**20
+
+#: Reply polynomials that are masked and cut together: what bounds the memory of a large head.
+_REPLIES_AT_ONCE: Final = 256
+
+#: Columns of a matrix product at once, so that its operands stay in the processor's cache.
+_COLUMNS_AT_ONCE: Final = 512
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,7 @@ class ClientKey:
 
 
 class EncryptedHead:
-    """One head, its weight polynomials encoded once."""
+    """One head. Weight polynomials are encoded once for each layout that is asked for."""
 
     def __init__(
         self, manifest: Manifest, weight: NDArray[np.float64], bias: NDArray[np.float64]
@@ -75,27 +95,27 @@ class EncryptedHead:
         self.layout = manifest.layout
         self._scales = manifest.scales
         self._seal = seal_io.runtime(self.parameters)
-        self._wanted = [self.layout.wanted(reply) for reply in range(self.layout.replies)]
-        bits = self._scales.weight_scale_bits
-        packed = self.layout.pack_weight(quantise(weight, bits))  # [replies, pieces, N]
-        # SEAL refuses to multiply by zero; such a polynomial costs a product with one all the same.
-        one = np.zeros(self.layout.degree)
-        one[0] = 1.0
-        self._stand_in = encode(self._seal, one, bits)
-        self._weights = [
-            [encode(self._seal, row, bits) if row.any() else None for row in pieces]
-            for pieces in packed
-        ]
+        self._weight = quantise(weight, self._scales.weight_scale_bits)  # [C, d]
         delta = 2**self._scales.scale_bits
-        offsets = [round(float(value) * delta) for value in bias]
-        group = self.layout.group
-        self._offsets = [offsets[start : start + group] for start in range(0, len(bias), group)]
+        values = [round(float(value) * delta) for value in bias]
+        self._biases: Residues = np.array(
+            [[value % prime for value in values] for prime in self.parameters.data_primes],
+            dtype=np.uint64,
+        )  # [L, C]
+        # SEAL refuses to multiply by zero; such a polynomial costs a product with one all the same.
+        self._stand_in = self._encode(np.ones(1))
+        self._single = self._encoded(self.layout)
+        self._blocks: OrderedDict[int, _Weights] = OrderedDict()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the encoded weights, which are nearly all that a head holds."""
-        polynomials = sum(weight is not None for row in self._weights for weight in row)
-        return polynomials * self.layout.degree * len(self.parameters.data_primes) * 8
+        polynomials = sum(weights.polynomials for weights in (self._single, *self._blocks.values()))
+        return self._weight.nbytes + polynomials * self._polynomial_bytes
+
+    @property
+    def _polynomial_bytes(self) -> int:
+        return self.layout.degree * len(self.parameters.data_primes) * 8
 
     def __repr__(self) -> str:
         return f"EncryptedHead({self.manifest.name!r}, {self.manifest.digest.hex()[:12]})"
@@ -111,13 +131,25 @@ class EncryptedHead:
                 f"the key is of the set {key.parameters.name}, "
                 f"expected {self.parameters.name} for this model"
             )
-        query = QueryMessage.deserialize(
-            query_bytes, self.parameters, self.layout, key_seed=key.seed
-        )
+        layout = requested_layout(QueryHeader.deserialize(query_bytes), self.manifest)
+        query = QueryMessage.deserialize(query_bytes, self.parameters, layout, key_seed=key.seed)
         if query.model_digest != self.manifest.digest:
             raise ModelMismatchError("the query names another version of this model")
         if query.key_id != key.id:
             raise KeyMismatchError("the query names another key")
+        reply = ReplyMessage(
+            parameters=self.parameters,
+            model_digest=query.model_digest,
+            key_id=query.key_id,
+            layout=layout,
+            reply_bits=self._scales.reply_bits,
+            query_digest=hashlib.sha256(query_bytes).digest(),
+            polynomials=tuple(self._answer(layout, self._products(query), key)),
+        )
+        return reply.serialize()
+
+    def _products(self, query: QueryMessage) -> Iterator[Any | None]:
+        """For every reply polynomial the ciphertext of query times weights; None for zeros."""
         pieces = [
             seal_io.load_seeded_ciphertext(
                 self._seal,
@@ -129,33 +161,44 @@ class EncryptedHead:
             )
             for polynomial in query.polynomials
         ]
-        reply = ReplyMessage(
-            parameters=self.parameters,
-            model_digest=query.model_digest,
-            key_id=query.key_id,
-            layout=self.layout,
-            reply_bits=self._scales.reply_bits,
-            query_digest=hashlib.sha256(query_bytes).digest(),
-            polynomials=tuple(
-                self._answer(pieces, reply, key) for reply in range(self.layout.replies)
-            ),
-        )
-        return reply.serialize()
+        if query.layout.kind is LayoutKind.BULK:
+            return self._matrix_products(pieces, query.layout)
+        weights = self._weights_of(query.layout)
+        return (self._product(pieces, row) for row in weights.rows)
 
-    def _answer(self, pieces: list[Any], reply: int, key: ClientKey) -> ReplyPolynomial:
-        ciphertext = self._rerandomise(self._product(pieces, reply), key)
+    def _answer(
+        self, layout: Layout, products: Iterator[Any | None], key: ClientKey
+    ) -> Iterator[ReplyPolynomial]:
+        """What is sent of each product, once it is masked, flooded and cut."""
+        reply = 0
+        while masked := [self._masked(one, key) for one in islice(products, _REPLIES_AT_ONCE)]:
+            wanted = [layout.wanted(reply + number) for number in range(len(masked))]
+            classes = [
+                np.tile(np.arange(first, min(first + layout.group, layout.classes)), layout.texts)
+                for first in range(
+                    reply * layout.group, (reply + len(masked)) * layout.group, layout.group
+                )
+            ]
+            picked = [c0[:, places] for (c0, _), places in zip(masked, wanted, strict=True)]
+            flooded = self._add_offsets(np.hstack(picked), np.hstack(classes))
+            ends = np.cumsum([len(places) for places in wanted])[:-1]
+            logits = np.split(self._truncate(flooded), ends)
+            masks = np.hstack([c1 for _, c1 in masked])  # [L, replies * N]
+            cut = self._truncate(masks).reshape(len(masked), layout.degree)
+            yield from map(ReplyPolynomial, logits, cut)
+            reply += len(masked)
+
+    def _masked(self, product: Any | None, key: ClientKey) -> Residues:
+        """The coefficients [2, L, N] of a product with its fresh mask."""
+        ciphertext = self._rerandomise(product, key)
         self._seal.evaluator.transform_from_ntt_inplace(ciphertext)
-        c0, c1 = seal_io.save_ciphertext(ciphertext)  # [L, N] each
-        wanted = c0[:, self._wanted[reply]]  # [L, classes of this group]
-        return ReplyPolynomial(
-            c0=self._truncate(self._add_offsets(wanted, reply)), c1=self._truncate(c1)
-        )
+        return seal_io.save_ciphertext(ciphertext)
 
-    def _product(self, pieces: list[Any], reply: int) -> Any | None:
+    def _product(self, pieces: list[Any], weights: list[Any | None]) -> Any | None:
         """The sum over the pieces of query times weight; None when all the weights are zero."""
         evaluator = self._seal.evaluator
         total = None
-        for piece, weight in zip(pieces, self._weights[reply], strict=True):
+        for piece, weight in zip(pieces, weights, strict=True):
             product = self._seal.new_ciphertext()
             evaluator.multiply_plain(piece, weight or self._stand_in, product)
             if weight is None:
@@ -165,6 +208,54 @@ class EncryptedHead:
             else:
                 evaluator.add_inplace(total, product)
         return total
+
+    def _matrix_products(self, pieces: list[Any], layout: Layout) -> Iterator[Any | None]:
+        """The same sums for every class at once: integers times residues, one matrix product.
+
+        In bulk a weight polynomial has at most a few coefficients, so the sum over pieces and
+        coefficients of weight times (X^k times query) costs far less than products would.
+        """
+        rows = seal_io.shifted_residues(self._seal, pieces, layout.block_length)  # [P t, 2, L, N]
+        scale = 2.0**self._scales.weight_scale_bits
+        weight = layout.pack_weight(self._weight * scale).reshape(layout.classes, -1)  # [C, P t]
+        for start in range(0, layout.classes, _REPLIES_AT_ONCE):
+            part = weight[start : start + _REPLIES_AT_ONCE]
+            sums = np.empty((len(part), *rows.shape[1:]), dtype=np.uint64)
+            for number, prime in enumerate(self.parameters.data_primes):
+                for half in range(2):
+                    sums[:, half, number] = multiply_modulo(part, rows[:, half, number], prime)
+            for residues in sums:
+                yield seal_io.load_ciphertext(
+                    self._seal, residues, scale_bits=self._scales.scale_bits
+                )
+
+    def _weights_of(self, layout: Layout) -> _Weights:
+        """The weight polynomials in a layout, encoded when they are not here yet."""
+        if layout == self.layout:
+            return self._single
+        if layout.texts not in self._blocks:
+            self._blocks[layout.texts] = self._encoded(layout)
+            while (
+                len(self._blocks) > 1
+                and sum(weights.polynomials for weights in self._blocks.values())
+                * self._polynomial_bytes
+                > BLOCK_BYTES
+            ):
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(layout.texts)
+        return self._blocks[layout.texts]
+
+    def _encoded(self, layout: Layout) -> _Weights:
+        packed = layout.pack_weight(self._weight)  # [R, P, G t]
+        return _Weights(
+            [[self._encode(row) if row.any() else None for row in pieces] for pieces in packed]
+        )
+
+    def _encode(self, coefficients: NDArray[np.float64]) -> Any:
+        """The weight polynomial that begins with these coefficients, in NTT form."""
+        padded = np.zeros(self.layout.degree)
+        padded[: len(coefficients)] = coefficients
+        return encode(self._seal, padded, self._scales.weight_scale_bits)
 
     def _rerandomise(self, product: Any | None, key: ClientKey) -> Any:
         """The product plus a fresh encryption of zero.
@@ -180,25 +271,74 @@ class EncryptedHead:
         self._seal.evaluator.add_inplace(zero, product)
         return zero
 
-    def _flood(self, count: int) -> list[int]:
-        """Integers uniform in [-F, F] from the operating system: they hide the query's noise."""
-        bound = 2**self._scales.flood_bits
-        return [secrets.randbelow(2 * bound + 1) - bound for _ in range(count)]
+    def _flood(self, count: int) -> NDArray[np.int64]:
+        """Integers uniform in [-F, F), [count], from the operating system.
 
-    def _add_offsets(self, wanted: Residues, reply: int) -> Residues:
+        They hide the query's noise. F is a power of two: whole random bits are uniform.
+        """
+        bits = self._scales.flood_bits
+        drawn = np.frombuffer(os.urandom(8 * count), dtype="<u8") >> np.uint64(64 - bits - 1)
+        return drawn.astype(np.int64) - (1 << bits)
+
+    def _add_offsets(self, wanted: Residues, classes: NDArray[np.intp]) -> Residues:
         """Wanted coefficients [L, n] plus bias and flood, prime by prime."""
-        offsets = self._offsets[reply]
-        added = [
-            bias + flood for bias, flood in zip(offsets, self._flood(len(offsets)), strict=True)
-        ]
-        rows = [
-            [(int(value) + offset) % prime for value, offset in zip(row, added, strict=True)]
-            for row, prime in zip(wanted, self.parameters.data_primes, strict=True)
-        ]
-        return np.array(rows, dtype=np.uint64)
+        flood = self._flood(len(classes))
+        return np.stack(
+            [
+                (row + biases[classes] + np.mod(flood, prime).astype(np.uint64)) % np.uint64(prime)
+                for row, biases, prime in zip(
+                    wanted, self._biases, self.parameters.data_primes, strict=True
+                )
+            ]
+        )
 
     def _truncate(self, residues: Residues) -> Residues:
         return truncate(residues, self.parameters, self._scales.reply_bits)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The weight polynomials of a layout, [R][P]; None for one that is zero."""
+
+    rows: list[list[Any | None]]
+
+    @cached_property
+    def polynomials(self) -> int:
+        """How many of them hold memory."""
+        return sum(weight is not None for row in self.rows for weight in row)
+
+
+def multiply_modulo(integers: NDArray[np.float64], residues: Residues, prime: int) -> Residues:
+    """Integers [m, k] times residues [k, n] modulo a prime: [m, n], exact.
+
+    The residues are cut into limbs so small that no sum of a float64 matrix product passes 2^53.
+    """
+    largest = int(np.abs(integers).sum(axis=1).max())
+    bits = 53 - largest.bit_length()
+    limbs = -(-prime.bit_length() // bits)
+    bits = -(-prime.bit_length() // limbs)
+    mask = np.uint64((1 << bits) - 1)
+    total = np.empty((len(integers), residues.shape[1]), dtype=np.uint64)
+    for start in range(0, residues.shape[1], _COLUMNS_AT_ONCE):
+        part = np.ascontiguousarray(residues[:, start : start + _COLUMNS_AT_ONCE])
+        found = np.zeros((len(integers), part.shape[1]), dtype=np.int64)
+        for limb in reversed(range(limbs)):
+            digits = (part >> np.uint64(limb * bits)) & mask
+            sums = (integers @ digits.view(np.int64).astype(np.float64)).astype(np.int64)
+            found = np.mod(_shift(found, bits, prime) + sums, prime)
+        total[:, start : start + _COLUMNS_AT_ONCE] = found
+    return total
+
+
+def _shift(values: NDArray[np.int64], bits: int, prime: int) -> NDArray[np.int64]:
+    """values * 2^bits modulo the prime, up to a few times the prime, for values below it.
+
+    The quotient is off by a unit or two in double precision; the difference is exact modulo 2^64
+    and small.
+    """
+    quotient = (values * (2.0**bits / prime)).astype(np.int64)
+    shifted: NDArray[np.int64] = (values << bits) - quotient * prime
+    return shifted
 
 
 def truncate(residues: Residues, parameters: ParameterSet, reply_bits: int) -> Residues:

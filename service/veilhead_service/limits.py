@@ -1,4 +1,4 @@
-"""Rates and budgets: how they are counted, without where they are kept."""
+"""Rates, budgets and layouts: what is allowed, without where it is kept."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import lru_cache
 
+from veilhead_protocol.errors import LayoutError, MessageLayoutError
 from veilhead_protocol.layout import Layout
+from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.parameters import ParameterSet
+from veilhead_protocol.wire import QueryHeader
 
 
 class Period(StrEnum):
@@ -86,20 +88,29 @@ class Usage:
         return None if self.budget.units is None else max(0, self.budget.units - self.used)
 
 
-@lru_cache(maxsize=256)
+def requested_layout(header: QueryHeader, manifest: Manifest) -> Layout:
+    """The canonical layout of a query's number of texts.
+
+    Raises:
+        MessageLayoutError: when the model does not take so many.
+    """
+    try:
+        return manifest.layout_of(header.counts.texts)
+    except LayoutError as error:
+        raise MessageLayoutError(str(error)) from None
+
+
 def charge(layout: Layout, exponent: int, parameters: ParameterSet) -> int:
     """Units that one answer costs: what it tells of the head, in ordinary answers.
 
-    Coefficients sent / C, rounded up: the number of texts. Where a reply polynomial sends more
-    coefficients than the hint bound allows, a crafted key could learn the whole head from it, and
-    the answer costs at least the d + 1 that determine a linear head. In the single layout the
-    bound is never passed. Source: docs/protocol.md, "Hints about the mask".
+    Coefficients sent / C: the number of texts. Where a reply polynomial sends more coefficients
+    than the hint bound allows, a crafted key could learn the whole head from it, and the answer
+    costs at least the d + 1 that determine a linear head. Only bulk passes the bound.
+    Source: docs/protocol.md, "Hints about the mask".
     """
-    sent = [len(layout.wanted(reply)) for reply in range(layout.replies)]
-    units = -(-sum(sent) // layout.classes)
-    if max(sent) > parameters.max_wanted(exponent):
-        return max(units, layout.dimensions + 1)
-    return units
+    if layout.texts * layout.group > parameters.max_wanted(exponent):
+        return max(layout.texts, layout.dimensions + 1)
+    return layout.texts
 
 
 @dataclass(frozen=True)

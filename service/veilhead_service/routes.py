@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from veilhead_protocol.errors import (
     ModelUnavailableError,
     StoreError,
 )
+from veilhead_protocol.layout import Layout
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
 from veilhead_protocol.signatures import SIGNATURE_HEADER, write_signatures
 from veilhead_protocol.wire import (
@@ -31,6 +33,7 @@ from veilhead_protocol.wire import (
     FORMAT_VERSION,
     MAX_KEY_BYTES,
     MAX_QUERY_BYTES,
+    QUERY_HEADER_BYTES,
     KeyMessage,
     QueryHeader,
     QueryMessage,
@@ -39,7 +42,7 @@ from veilhead_protocol.wire import (
 from veilhead_service.access import Access
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
-from veilhead_service.limits import Usage, charge
+from veilhead_service.limits import Usage, charge, requested_layout
 from veilhead_service.model_store import ModelSource, StoredModel
 from veilhead_service.problems import (
     OPENAPI_RESPONSE,
@@ -101,8 +104,14 @@ def _digest(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-async def _body(request: Request, tenant: str, limit: int) -> bytes:
-    """The body of a message: of the right type, and refused as soon as it passes the limit."""
+async def _body(
+    request: Request, tenant: str, limit: int, expect: Callable[[bytes], int] | None = None
+) -> bytes:
+    """The body of a message: of the right type, and refused as soon as it passes the limit.
+
+    With `expect`, the header's bytes say (or raise) how long the body has to be exactly, as soon as
+    they are here: nothing more of another one is read.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != MESSAGE_TYPE:
         raise Problem(
@@ -119,11 +128,23 @@ async def _body(request: Request, tenant: str, limit: int) -> bytes:
     if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
         raise too_large
     body = bytearray()
+    expected: int | None = None
     async with _services(request).intake.body(tenant):
         async for piece in request.stream():
             body += piece
             if len(body) > limit:
                 raise too_large
+            if expect is not None and expected is None and len(body) >= QUERY_HEADER_BYTES:
+                expected = expect(bytes(body[:QUERY_HEADER_BYTES]))
+            if expected is not None and len(body) > expected:
+                break
+    if expect is not None and expected is None:
+        expected = expect(bytes(body))  # shorter than a header: raises
+    if expected is not None and len(body) != expected:
+        raise MessageLengthError(
+            f"got {'more than' if len(body) > expected else 'only'} "
+            f"{min(len(body), expected)} bytes, expected {expected} for this model and layout"
+        )
     return bytes(body)
 
 
@@ -321,30 +342,35 @@ async def forget_key(id: str, request: Request, services: _Services, tenant: _Te
     openapi_extra=_message_in("a query message"),
 )
 async def infer(name: str, request: Request, services: _Services, tenant: _Tenant) -> Response:
-    """Evaluate the head on an encrypted embedding and answer with a reply message."""
+    """Evaluate the head on encrypted embeddings and answer with a reply message."""
     with suppress(ModelRetiredError, ModelUnavailableError):  # another version may be served
         _note_model(request, _current(services, name))
     services.pool.admit()  # before the body: a query that must wait too long is not even read
-    body = await _body(request, tenant, MAX_QUERY_BYTES)
-    header = QueryHeader.deserialize(body)
-    model = services.models.version(name, header.model_digest)
-    if model is None:
-        raise ModelMismatchError(
-            "the query names a version of this model that is not published here; "
-            "read the manifest again and make a new query"
-        )
+    found: list[tuple[QueryHeader, StoredModel, Layout]] = []
+
+    def expect(data: bytes) -> int:
+        header = QueryHeader.deserialize(data)
+        model = services.models.version(name, header.model_digest)
+        if model is None:
+            raise ModelMismatchError(
+                "the query names a version of this model that is not published here; "
+                "read the manifest again and make a new query"
+            )
+        layout = requested_layout(header, model.manifest)
+        found.append((header, model, layout))
+        return QueryMessage.size(model.manifest.parameter_set, layout)
+
+    body = await _body(request, tenant, MAX_QUERY_BYTES, expect)
+    ((header, model, layout),) = found
     _note_model(request, model)
     request.state.key_id = header.key_id
-    expected = QueryMessage.size(model.manifest.parameter_set, model.manifest.layout)
-    if len(body) != expected:
-        raise MessageLengthError(f"got {len(body)} bytes, expected {expected} for this model")
     key = services.keys.get(tenant, header.key_id)
     if key is None:
         raise key_not_registered()
     manifest = model.manifest
-    units = charge(manifest.layout, manifest.scales.exponent, manifest.parameter_set)
+    units = charge(layout, manifest.scales.exponent, manifest.parameter_set)
     async with services.access.charged(tenant, name, units):
-        evaluation = await services.pool.evaluate(model, header.key_id, key, body)
+        evaluation = await services.pool.evaluate(model, layout, header.key_id, key, body)
     request.state.queue_seconds = evaluation.queue_seconds
     request.state.evaluate_seconds = evaluation.seconds
     return Response(

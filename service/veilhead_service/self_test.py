@@ -23,7 +23,7 @@ from tenseal import sealapi
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol import seal_io
 from veilhead_protocol.decryption import (
-    decryption_rows,
+    DecryptionKey,
     rounded_logits,
     secret_coefficients,
     wanted_values,
@@ -94,7 +94,7 @@ def _ask(head: EncryptedHead, manifest: Manifest, row: NDArray[np.float64]) -> N
         layout=layout,
         prng=Prng(prng),
         domain=Domain.NTT,
-        polynomials=tuple(encrypt(piece) for piece in layout.pack_embedding(row)),
+        polynomials=tuple(encrypt(piece) for piece in layout.pack_embeddings(row[np.newaxis])),
     ).serialize()
     reply = ReplyMessage.deserialize(
         head.evaluate(query, key),
@@ -105,5 +105,5 @@ def _ask(head: EncryptedHead, manifest: Manifest, row: NDArray[np.float64]) -> N
         key_id=key.id,
         query_digest=hashlib.sha256(query).digest(),
     )
-    rows = decryption_rows(secret_coefficients(seal, secret), layout)
-    return rounded_logits(wanted_values(reply, rows), manifest)
+    decryption = DecryptionKey(secret_coefficients(seal, secret))
+    return rounded_logits(wanted_values(reply, decryption), manifest).reshape(-1)

@@ -46,16 +46,18 @@ class _Recent(OrderedDict[bytes, _Value]):
         super().__init__()
         self._capacity = capacity
         self._size = size
-        self._held = 0
 
     def find(self, key: bytes, make: Callable[[], _Value]) -> _Value:
         if key not in self:
-            self[key] = made = make()
-            self._held += self._size(made)
-            while self._held > self._capacity and len(self) > 1:
-                self._held -= self._size(self.popitem(last=False)[1])
+            self[key] = make()
+            self.trim()
         self.move_to_end(key)
         return self[key]
+
+    def trim(self) -> None:
+        """Drop the oldest values until the capacity holds the others; values may have grown."""
+        while len(self) > 1 and sum(map(self._size, self.values())) > self._capacity:
+            self.popitem(last=False)
 
 
 class Evaluator:
@@ -76,7 +78,11 @@ class Evaluator:
         """The reply to a query, under the key of that id and message."""
         head = self.head(model_digest, directory)
         client_key = self._keys.find(key_id, lambda: ClientKey.from_message(key))
-        return head.evaluate(query, client_key)
+        held = head.held_bytes
+        reply = head.evaluate(query, client_key)
+        if head.held_bytes != held:  # it has encoded its weights for another layout
+            self._heads.trim()
+        return reply
 
     def head(self, model_digest: bytes, directory: bytes) -> EncryptedHead:
         """The head of this version, loaded when it is not here yet."""

@@ -36,6 +36,7 @@ from veilhead_protocol.errors import (
     WireError,
     WorkerError,
 )
+from veilhead_protocol.layout import Layout
 from veilhead_service import frames
 from veilhead_service.head_encryption import HeadKey
 from veilhead_service.model_store import ModelSource, StoredModel
@@ -43,9 +44,9 @@ from veilhead_service.model_store import ModelSource, StoredModel
 #: A worker imports its libraries before it answers: seconds at most.
 _START_SECONDS: Final = 60.0
 
-#: Added to the time limit for every polynomial product, ten times what one takes: a head of 4,096
-#: classes may evaluate for many seconds.
-_PRODUCT_SECONDS: Final = 0.02
+#: Added to the time limit for every unit of a layout's cost, forty times what one takes: a head of
+#: 4,096 classes may evaluate for many seconds.
+_COST_SECONDS: Final = 0.001
 
 #: Pauses before a worker is started, when the ones before it were of no use.
 _FIRST_PAUSE_SECONDS: Final = 0.5
@@ -207,7 +208,7 @@ class _Worker:
         """
         self.met.add(model.manifest.digest)
         request = [frames.LOAD, model.manifest.digest, os.fsencode(model.directory)]
-        seconds = _START_SECONDS + model.manifest.layout.products * _PRODUCT_SECONDS
+        seconds = _START_SECONDS + model.manifest.layout.cost * _COST_SECONDS
         async with asyncio.timeout(seconds):
             kind, *_ = await self.ask(request)
         if kind != frames.READY:
@@ -375,9 +376,9 @@ class WorkerPool:
             raise QueueFullError("too many queries are waiting; send the same query again later")
 
     async def evaluate(
-        self, model: StoredModel, key_id: bytes, key: bytes, query: bytes
+        self, model: StoredModel, layout: Layout, key_id: bytes, key: bytes, query: bytes
     ) -> Evaluation:
-        """The reply to a query.
+        """The reply to a query, which is in this layout.
 
         Raises:
             WireError: one of its kinds, when the head refuses the query.
@@ -399,7 +400,7 @@ class WorkerPool:
             ) from None
         queue_seconds = time.perf_counter() - arrived
         worker.met.add(digest)
-        kind, *rest = await self._ask(worker, request, model.manifest.layout.products)
+        kind, *rest = await self._ask(worker, request, layout.cost)
         if kind == frames.REPLY:
             return Evaluation(rest[0], struct.unpack("<d", rest[1])[0], queue_seconds)
         if kind == frames.REFUSED:
@@ -441,9 +442,9 @@ class WorkerPool:
                 return
         self._free.append(worker)
 
-    async def _ask(self, worker: _Worker, request: list[bytes], products: int) -> list[bytes]:
+    async def _ask(self, worker: _Worker, request: list[bytes], cost: int) -> list[bytes]:
         try:
-            async with asyncio.timeout(self._evaluation_seconds + products * _PRODUCT_SECONDS):
+            async with asyncio.timeout(self._evaluation_seconds + cost * _COST_SECONDS):
                 answer = await worker.ask(request)
         except BaseException as error:
             # Whatever happened, an answer may still be on the socket: this worker is done.

@@ -1,18 +1,19 @@
 from __future__ import annotations
 
+import subprocess
+
+import httpx2
 import numpy as np
 import pytest
 from support.backbones import WORDS
+from support.clients import Driven
 from support.heads import artifact
-from support.services import ScriptedService
+from support.services import ScriptedService, running
 
 from veilhead import Client
-from veilhead.local import InProcessTransport
 from veilhead_models.artifact import HeadArtifact
 from veilhead_models.backbone import describe
-from veilhead_service.app import create_app
-from veilhead_service.model_store import SingleModel
-from veilhead_service.settings import Settings
+from veilhead_service.model_store import SingleModel, publish
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,21 @@ def text_artifact(tmp_path_factory, tiny_directory):
 
 
 @pytest.fixture(scope="session")
+def problem_artifacts(tmp_path_factory, tiny_directory):
+    """Directories of models for texts whose labels do not exclude each other, and of numbers."""
+    found = {}
+    for problem_type, labels in (("multi_label", ["hot", "wet", "loud"]), ("regression", ["age"])):
+        weight = np.random.default_rng(7).normal(size=(len(labels), 16))
+        head = HeadArtifact.from_weights(
+            weight, np.zeros(len(labels)), labels, problem_type=problem_type
+        )
+        found[problem_type] = tmp_path_factory.mktemp("artifacts") / problem_type
+        described = head.with_backbone(tiny_directory, describe(tiny_directory))
+        described.save(found[problem_type])
+    return found
+
+
+@pytest.fixture(scope="session")
 def head_artifact(tmp_path_factory):
     """The directory of a model for embeddings: 32 dimensions, five classes."""
     directory = tmp_path_factory.mktemp("artifacts") / "model"
@@ -33,17 +49,31 @@ def head_artifact(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="session")
+def served(text_artifact, head_artifact, problem_artifacts, tmp_path_factory):
+    """The URL of a real service of all these models, in a process of its own."""
+    store = tmp_path_factory.mktemp("served") / "store"
+    for directory in (text_artifact, head_artifact, *problem_artifacts.values()):
+        publish(directory, store)
+    with running(store, "--workers", "1", log=subprocess.DEVNULL) as url:
+        yield url
+
+
+@pytest.fixture(params=["Client", "AsyncClient"])
+def make_client(request):
+    """Makes a client: every test that asks for one is run with both."""
+    return {"Client": Client, "AsyncClient": Driven}[request.param]
+
+
 @pytest.fixture
-def connect():
-    """Clients of real in-process services behind a scripted transport; closed in the end."""
+def connect(served, make_client):
+    """Clients of the real service behind a scripted transport; closed in the end."""
     clients = []
 
     def make(directory, *, model=None, **options):
-        models = SingleModel(directory)
-        (name,) = models.names()
-        app = create_app(Settings(workers=1, insecure_no_tenants=True), models=models)
-        service = ScriptedService(InProcessTransport(app))
-        client = Client("http://127.0.0.1", model or name, transport=service, **options)
+        (name,) = SingleModel(directory).names()
+        service = ScriptedService(httpx2.AsyncHTTPTransport())
+        client = make_client(served, model or name, transport=service, **options)
         clients.append(client)
         return client, service
 

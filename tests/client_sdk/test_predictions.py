@@ -11,11 +11,11 @@ from veilhead.predictions import predictions, scores
 
 def test_scores_are_softmax_even_of_large_logits():
     logits = np.array([[1.0, 2.0, 3.0], [4000.0, -4000.0, 3999.0]])
-    assert scores(logits) == pytest.approx(softmax(logits, axis=1))
+    assert scores(logits, "softmax") == pytest.approx(softmax(logits, axis=1))
 
 
 def test_a_single_logit_is_a_sigmoid():
-    assert scores(np.array([0.3]))[0] == pytest.approx(expit(0.3))
+    assert scores(np.array([0.3]), "sigmoid")[0] == pytest.approx(expit(0.3))
 
 
 def test_predictions_come_best_first_and_ties_in_label_order():

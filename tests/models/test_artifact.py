@@ -61,6 +61,7 @@ def public_backbone(directory: Path, *, normalise: bool = True) -> BackboneSecti
         pooling="mean",
         normalise=normalise,
         max_tokens=16,
+        public_parameters=1000,
         files=tuple(
             describe_file(directory, path) for path in ("config.json", "nested/model.safetensors")
         ),
@@ -442,7 +443,12 @@ class TestTampering:
 
     def test_a_manifest_with_a_label_more_is_refused(self, tmp_path: Path) -> None:
         random_artifact().save(tmp_path / "m")
-        rewrite_manifest(tmp_path / "m", lambda document: document["head"]["labels"].append("more"))
+
+        def add_label(document: dict[str, Any]) -> None:
+            document["head"]["labels"].append("more")
+            document["head"]["private_parameters"] += 17
+
+        rewrite_manifest(tmp_path / "m", add_label)
         with pytest.raises(ArtifactError, match=r"shape \[5, 16\]"):
             HeadArtifact.load(tmp_path / "m")
 

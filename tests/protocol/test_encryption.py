@@ -170,8 +170,7 @@ def test_the_secret_is_read_right(
     make_artifact, captured, generator, parameters: ParameterSet
 ) -> None:
     """(b, a) of the key message is an encryption of zero under the coefficients that decrypt."""
-    layout = make_artifact(2, 384, parameters.name).manifest.layout
-    key = SecretKey(parameters, layout)
+    key = SecretKey(parameters)
     seal = seal_io.runtime(parameters)
     coefficients = secret_coefficients(seal, captured[0])
     assert set(coefficients.tolist()) == {-1.0, 0.0, 1.0}
@@ -195,8 +194,7 @@ def test_the_secret_is_read_right(
 
 
 def test_keys_are_fresh(make_artifact) -> None:
-    layout = make_artifact(2, 64, "compact").manifest.layout
-    keys = [SecretKey(COMPACT, layout) for _ in range(4)]
+    keys = [SecretKey(COMPACT) for _ in range(4)]
     assert len({key.id for key in keys}) == 4
     assert len({key.message[-64:] for key in keys}) == 4
 

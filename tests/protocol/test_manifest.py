@@ -238,7 +238,9 @@ def test_control_characters_in_labels(letter: str) -> None:
 
 
 def test_labels() -> None:
-    assert Manifest.deserialize(changed(("head", "labels"), ["a" * 512, "", "心"]))
+    longest = document()
+    longest["head"] |= {"labels": ["a" * 512, "", "心"], "private_parameters": 3 * 385}
+    assert Manifest.deserialize(canonical(longest))
     for labels in (["a", "b", "a"], [], ["a" * 513], ["a", 1], "ab", None, ["a", None], {"a": 1}):
         with pytest.raises(ManifestError, match=r"head"):
             Manifest.deserialize(changed(("head", "labels"), labels))
@@ -319,6 +321,8 @@ def test_no_norm_of_the_head_is_published() -> None:
         "exponent",
         "flood_bits",
         "labels",
+        "private_parameters",  # how many, which labels and dimensions tell
+        "problem_type",
         "reply_bits",
         "scale_bits",
         "weight_scale_bits",

@@ -217,6 +217,7 @@ def backbone_section(backbone_directory) -> BackboneSection:
         pooling="mean",
         normalise=True,
         max_tokens=16,
+        public_parameters=1000,
         files=tuple(describe_file(backbone_directory, path) for path in paths),
     )
 

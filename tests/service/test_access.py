@@ -287,7 +287,7 @@ def test_a_service_without_a_tenant_starts_and_lets_nobody_in(make_app, director
 @pytest.fixture
 def message(artifacts):
     manifest = artifacts["digits"].manifest
-    return SecretKey(manifest.parameter_set, manifest.layout).message
+    return SecretKey(manifest.parameter_set).message
 
 
 def path_of(message):

@@ -18,7 +18,7 @@ from veilhead_service.settings import Settings
 def message(service):
     """A key message that the service has not met."""
     manifest = service.artifacts["digits"].manifest
-    return SecretKey(manifest.parameter_set, manifest.layout).message
+    return SecretKey(manifest.parameter_set).message
 
 
 def path(message):
@@ -110,7 +110,7 @@ def test_a_malformed_id_is_refused(service, message, change, problem):
 
 def test_a_key_of_either_set_is_a_key(service):
     manifest = service.artifacts["strong"].manifest
-    strong = SecretKey(manifest.parameter_set, manifest.layout).message
+    strong = SecretKey(manifest.parameter_set).message
     assert len(strong) == KeyMessage.size(STRONG)
     assert service.put(strong).status_code == 201
 
@@ -128,7 +128,7 @@ def test_keys_make_room_for_newer_ones(store, artifacts, make_service, service):
     )  # no workers are started
     small = make_service(TestClient(app), artifacts)
     manifest = artifacts["digits"].manifest
-    keys = [SecretKey(manifest.parameter_set, manifest.layout).message for _ in range(5)]
+    keys = [SecretKey(manifest.parameter_set).message for _ in range(5)]
     assert 4 * len(keys[0]) <= 2**16 < 5 * len(keys[0])
     for key in keys[:4]:
         assert small.put(key).status_code == 201

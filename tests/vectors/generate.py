@@ -353,18 +353,25 @@ class Case:
             "kind": "transformers",
             "name": "example/sentence-encoder",
             "pooling": "mean",
+            "split": None,
+            "dense": [],
             "normalise": True,
             "max_tokens": 256,
+            "token_types": False,
+            "public_parameters": 22713216,
             "files": files,
         }
         return {
             "format": "veilhead-manifest/1",
             "name": self.name,
+            "task": "text-classification",
             "parameters": self.parameters.name,
             "parameters_id": self.parameters.id.hex(),
             "head": {
                 "dimensions": self.dimensions,
                 "labels": list(self.labels),
+                "problem_type": "single_label",
+                "private_parameters": len(self.labels) * (self.dimensions + 1),
                 "exponent": self.exponent,
                 "scale_bits": self.scale_bits,
                 "weight_scale_bits": self.weight_scale_bits,
@@ -376,6 +383,7 @@ class Case:
             "embedding": {
                 "scale": 1.0 if self.backbone else 2.5,
                 "scale_origin": "normalised" if self.backbone else "given",
+                "calibration": None,
             },
             "backbone": backbone if self.backbone else None,
             "policy": {"minimum_parameters": self.minimum, "bulk": False},
@@ -743,6 +751,31 @@ def failing(files: dict[str, bytes]) -> list[dict[str, Any]]:
         ("no error bound", ["head", "error_bound"], 0.0),
         ("a scale of zero", ["embedding", "scale"], 0.0),
         ("an unknown origin", ["embedding", "scale_origin"], "guessed"),
+        ("a calibrated scale without its calibration", ["embedding", "scale_origin"], "calibrated"),
+        (
+            "a calibration of a scale that was not calibrated",
+            ["embedding", "calibration"],
+            {"rows": 100, "quantile": 0.999, "margin": 1.5},
+        ),
+        ("an unknown task", ["task"], "translation"),
+        ("a task that is not the pooling's", ["task"], "token-classification"),
+        ("a pooling that is not the task's", ["backbone", "pooling"], "tokens"),
+        ("an unknown pooling", ["backbone", "pooling"], "median"),
+        ("a classifier without a split", ["backbone", "pooling"], "architecture"),
+        ("an encoder with a split", ["backbone", "split"], "classifier"),
+        ("no public parameters", ["backbone", "public_parameters"], 0),
+        (
+            "a dense layer of no file",
+            ["backbone", "dense"],
+            [{"file": "2_Dense/model.safetensors", "activation": "tanh"}],
+        ),
+        (
+            "an unknown activation",
+            ["backbone", "dense"],
+            [{"file": "weights/model.safetensors", "activation": "swish"}],
+        ),
+        ("an unknown problem", ["head", "problem_type"], "ranking"),
+        ("a private parameter too few", ["head", "private_parameters"], 7 * 385 - 1),
         ("a path that climbs", ["backbone", "files", 0, "path"], "../config.json"),
         ("an absolute path", ["backbone", "files", 0, "path"], "/config.json"),
         ("a path with two slashes", ["backbone", "files", 0, "path"], "a//b"),
@@ -753,7 +786,7 @@ def failing(files: dict[str, bytes]) -> list[dict[str, Any]]:
     )
     for name, path, value in manifest_edits:
         add(name, base, "ManifestError", {"path": path, "value": value})
-    for field in ("format", "policy", "about", "backbone"):
+    for field in ("format", "task", "policy", "about", "backbone"):
         add(f"without {field}", base, "ManifestError", {"path": [field]})
     add("a byte short", base, "ManifestError", {"truncate": 1})
     add("a line feed at the end", base, "ManifestError", {"append": "0a"})

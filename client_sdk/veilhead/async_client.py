@@ -1,0 +1,473 @@
+"""The client for asyncio: what a `Client` does, without a thread of its own.
+
+`Client` runs one of these on an event loop in a thread: every behaviour is written once, here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
+
+import httpx2
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from veilhead.api_key import find_api_key
+from veilhead.backbone_cache import fetch_backbone
+from veilhead.engine import Call, Engine, QueryTrace, Row, opened_engine
+from veilhead.predictions import FunctionToApply, Prediction, Shape, default_function, scores
+from veilhead.rows import as_rows, embed_rows, named, raise_errors
+from veilhead.transport import check_url
+from veilhead.window import Window
+from veilhead_protocol.errors import (
+    ClientError,
+    InputError,
+    NoBackboneError,
+    NotFiniteError,
+    SignatureError,
+    VeilheadError,
+)
+from veilhead_protocol.manifest import Manifest
+from veilhead_protocol.signatures import VendorKey
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from veilhead_models.backbone import Backbone
+
+#: Chunks of rows under way at once: what bounds the memory of a long call.
+CHUNKS: Final = 8
+
+_Value = TypeVar("_Value")
+_Text = TypeVar("_Text")
+
+#: Predictions of a text, best first, or why there are none.
+Answer = list[Prediction] | VeilheadError
+
+
+class AsyncClient:
+    """A `Client` whose methods are awaited: the same arguments, answers and errors.
+
+    It connects when it is entered (`async with`), belongs to the event loop of that moment, and may
+    be used from any number of its tasks. A task that is cancelled leaves it usable. asyncio only.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        backbone: str | Path | None = None,
+        device: str = "auto",
+        digest: str | None = None,
+        minimum_parameters: str = "compact",
+        vendor_key: str | Sequence[str] | None = None,
+        api_key: str | None = None,
+        concurrency: int = 8,
+        timeout: float = 30.0,
+        on_query: Callable[[QueryTrace], None] | None = None,
+        on_download: Callable[[str, int], None] | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        """Check the arguments, which are those of `Client`. Nothing is sent before `async with`.
+
+        Raises:
+            InsecureTransportError: for plain HTTP to anything but loopback.
+            InputError: when the API key is not one.
+            SignatureError: when a vendor key is not one.
+        """
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        check_url(url)
+        self._opening = partial(
+            opened_engine,
+            url,
+            model,
+            digest=digest,
+            minimum_parameters=minimum_parameters,
+            vendor_keys=_vendor_keys(vendor_key),
+            api_key=find_api_key(api_key),
+            concurrency=concurrency,
+            timeout=timeout,
+            on_query=on_query,
+            transport=transport,
+        )
+        self._model = model
+        self._device = device
+        self._backbone_directory = None if backbone is None else Path(backbone)
+        self._on_download = on_download
+        self._stack = AsyncExitStack()
+        self._connected: Engine | None = None
+        self._closed = False
+        self._windows: weakref.WeakSet[Window[Any]] = weakref.WeakSet()
+        self._backbone: Backbone | None = None
+        self._backbone_lock = asyncio.Lock()
+        # One thread, since a backbone takes one batch at a time and uses every core for it.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="veilhead-backbone")
+
+    @classmethod
+    def local(cls, directory: str | Path, **options: Any) -> AsyncClient:
+        """As `Client.local`.
+
+        Raises:
+            StoreError: when the directory holds no artefact.
+        """
+        from veilhead.local import serve_locally
+
+        service = serve_locally(Path(directory))
+        options.setdefault("backbone", service.backbone)
+        return cls(service.url, service.model, transport=service.transport, **options)
+
+    async def __aenter__(self) -> Self:
+        """Connect, and pin the model's manifest for the life of this client.
+
+        Raises:
+            AccessError: when the service wants another API key.
+            ServiceResponseError: when the service knows no such model.
+            TransportError: when it does not answer.
+            ManifestError: when its manifest is not one, or not the pinned one.
+            SignatureError: when no accepted vendor key signed it.
+            ParameterError: when the model's parameters are below the minimum.
+        """
+        if self._connected is not None or self._closed:
+            raise ClientError("a client is entered once: make another one")
+        self._connected = await self._stack.enter_async_context(self._opening())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Drop the keys and the connections. Closing twice is allowed."""
+        self._closed = True
+        for window in list(self._windows):
+            await window.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        await self._stack.aclose()
+
+    def __repr__(self) -> str:
+        if self._connected is None:
+            return f"{type(self).__name__}(model={self._model!r}, not connected)"
+        digest = self.manifest.digest.hex()[:12]
+        return f"{type(self).__name__}(model={self._model!r}, digest={digest!r})"
+
+    @property
+    def manifest(self) -> Manifest:
+        """The pinned manifest: labels, error bound, parameters, policy."""
+        if self._connected is None:
+            raise ClientError("the client is not connected: use it in `async with`")
+        return self._connected.manifest
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels, in the order of the logits."""
+        return self.manifest.head.labels
+
+    @overload
+    async def classify(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
+        self,
+        texts: str,
+        *,
+        top_k: int | None = 1,
+        function_to_apply: FunctionToApply | None = None,
+    ) -> list[Prediction]: ...
+
+    @overload
+    async def classify(
+        self,
+        texts: Sequence[str],
+        *,
+        top_k: int | None = 1,
+        function_to_apply: FunctionToApply | None = None,
+    ) -> list[list[Prediction]]: ...
+
+    async def classify(
+        self,
+        texts: str | Sequence[str],
+        *,
+        top_k: int | None = 1,
+        function_to_apply: FunctionToApply | None = None,
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """As `Client.classify`."""
+        shape = Shape.of(self.manifest.head, top_k, function_to_apply)
+        single = isinstance(texts, str)
+        rows = await self._logits_of([texts] if single else texts)
+        if single and isinstance(rows[0], VeilheadError):
+            raise rows[0]
+        raise_errors([_answer(row, shape) for row in rows])
+        answers = [shape.predictions(row) for row in rows if not isinstance(row, VeilheadError)]
+        return answers[0] if single else answers
+
+    def classify_many(
+        self,
+        texts: Iterable[str] | AsyncIterable[str],
+        *,
+        top_k: int | None = 1,
+        function_to_apply: FunctionToApply | None = None,
+        concurrency: int = CHUNKS,
+        progress: Callable[[int], Any] | None = None,
+        start: int = 0,
+    ) -> AsyncGenerator[list[Prediction] | VeilheadError]:
+        """As `Client.classify_many`; `texts` may be asynchronous too."""
+        stream = self._stream(texts, top_k, function_to_apply, concurrency, start)
+        return self._streamed(stream, texts, progress)
+
+    async def _streamed(
+        self,
+        stream: Stream,
+        texts: Iterable[Any] | AsyncIterable[Any],
+        progress: Callable[[int], Any] | None,
+    ) -> AsyncGenerator[Answer]:
+        try:
+            async for chunk in _chunks(texts, stream.chunk):
+                for answer in reported(await stream.send(chunk), progress):
+                    yield answer
+            while rest := await stream.rest():
+                for answer in reported(rest, progress):
+                    yield answer
+        finally:
+            await stream.cancel()
+
+    async def predict(self, texts: Sequence[str]) -> list[str]:
+        """As `Client.predict`."""
+        return [row[0].label for row in await self.classify(list(texts))]
+
+    async def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """As `Client.predict_proba`."""
+        function = default_function(self.manifest.head)
+        if function == "none":
+            raise InputError(f"the model {self._model!r} predicts numbers, not probabilities")
+        return scores(self._stacked(await self._logits_of(texts)), function)
+
+    async def classify_frame(
+        self,
+        texts: pd.Series[Any],
+        *,
+        top_k: int = 1,
+        function_to_apply: FunctionToApply | None = None,
+    ) -> pd.DataFrame:
+        """As `Client.classify_frame`."""
+        from veilhead.frames import as_frame
+
+        shape = Shape.of(self.manifest.head, top_k, function_to_apply)
+        rows = await self._logits_of(list(texts))
+        return as_frame(texts.index, [_answer(row, shape) for row in rows], shape)
+
+    async def logits(self, embeddings: ArrayLike) -> NDArray[np.float64]:
+        """As `Client.logits`."""
+        rows = as_rows(embeddings, self.manifest.head.dimensions)
+        call, size = Call(), self._engine.chunk
+        return self._stacked(
+            await self._collect(
+                partial(self._infer, rows[start : start + size], call)
+                for start in range(0, len(rows), size)
+            )
+        )
+
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """As `Client.embed`."""
+        backbone = await self._ready_backbone()
+        return await self._on_backbone_thread(lambda: backbone.embed(list(texts)))
+
+    @property
+    def _engine(self) -> Engine:
+        if self._connected is None:
+            raise ClientError("the client is not connected: use it in `async with`")
+        if self._closed:
+            raise ClientError("the client is closed: make another one")
+        return self._connected
+
+    def _stream(
+        self,
+        texts: object,
+        top_k: int | None,
+        function_to_apply: FunctionToApply | None,
+        concurrency: int,
+        start: int,
+    ) -> Stream:
+        if isinstance(texts, str):
+            raise InputError("got one string, expected an iterable of texts: put it into a list")
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        shape = Shape.of(self.manifest.head, top_k, function_to_apply)
+        return Stream(self, shape, self._window(concurrency), start)
+
+    def _window(self, limit: int) -> Window[Row]:
+        window: Window[Row] = Window(limit)
+        self._windows.add(window)
+        return window
+
+    def _stacked(self, rows: list[Row]) -> NDArray[np.float64]:
+        """Logits [rows, C], when no row is an error."""
+        raise_errors(rows)
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(self.labels))
+
+    async def _logits_of(self, texts: Sequence[Any]) -> list[Row]:
+        """Logits or an error for every text. Everything is sent before any error is seen."""
+        backbone, rows = await self._ready_backbone(), list(texts)
+        call, size = Call(), self._engine.chunk
+        return await self._collect(
+            partial(self._infer_texts, backbone, rows[start : start + size], call)
+            for start in range(0, len(rows), size)
+        )
+
+    async def _collect(
+        self, chunks: Iterable[Callable[[], Coroutine[Any, Any, list[Row]]]]
+    ) -> list[Row]:
+        window = self._window(CHUNKS)
+        rows: list[Row] = []
+        try:
+            for chunk in chunks:
+                rows += await window.start(chunk)
+            while rest := await window.rest():
+                rows += rest
+        finally:
+            await window.cancel()
+        return rows
+
+    async def _infer_texts(self, backbone: Backbone, texts: Sequence[Any], call: Call) -> list[Row]:
+        """Logits or an error for each of the texts of one chunk."""
+        if call.hopeless is not None:  # nothing will be sent: do not embed either
+            return await self._infer(np.zeros((len(texts), backbone.dimensions)), call)
+        embeddings, errors = await self._on_backbone_thread(lambda: embed_rows(backbone, texts))
+        rows = await self._infer(embeddings, call)
+        for place, error in errors.items():
+            rows[place] = error
+        return rows
+
+    async def _infer(self, embeddings: NDArray[np.float64], call: Call) -> list[Row]:
+        """Logits or an error for each row of embeddings [<= chunk, d]."""
+        rows = await self._engine.infer(embeddings, call)
+        for place in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
+            rows[place] = NotFiniteError("the embedding holds NaN or infinity")
+        return rows
+
+    async def _ready_backbone(self) -> Backbone:
+        """The loaded backbone; the first caller fetches and loads it."""
+        engine, section = self._engine, self.manifest.backbone
+        if section is None:
+            raise NoBackboneError(
+                f"the model {self._model!r} has no backbone: make embeddings of "
+                f"{self.manifest.head.dimensions} values yourself and call `logits`"
+            )
+        async with self._backbone_lock:
+            if self._backbone is None:
+                directory = self._backbone_directory
+                if directory is None:
+                    directory = await fetch_backbone(
+                        engine.transport,
+                        self.manifest,
+                        section.files,
+                        progress=self._on_download,
+                    )
+
+                def load() -> Backbone:
+                    from veilhead_models.backbone import Backbone
+
+                    return Backbone.load(directory, section, device=self._device)
+
+                self._backbone = await self._on_backbone_thread(load)
+            return self._backbone
+
+    async def _on_backbone_thread(self, work: Callable[[], _Value]) -> _Value:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+class Stream:
+    """Texts that come chunk by chunk, and their answers in the same order.
+
+    Attributes:
+        chunk: texts that are best sent together.
+    """
+
+    def __init__(self, client: AsyncClient, shape: Shape, window: Window[Row], start: int) -> None:
+        self._client = client
+        self._shape = shape
+        self._window = window
+        self._call = Call()
+        self._answered = start
+        self.chunk = client._engine.chunk
+
+    async def send(self, texts: Sequence[Any]) -> list[Answer]:
+        """Start a chunk; the answers of earlier ones that are due."""
+        backbone = await self._client._ready_backbone()
+        return self._answers(
+            await self._window.start(
+                partial(self._client._infer_texts, backbone, texts, self._call)
+            )
+        )
+
+    async def rest(self) -> list[Answer]:
+        """The next chunk's answers; none once there are no more."""
+        return self._answers(await self._window.rest())
+
+    async def cancel(self) -> None:
+        """Stop whatever is under way."""
+        await self._window.cancel()
+
+    def _answers(self, rows: list[Row]) -> list[Answer]:
+        first, self._answered = self._answered, self._answered + len(rows)
+        return [
+            named(answer, number) if isinstance(answer, VeilheadError) else answer
+            for number, answer in enumerate((_answer(row, self._shape) for row in rows), first)
+        ]
+
+
+def reported(answers: list[Answer], progress: Callable[[int], Any] | None) -> list[Answer]:
+    """The answers, whose number `progress` is told."""
+    if answers and progress is not None:
+        progress(len(answers))
+    return answers
+
+
+def _answer(row: Row, shape: Shape) -> Answer:
+    return row if isinstance(row, VeilheadError) else shape.predictions(row)
+
+
+async def _chunks(
+    texts: Iterable[_Text] | AsyncIterable[_Text], size: int
+) -> AsyncIterator[list[_Text]]:
+    """The texts, `size` at a time."""
+    chunk: list[_Text] = []
+    async for text in texts if isinstance(texts, AsyncIterable) else _each(texts):
+        chunk.append(text)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+async def _each(texts: Iterable[_Text]) -> AsyncIterator[_Text]:
+    for text in texts:
+        yield text
+
+
+def _vendor_keys(given: str | Sequence[str] | None) -> tuple[VendorKey, ...]:
+    """The keys of `vendor_key`. An empty list is refused: it would read as "check nothing"."""
+    if given is None:
+        return ()
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts:
+        raise SignatureError("got no vendor key in the list, expected at least one, or None")
+    return tuple(map(VendorKey.parse, texts))

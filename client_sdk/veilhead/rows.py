@@ -1,0 +1,93 @@
+"""Texts -> embeddings, row by row: a bad row is sent like the others, and fails by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from veilhead_protocol.errors import BackboneError, BatchError, InputError, VeilheadError
+
+if TYPE_CHECKING:
+    from veilhead_models.backbone import Backbone
+
+
+def embed_rows(
+    backbone: Backbone, texts: Sequence[Any]
+) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
+    """Embeddings [len(texts), d], and the errors of the rows that have none, by place in `texts`.
+
+    A text that cannot be embedded becomes zeros, so that the service sees no difference.
+    """
+    unusable = {place: error for place, text in enumerate(texts) if (error := _unusable(text))}
+    usable = ["" if place in unusable else text for place, text in enumerate(texts)]
+    embeddings, failures = _embedded(backbone, usable)
+    errors: dict[int, VeilheadError] = failures | unusable
+    embeddings[list(errors)] = 0.0
+    return embeddings, errors
+
+
+def _embedded(
+    backbone: Backbone, texts: list[str]
+) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
+    try:
+        return backbone.embed(texts), {}
+    except Exception as error:  # out of memory, say: whatever torch raises
+        if len(texts) == 1:
+            failure = BackboneError(f"the backbone failed on the text: {type(error).__name__}")
+            return np.zeros((1, backbone.dimensions)), {0: failure}
+    # In halves: those that can be embedded are, and less memory is needed.
+    half = len(texts) // 2
+    first, errors = _embedded(backbone, texts[:half])
+    second, more = _embedded(backbone, texts[half:])
+    errors |= {half + place: error for place, error in more.items()}
+    return np.concatenate((first, second)), errors
+
+
+def _unusable(text: Any) -> InputError | None:
+    """Why a row is not a text, or None when it is one."""
+    if not isinstance(text, str):
+        return InputError(f"expected a string, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return InputError("the text holds half of a surrogate pair: decode it as UTF-8 again")
+    return None
+
+
+def as_rows(embeddings: ArrayLike, dimensions: int) -> NDArray[np.float64]:
+    """Embeddings as float64 [batch, d].
+
+    Raises:
+        InputError: when they are not.
+    """
+    array = np.asarray(embeddings)
+    if array.ndim != 2 or array.shape[1] != dimensions or array.dtype.kind not in "fiub":
+        raise InputError(
+            f"got an array of shape {list(array.shape)} and type {array.dtype}, "
+            f"expected real numbers of shape [batch, {dimensions}]"
+        )
+    return array.astype(np.float64)
+
+
+def named(error: VeilheadError, row: int) -> VeilheadError:
+    """The error of one row of a stream, whose message names it; several rows may share `error`."""
+    copied = type(error).__new__(type(error), f"row {row}: {error}")
+    vars(copied).update(vars(error))
+    copied.__cause__ = error.__cause__
+    return copied
+
+
+def raise_errors(rows: Sequence[Any]) -> None:
+    """Nothing, when none of the rows is an error.
+
+    Raises:
+        BatchError: when any is; it holds the others.
+    """
+    errors = {index: row for index, row in enumerate(rows) if isinstance(row, VeilheadError)}
+    if errors:
+        raise BatchError(
+            [None if index in errors else row for index, row in enumerate(rows)], errors
+        )

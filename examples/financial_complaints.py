@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from veilhead.deidentify import Deidentifier
 
 from veilhead import Client
+from veilhead.deidentify import Deidentifier
 from veilhead_models.backbone import minilm
 from veilhead_models.datasets import Split, load_dataset
 from veilhead_models.training import train_artifact

@@ -62,6 +62,8 @@ RULES = {
     # A torch module, which its neighbours import lazily as they do torch.
     "models/veilhead_models/embedding_module.py": Rule(always=("veilhead_protocol", *LEARNING)),
     "client_sdk": Rule(always=("veilhead_protocol",), lazily=("veilhead_models.backbone",)),
+    # The gateway serves HTTP; the command imports it lazily, and nothing else does.
+    "client_sdk/veilhead/gateway": Rule(always=("veilhead_protocol", *SERVING)),
     "client_sdk/veilhead/local.py": Rule(
         always=("veilhead_protocol",),
         lazily=("veilhead_models.artifact", "veilhead_service"),
@@ -219,6 +221,7 @@ def test_lazy_imports_are_seen():
         ("client_sdk/veilhead/x.py", "class A:\n    from veilhead_models import backbone"),
         ("client_sdk/veilhead/x.py", "try:\n    import fastapi\nexcept ImportError: pass"),
         ("client_sdk/veilhead/local.py", "from veilhead_service.app import create_app"),
+        ("client_sdk/veilhead/gateway/x.py", "def f():\n    from veilhead_service import app"),
         ("service/veilhead_service/x.py", "import veilhead"),
         ("service/veilhead_service/x.py", "import veilhead.session as s"),
         ("service/veilhead_service/x.py", "async def f():\n    from veilhead import session"),

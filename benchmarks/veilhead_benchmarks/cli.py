@@ -102,3 +102,21 @@ def soak(
     )
     show(report, out)
     raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def deidentify(
+    records: Annotated[int, typer.Option(min=1, help="Generated records.")] = 20_000,
+    dataset: Annotated[str, typer.Option(help="The data set of the accuracies.")] = "cfpb",
+    train_rows: Annotated[int, typer.Option(min=1, help="Texts to train on.")] = 2_000,
+    test_rows: Annotated[int, typer.Option(min=1, help="Texts to judge by.")] = 1_000,
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
+        "benchmarks/results/deidentify.json"
+    ),
+) -> None:
+    """Measure what de-identification finds, and what it costs a classifier in accuracy."""
+    from veilhead_benchmarks.deidentify import run_deidentify
+
+    run_deidentify(
+        count=records, dataset=dataset, train_rows=train_rows, test_rows=test_rows, out=out
+    )

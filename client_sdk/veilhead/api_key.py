@@ -35,19 +35,29 @@ def read_api_key_file(path: Path) -> str:
     Raises:
         InputError: when the file cannot be read, others may read it, or it holds no key.
     """
+    where = f"the API key file {path}"
+    content = read_private_file(path, where, 4096)
+    return _checked(content.decode("ascii", "replace").strip(), where)
+
+
+def read_private_file(path: Path, where: str, limit: int) -> bytes:
+    """At most `limit` bytes of a file that only its owner can read; `where` is its name in errors.
+
+    Raises:
+        InputError: when the file cannot be read, or others may read it.
+    """
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if mode & (stat.S_IRWXG | stat.S_IRWXO):
                 raise InputError(
-                    f"the API key file {path} is open to other users of this machine "
+                    f"{where} is open to other users of this machine "
                     f"(mode {stat.S_IMODE(mode):03o}): chmod 600 it, and have the key rotated if "
                     "they may have read it"
                 )
-            content = file.read(4096)
+            return file.read(limit)
     except OSError as error:
-        raise InputError(f"the API key file {path} cannot be read ({error.strerror})") from error
-    return _checked(content.decode("ascii", "replace").strip(), f"the API key file {path}")
+        raise InputError(f"{where} cannot be read ({error.strerror})") from error
 
 
 def _checked(text: str, where: str) -> str:

@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from veilhead.api_key import find_api_key
 from veilhead.backbone_cache import fetch_backbone
+from veilhead.deidentify import Deidentifier, chosen_deidentifier
 from veilhead.engine import Call, Engine, QueryTrace, Row, opened_engine
 from veilhead.predictions import FunctionToApply, Prediction, Shape, default_function, scores
 from veilhead.rows import as_rows, embed_rows, named, raise_errors
@@ -78,6 +79,7 @@ class AsyncClient:
         minimum_parameters: str = "compact",
         vendor_key: str | Sequence[str] | None = None,
         api_key: str | None = None,
+        deidentify: bool | Deidentifier | None = None,
         concurrency: int = 8,
         timeout: float = 30.0,
         on_query: Callable[[QueryTrace], None] | None = None,
@@ -108,6 +110,8 @@ class AsyncClient:
             transport=transport,
         )
         self._model = model
+        self._deidentify = deidentify
+        self._deidentifier: Deidentifier | None = None
         self._device = device
         self._backbone_directory = None if backbone is None else Path(backbone)
         self._on_download = on_download
@@ -143,10 +147,17 @@ class AsyncClient:
             ManifestError: when its manifest is not one, or not the pinned one.
             SignatureError: when no accepted vendor key signed it.
             ParameterError: when the model's parameters are below the minimum.
+            ClientError: when de-identification lacks `phonenumbers`.
         """
         if self._connected is not None or self._closed:
             raise ClientError("a client is entered once: make another one")
-        self._connected = await self._stack.enter_async_context(self._opening())
+        connected = await self._stack.enter_async_context(self._opening())
+        try:
+            self._deidentifier = chosen_deidentifier(self._deidentify, connected.manifest)
+        except ClientError:
+            await self.close()
+            raise
+        self._connected = connected
         return self
 
     async def __aexit__(
@@ -177,6 +188,11 @@ class AsyncClient:
         if self._connected is None:
             raise ClientError("the client is not connected: use it in `async with`")
         return self._connected.manifest
+
+    @property
+    def deidentifier(self) -> Deidentifier | None:
+        """What texts go through before they are embedded; None when it is nothing."""
+        return self._deidentifier
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -286,8 +302,10 @@ class AsyncClient:
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """As `Client.embed`."""
-        backbone = await self._ready_backbone()
-        return await self._on_backbone_thread(lambda: backbone.embed(list(texts)))
+        backbone, rows = await self._ready_backbone(), list(texts)
+        if (deidentifier := self._deidentifier) is not None:
+            rows = [deidentifier(text).text for text in rows]
+        return await self._on_backbone_thread(lambda: backbone.embed(rows))
 
     @property
     def _engine(self) -> Engine:
@@ -349,7 +367,9 @@ class AsyncClient:
         """Logits or an error for each of the texts of one chunk."""
         if call.hopeless is not None:  # nothing will be sent: do not embed either
             return await self._infer(np.zeros((len(texts), backbone.dimensions)), call)
-        embeddings, errors = await self._on_backbone_thread(lambda: embed_rows(backbone, texts))
+        embeddings, errors = await self._on_backbone_thread(
+            lambda: embed_rows(backbone, texts, self._deidentifier)
+        )
         rows = await self._infer(embeddings, call)
         for place, error in errors.items():
             rows[place] = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from veilhead.api_key import read_api_key_file
+from veilhead.async_client import AsyncClient
 from veilhead.client import Client
 from veilhead.doctor import examine
 from veilhead.evaluation import evaluate as score_answers
@@ -25,6 +27,7 @@ from veilhead.runs import json_line, opened_run
 from veilhead.tables import TableFile
 from veilhead_protocol.checks import healthy, render
 from veilhead_protocol.errors import (
+    ClientError,
     InputError,
     NotSentError,
     ServiceResponseError,
@@ -73,6 +76,14 @@ _ApiKeyFile = Annotated[
     Path | None,
     typer.Option(help="File with the vendor's API key, yours alone; else VEILHEAD_API_KEY."),
 ]
+_Deidentify = Annotated[
+    bool | None,
+    typer.Option(
+        "--deidentify/--no-deidentify",
+        help="Replace e-mail addresses, account numbers and the like before a text is embedded; "
+        "by default, as the model's policy says.",
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
@@ -103,6 +114,7 @@ def classify(
         str | None,
         typer.Option(help="Scores by softmax, sigmoid or none (logits); else the model's own."),
     ] = None,
+    deidentify: _Deidentify = None,
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
@@ -122,7 +134,15 @@ def classify(
     with _reported():
         table = _table(texts, file, column, out)
         with _opened(
-            url, model, backbone, device, minimum_parameters, digest, vendor_key, api_key_file
+            url,
+            model,
+            backbone,
+            device,
+            minimum_parameters,
+            digest,
+            vendor_key,
+            api_key_file,
+            deidentify,
         ) as client:
             shape = Shape.of(client.manifest.head, top_k, function_to_apply)
             if table is None or out is None:
@@ -140,6 +160,7 @@ def evaluate(
     file: Annotated[Path, typer.Option(help="A .csv, .jsonl or .parquet file.")],
     text: Annotated[str, typer.Option(help="Its column of texts.")],
     label: Annotated[str, typer.Option(help="Its column of true labels, which stay here.")],
+    deidentify: _Deidentify = None,
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
@@ -157,7 +178,15 @@ def evaluate(
         labelled = TableFile.open(file, [text, label])
         labels = [name for _, name in labelled.values()]
         with _opened(
-            url, model, backbone, device, minimum_parameters, digest, vendor_key, api_key_file
+            url,
+            model,
+            backbone,
+            device,
+            minimum_parameters,
+            digest,
+            vendor_key,
+            api_key_file,
+            deidentify,
         ) as client:
             shape = Shape.of(client.manifest.head, 1, None)
             rows = list(_answers(client, labelled, shape))
@@ -183,6 +212,79 @@ def evaluate(
             f"accuracy {scores.accuracy:.4f} over {scores.answered} texts, {scores.failed} failed"
         )
     raise typer.Exit(1 if scores.failed else 0)
+
+
+@app.command()
+def gateway(
+    upstream: Annotated[
+        str, typer.Option(help="The vendor's service: https://..., or http:// on this machine.")
+    ],
+    model: _Model,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8080,
+    callers: Annotated[
+        Path | None,
+        typer.Option(help="File with the callers' tokens, one a line, yours alone (mode 600)."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Texts that are embedded together.")] = 32,
+    max_wait_ms: Annotated[float, typer.Option(help="How long a text waits for others.")] = 5.0,
+    max_waiting: Annotated[
+        int, typer.Option(help="Texts that may wait; more are refused with 429.")
+    ] = 2048,
+    max_texts: Annotated[int, typer.Option(help="Texts in one request.")] = 256,
+    max_body_bytes: Annotated[int, typer.Option(help="Bytes of one request.")] = 2 * 2**20,
+    deidentify: _Deidentify = None,
+    backbone: _Backbone = None,
+    device: _Device = "auto",
+    minimum_parameters: _Minimum = "compact",
+    digest: _Digest = None,
+    vendor_key: _VendorKey = None,
+    api_key_file: _ApiKeyFile = None,
+) -> None:
+    """Answer plaintext requests inside your own perimeter, and ask the vendor encrypted.
+
+    POST /predict takes and gives what text-embeddings-inference does. This process sees every text:
+    run it where the texts may be. Beyond loopback it needs --callers, and a proxy that speaks TLS.
+
+    Example: veilhead gateway --upstream https://vendor.example --model icd10-chapters
+    """
+    with _reported():
+        try:
+            from veilhead.gateway.app import Gateway, Limits
+            from veilhead.gateway.callers import Callers
+            from veilhead.gateway.metrics import Metrics
+            from veilhead.gateway.server import serve
+        except ModuleNotFoundError as error:
+            raise ClientError(
+                f"the gateway needs {error.name!r}: pip install 'veilhead[gateway]'"
+            ) from error
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+        )
+        logging.getLogger("httpx2").setLevel(logging.WARNING)
+        metrics = Metrics()
+        client = AsyncClient(
+            upstream,
+            model,
+            backbone=backbone,
+            device=device,
+            digest=digest,
+            minimum_parameters=minimum_parameters,
+            vendor_key=_vendor_keys(vendor_key),
+            api_key=None if api_key_file is None else read_api_key_file(api_key_file),
+            deidentify=deidentify,
+            concurrency=max_batch,
+            on_query=metrics.queried,
+        )
+        limits = Limits(
+            max_batch=max_batch,
+            max_wait_seconds=max_wait_ms / 1e3,
+            max_waiting=max_waiting,
+            max_texts=max_texts,
+            max_body_bytes=max_body_bytes,
+        )
+        known = None if callers is None else Callers.read(callers)
+        serve(Gateway(client, known, limits, metrics), host, port)
 
 
 @app.command()
@@ -224,6 +326,7 @@ def _opened(
     digest: str | None,
     vendor_key: list[str] | None,
     api_key_file: Path | None,
+    deidentify: bool | None,
 ) -> Iterator[Client]:
     def announce(path: str, size: int) -> None:
         if _errors.is_terminal:
@@ -238,8 +341,11 @@ def _opened(
         digest=digest,
         vendor_key=_vendor_keys(vendor_key),
         api_key=None if api_key_file is None else read_api_key_file(api_key_file),
+        deidentify=deidentify,
         on_download=announce,
     ) as client:
+        if deidentify is None and client.deidentifier is not None:
+            typer.echo("texts are de-identified, as the model's policy asks", err=True)
         yield client
 
 

@@ -18,6 +18,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from numpy.typing import ArrayLike, NDArray
 
 from veilhead.async_client import CHUNKS, Answer, AsyncClient, Stream, reported
+from veilhead.deidentify import Deidentifier
 from veilhead.engine import Engine, QueryTrace
 from veilhead.predictions import FunctionToApply, Prediction
 from veilhead_protocol.errors import ClientError, VeilheadError
@@ -46,6 +47,7 @@ class Client:
         minimum_parameters: str = "compact",
         vendor_key: str | Sequence[str] | None = None,
         api_key: str | None = None,
+        deidentify: bool | Deidentifier | None = None,
         concurrency: int = 8,
         timeout: float = 30.0,
         on_query: Callable[[QueryTrace], None] | None = None,
@@ -66,6 +68,9 @@ class Client:
                 changes it: manifests that none of them signed are refused. Without one, any
                 manifest is believed (`digest` pins a single version all the same).
             api_key: the key that the vendor gave; VEILHEAD_API_KEY when it is None.
+            deidentify: replace e-mail addresses, account numbers and the like by placeholders
+                before a text is embedded: True for the built-in detectors, or a `Deidentifier`.
+                None follows the model's policy, and False never does.
             concurrency: queries in flight at once; fewer for heads of a thousand classes or more.
             timeout: seconds to wait for each connection, write and read; reads of replies of such
                 heads wait longer.
@@ -83,6 +88,7 @@ class Client:
             ManifestError: when its manifest is not one, or not the pinned one.
             SignatureError: when no accepted vendor key signed it, or a vendor key is not one.
             ParameterError: when the model's parameters are below the minimum.
+            ClientError: when de-identification lacks `phonenumbers`.
         """
         self._client = AsyncClient(
             url,
@@ -93,6 +99,7 @@ class Client:
             minimum_parameters=minimum_parameters,
             vendor_key=vendor_key,
             api_key=api_key,
+            deidentify=deidentify,
             concurrency=concurrency,
             timeout=timeout,
             on_query=on_query,
@@ -146,6 +153,11 @@ class Client:
     def manifest(self) -> Manifest:
         """The pinned manifest: labels, error bound, parameters, policy."""
         return self._client.manifest
+
+    @property
+    def deidentifier(self) -> Deidentifier | None:
+        """What texts go through before they are embedded; None when it is nothing."""
+        return self._client.deidentifier
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -320,6 +332,7 @@ class Client:
         Raises:
             NoBackboneError: when the model takes embeddings only.
             BackboneError: when the backbone cannot be loaded.
+            DeidentifyError: when a detector failed.
         """
         return self._run(self._client.embed, texts)
 

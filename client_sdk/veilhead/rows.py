@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from veilhead.deidentify import Deidentifier
 from veilhead_protocol.errors import BackboneError, BatchError, InputError, VeilheadError
 
 if TYPE_CHECKING:
@@ -15,14 +16,20 @@ if TYPE_CHECKING:
 
 
 def embed_rows(
-    backbone: Backbone, texts: Sequence[Any]
+    backbone: Backbone, texts: Sequence[Any], deidentifier: Deidentifier | None = None
 ) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
     """Embeddings [len(texts), d], and the errors of the rows that have none, by place in `texts`.
 
     A text that cannot be embedded becomes zeros, so that the service sees no difference.
     """
-    unusable = {place: error for place, text in enumerate(texts) if (error := _unusable(text))}
-    usable = ["" if place in unusable else text for place, text in enumerate(texts)]
+    unusable: dict[int, VeilheadError] = {}
+    usable: list[str] = []
+    for place, text in enumerate(texts):
+        try:
+            usable.append(_usable(text, deidentifier))
+        except VeilheadError as error:
+            unusable[place] = error
+            usable.append("")
     embeddings, failures = _embedded(backbone, usable)
     errors: dict[int, VeilheadError] = failures | unusable
     embeddings[list(errors)] = 0.0
@@ -46,15 +53,22 @@ def _embedded(
     return np.concatenate((first, second)), errors
 
 
-def _unusable(text: Any) -> InputError | None:
-    """Why a row is not a text, or None when it is one."""
+def _usable(text: Any, deidentifier: Deidentifier | None) -> str:
+    """A row as it is embedded.
+
+    Raises:
+        InputError: when it is not a text.
+        DeidentifyError: when a detector failed.
+    """
     if not isinstance(text, str):
-        return InputError(f"expected a string, got {type(text).__name__}")
+        raise InputError(f"expected a string, got {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return InputError("the text holds half of a surrogate pair: decode it as UTF-8 again")
-    return None
+        raise InputError(
+            "the text holds half of a surrogate pair: decode it as UTF-8 again"
+        ) from None
+    return text if deidentifier is None else deidentifier(text).text
 
 
 def as_rows(embeddings: ArrayLike, dimensions: int) -> NDArray[np.float64]:

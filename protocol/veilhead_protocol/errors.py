@@ -50,6 +50,12 @@ VeilheadError
     ├── NoBackboneError          `classify` on a model that takes embeddings
     ├── InputError               a value that cannot be classified (not text, wrong shape)
     │   └── NotFiniteError       an embedding with NaN or infinity
+    ├── DeidentifyError          a detector that failed: the text was not sent
+    ├── GatewayError             the gateway refuses a caller
+    │   ├── CallerError          no token of a caller, or another one
+    │   ├── RequestSizeError     more texts or bytes than one request may have
+    │   ├── GatewayFullError     too many texts wait already
+    │   └── GatewayClosedError   the gateway is about to stop
     ├── NotSentError             a row left unsent, since an earlier one failed for all of them
     └── BatchError               some rows failed; `results` keeps the others, `errors` says which
 
@@ -381,6 +387,42 @@ class NotFiniteError(InputError):
     """An embedding that contains NaN or infinity."""
 
     code = "not-finite"
+
+
+class DeidentifyError(ClientError):
+    """A detector of the de-identification failed, so that the text was not embedded."""
+
+    code = "deidentify"
+
+
+class GatewayError(ClientError):
+    """The gateway refuses a caller."""
+
+    code = "gateway"
+
+
+class CallerError(GatewayError):
+    """A request without the token of a caller."""
+
+    code = "caller"
+
+
+class RequestSizeError(GatewayError):
+    """More texts or bytes than one request may have."""
+
+    code = "request-size"
+
+
+class GatewayFullError(GatewayError):
+    """Too many texts wait already."""
+
+    code = "gateway-full"
+
+
+class GatewayClosedError(GatewayError):
+    """The gateway is about to stop, and takes no new texts."""
+
+    code = "gateway-closed"
 
 
 class NotSentError(ClientError):

@@ -210,11 +210,14 @@ class PolicySection(_Section):
     """What the vendor asks of both sides.
 
     The client refuses parameters below `minimum_parameters`. `bulk` allows requests of more texts
-    than the hint limit of the set: they hide the head from honest keys only.
+    than the hint limit of the set: they hide the head from honest keys only. With `deidentify` the
+    client replaces what points at a person before it embeds a text, unless its user says otherwise.
     """
 
     minimum_parameters: _ParameterName = "compact"
     bulk: bool = False
+    # Left out where it is false, so that models without it keep the digest that clients pinned.
+    deidentify: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
 
 
 class Manifest(_Section):

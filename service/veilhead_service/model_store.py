@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -360,6 +360,7 @@ def publish(
     signing_key: SigningKey | None = None,
     head_key: HeadKey | None = None,
     retire_previous: Retirement | None = None,
+    deidentify: bool = False,
 ) -> Manifest:
     """Copy a verified artefact into a store and let its name stand for it.
 
@@ -375,6 +376,8 @@ def publish(
         head_key: encrypts the head, which is then never in the store in plaintext.
         retire_previous: when the version that the name stood for stops being served; an earlier
             date that it already has stays.
+        deidentify: the manifest's policy asks clients to de-identify texts, whatever the
+            artefact's says.
 
     Raises:
         ArtifactError: when the directory is not a whole, consistent artefact.
@@ -387,6 +390,9 @@ def publish(
     from veilhead_service.self_test import self_test
 
     artifact = HeadArtifact.load(directory)
+    if deidentify:
+        policy = artifact.policy.model_copy(update={"deidentify": True})
+        artifact = replace(artifact, policy=policy)
     manifest = artifact.manifest
     self_test(EncryptedHead(manifest, artifact.weight, artifact.bias), artifact)
     home = store / manifest.name

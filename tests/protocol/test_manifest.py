@@ -343,6 +343,7 @@ def test_manifests_are_frozen() -> None:
         (("head", "exponent"), True),
         (("head", "dimensions"), 384.0),
         (("policy", "bulk"), 0),
+        (("policy", "deidentify"), 1),
         (("name",), b"head"),
         (("embedding", "scale"), "1.0"),
     ],
@@ -357,3 +358,17 @@ def test_building_converts_nothing(path: tuple[str, ...], value: Any) -> None:
     place[path[-1]] = value
     with pytest.raises(ManifestError, match=path[-1]):
         Manifest.build(edited)
+
+
+def test_a_policy_of_deidentification_is_in_the_bytes_only_where_there_is_one() -> None:
+    without = Manifest.build(document())
+    assert b"deidentify" not in without.serialize()
+    edited = document()
+    edited["policy"]["deidentify"] = True
+    asked = Manifest.build(edited)
+    assert b'"deidentify":true' in asked.serialize()
+    assert Manifest.deserialize(asked.serialize()).policy.deidentify
+    assert not Manifest.deserialize(without.serialize()).policy.deidentify
+    said = without.serialize().replace(b'"bulk":false', b'"bulk":false,"deidentify":false')
+    with pytest.raises(ManifestError, match="canonical"):
+        Manifest.deserialize(said)

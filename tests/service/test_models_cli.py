@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from veilhead_protocol.signatures import VendorKey
 from veilhead_service.cli import app
 from veilhead_service.head_encryption import HeadKey
+from veilhead_service.model_store import ModelStore
 from veilhead_service.signing import SigningKey
 
 FIRST, SECOND = (artifact(4, 32, seed=seed, name="model") for seed in (1, 2))
@@ -132,3 +133,15 @@ def test_errors_are_one_line_and_status_one(run, arguments):
 def test_retire_is_told_what_to_do(run, vendor, arguments):
     vendor.publish(FIRST)
     run("retire", "model", *arguments, code=2)
+
+
+def test_a_policy_of_deidentification_is_set_when_published(run, vendor):
+    directory = vendor.save(FIRST)
+    plain = run("publish", directory).stdout
+    asked = run("publish", directory, "--deidentify").stdout
+    assert plain != asked  # another digest: clients that pinned one do not get the other
+    store = ModelStore(vendor.store)
+    model = store.current("model")
+    assert model.manifest.policy.deidentify
+    assert model.manifest.digest.hex() in asked
+    assert model.manifest.head == FIRST.manifest.head

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from veilhead_models.artifact import HeadArtifact
 from veilhead_models.backbone import Backbone
 from veilhead_models.datasets import Dataset
-from veilhead_protocol.errors import DatasetError, ModelError
+from veilhead_models.dp_training import fit_private_head
+from veilhead_models.privacy import PrivacyBudget, PrivacyStatement
+from veilhead_protocol.errors import DatasetError, ModelError, PrivacyError
 from veilhead_protocol.manifest import BackboneSection
 from veilhead_protocol.scales import project
 
@@ -172,12 +174,14 @@ class TrainedHead:
         bias: [C], private.
         embedding_scale: what embeddings are divided by before they are projected.
         report: what it scores.
+        privacy: what is guaranteed to whoever was trained on; None without a privacy budget.
     """
 
     weight: NDArray[np.float64]
     bias: NDArray[np.float64]
     embedding_scale: float
     report: TrainingReport
+    privacy: PrivacyStatement | None = None
 
     def __repr__(self) -> str:
         classes, dimensions = self.weight.shape
@@ -185,28 +189,27 @@ class TrainedHead:
 
 
 def train_head(
-    dataset: Dataset, backbone: Backbone, *, progress: Progress | None = None
+    dataset: Dataset,
+    backbone: Backbone,
+    *,
+    privacy: PrivacyBudget | None = None,
+    progress: Progress | None = None,
 ) -> TrainedHead:
     """Train a linear head on a data set's training split and judge it by its test split.
 
-    The same data, backbone and machine give the same head.
+    The same data, backbone and machine give the same head, unless there is a privacy budget.
 
     Args:
         dataset: every label must occur in its training split.
         backbone: makes the embeddings, and stays as it is.
+        privacy: train under this budget of differential privacy (`dp_training`).
         progress: called with the texts embedded so far, and the texts of both splits.
 
     Raises:
         DatasetError: when a label has no row to be trained on.
-        ModelError: when scikit-learn is not installed.
+        PrivacyError: when the data or the backbone cannot be trained on under the budget.
+        ModelError: when a package of the `train` extra is not installed.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ModelError(
-            "training needs scikit-learn, which is not installed: pip install 'veilhead[train]'"
-        ) from error
     classes = len(dataset.labels)
     missing = sorted(set(range(classes)) - set(dataset.train.targets.tolist()))
     if classes < 2 or missing:
@@ -216,6 +219,13 @@ def train_head(
         )
     rows = len(dataset.train.texts)
     total = rows + len(dataset.test.texts)
+    if privacy is not None:
+        privacy.check_rows(rows, classes)
+        if not backbone.section.normalise:
+            raise PrivacyError(
+                "the backbone's embeddings are not normalised, and their scale would be read off "
+                "the private rows: differential privacy needs a backbone that normalises"
+            )
 
     def embed(texts: Sequence[str], before: int) -> NDArray[np.float64]:
         report = None if progress is None else lambda done: progress(before + done, total)
@@ -226,21 +236,53 @@ def train_head(
     scale = 1.0
     if not backbone.section.normalise:
         scale = SCALE_MARGIN * float(np.linalg.norm(train, axis=1).max())
+    statement = None
+    if privacy is None:
+        weight, bias = fit_head(project(train, scale), dataset.train.targets, classes)
+    else:
+        fit = fit_private_head(train, dataset.train.targets, classes, privacy)
+        weight, bias, statement = fit.weight, fit.bias, fit.statement
+    logits = project(test, scale) @ weight.T + bias  # [test rows, C]
+    report = TrainingReport.of_logits(logits, dataset.test.targets, dataset.labels, train_rows=rows)
+    return TrainedHead(
+        weight=weight / scale,
+        bias=bias,
+        embedding_scale=scale,
+        report=report,
+        privacy=statement,
+    )
+
+
+def fit_head(
+    embeddings: NDArray[np.float64], targets: NDArray[np.intp], classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weight [C, d] and bias [C] of the head of embeddings [rows, d] in the unit ball.
+
+    Every class must occur in targets [rows].
+
+    Raises:
+        ModelError: when scikit-learn is not installed.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ModelError(
+            "training needs scikit-learn, which is not installed: pip install 'veilhead[train]'"
+        ) from error
     model = LogisticRegression(C=INVERSE_PENALTY, max_iter=_MAX_ITERATIONS)
     with warnings.catch_warnings():
         # The penalty keeps the problem well-conditioned; what is left after so many iterations is
         # far below the differences between data splits, and the report judges the result anyway.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(project(train, scale), dataset.train.targets)
+        model.fit(embeddings, targets)
     weight = np.asarray(model.coef_, dtype=np.float64)  # [C, d], or [1, d] for two classes
     bias = np.asarray(model.intercept_, dtype=np.float64)
     if classes == 2:
         # One row stands for the difference of two logits; halved, it gives the same softmax.
         weight = np.concatenate([-weight, weight]) / 2  # [2, d]
         bias = np.concatenate([-bias, bias]) / 2  # [2]
-    logits = project(test, scale) @ weight.T + bias  # [test rows, C]
-    report = TrainingReport.of_logits(logits, dataset.test.targets, dataset.labels, train_rows=rows)
-    return TrainedHead(weight=weight / scale, bias=bias, embedding_scale=scale, report=report)
+    return weight, bias
 
 
 def train_artifact(
@@ -251,17 +293,20 @@ def train_artifact(
     name: str | None = None,
     parameters: str = "compact",
     device: str = "auto",
+    privacy: PrivacyBudget | None = None,
     progress: Progress | None = None,
 ) -> tuple[HeadArtifact, TrainingReport]:
     """Train a head on a data set and make it an artefact, backbone included.
 
     What a published data set is called, where it comes from and how many rows it has goes into the
-    manifest; of a table of one's own, nothing does. Scores never do.
+    manifest; of a table of one's own, nothing does. Scores never do. Under a privacy budget the
+    manifest says what is guaranteed, in `about.privacy`, and not how many rows there were.
 
     Raises:
         BackboneError: when the backbone cannot be loaded.
         DatasetError: when a label has no row to be trained on.
-        ModelError: when scikit-learn is not installed.
+        PrivacyError: when the data or the backbone cannot be trained on under the budget.
+        ModelError: when a package of the `train` extra is not installed.
         ParameterError: when there is no such parameter set.
         ScaleError: when the parameter set cannot carry the head.
         ManifestError: when labels or name are not what a manifest may hold.
@@ -271,16 +316,21 @@ def train_artifact(
         np.zeros((len(dataset.labels), 1)), None, dataset.labels, name=name, parameters=parameters
     )
     backbone = Backbone.load(backbone_directory, section, device=device)
-    head = train_head(dataset, backbone, progress=progress)
+    head = train_head(dataset, backbone, privacy=privacy, progress=progress)
     about: dict[str, Any] = {}
     if dataset.license is not None:
         about["dataset"] = {
             "name": dataset.name,
             "source": dataset.source,
             "license": dataset.license,
-            "train_rows": head.report.train_rows,
-            "test_rows": head.report.test_rows,
         }
+        if head.privacy is None:
+            about["dataset"] |= {
+                "train_rows": head.report.train_rows,
+                "test_rows": head.report.test_rows,
+            }
+    if head.privacy is not None:
+        about["privacy"] = head.privacy.to_json()
     artifact = HeadArtifact.from_weights(
         head.weight,
         head.bias,

@@ -25,6 +25,7 @@ VeilheadError
 ├── ModelError                   the vendor's side, before anything is served
 │   ├── DatasetError
 │   ├── BackboneError            also raised on the client, which runs the backbone
+│   ├── PrivacyError             a privacy budget that means nothing, or that the data cannot meet
 │   └── ArtifactError
 ├── ServiceError                 the service cannot do what it was asked
 │   ├── StoreError
@@ -217,6 +218,12 @@ class BackboneError(ModelError):
     """A backbone that cannot be loaded, or is not what its digests say."""
 
     code = "backbone"
+
+
+class PrivacyError(ModelError):
+    """A privacy budget that means nothing, or that the training data cannot meet."""
+
+    code = "privacy-budget"
 
 
 class ArtifactError(ModelError):

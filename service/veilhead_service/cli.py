@@ -63,20 +63,46 @@ def train(
         typer.Option(help="compact (fast), or strong (for secrets that must last decades)."),
     ] = "compact",
     device: Annotated[str, typer.Option(help="auto, or a torch device.")] = "auto",
+    dp_epsilon: Annotated[
+        float | None,
+        typer.Option(help="Train with differential privacy, at most so much loss; 1 to 4 is good."),
+    ] = None,
+    dp_delta: Annotated[
+        float | None, typer.Option(help="Its delta, 1e-5 when absent; below 1 by number of rows.")
+    ] = None,
+    insecure_large_epsilon: Annotated[
+        bool,
+        typer.Option("--insecure-large-epsilon", help="Allow an epsilon that protects nobody."),
+    ] = False,
 ) -> None:
     """Train a linear head on frozen embeddings, and report how good it is on held-out rows.
+
+    With --dp-epsilon, what is published tells little of any one row it was trained on; the
+    manifest says how little (docs/privacy.md).
 
     Example: veilhead-server train icd10-chapters --out artifacts/icd10-chapters
     """
     with reported():
-        for name in ("torch", "transformers", "sklearn"):
+        packages = ["torch", "transformers", "sklearn"]
+        if dp_epsilon is not None:
+            packages += ["dp_accounting", "opendp"]
+        for name in packages:
             if find_spec(name) is None:  # before anything is fetched
                 raise ModuleNotFoundError(name=name)
 
         from veilhead_models.backbone import describe, minilm
         from veilhead_models.datasets import load_dataset
+        from veilhead_models.privacy import DEFAULT_DELTA, PrivacyBudget
         from veilhead_models.training import train_artifact
+        from veilhead_protocol.errors import PrivacyError
 
+        if dp_epsilon is not None:
+            delta = DEFAULT_DELTA if dp_delta is None else dp_delta
+            privacy = PrivacyBudget(dp_epsilon, delta, insecure_large_epsilon)
+        elif dp_delta is not None or insecure_large_epsilon:
+            raise PrivacyError("--dp-delta and --insecure-large-epsilon need --dp-epsilon")
+        else:
+            privacy = None
         dataset = load_dataset(source, text=text, label=label)
         directory, section = minilm() if backbone is None else (backbone, describe(backbone))
         columns = (
@@ -93,10 +119,16 @@ def train(
                 section,
                 parameters=parameters,
                 device=device,
+                privacy=privacy,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         manifest = artifact.save(out, report=report.to_json())
     typer.echo(report.render())
+    if privacy is not None:
+        typer.echo(
+            f"differentially private: epsilon {privacy.epsilon:g}, delta {privacy.delta:g}, one "
+            "row of the training split more or less; the report above is not, keep it"
+        )
     typer.echo(f"{manifest.name}: {out} (digest {manifest.digest.hex()})")
 
 

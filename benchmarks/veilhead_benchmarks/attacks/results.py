@@ -1,0 +1,128 @@
+"""What an attack reports, and the file that holds it.
+
+Every figure comes with what chance would give and with what is expected of it: an attack that ought
+to succeed and does not is as much of a failure as a protection that does not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from rich.table import Table
+
+from veilhead_benchmarks.console import wide_console
+
+#: Deviations that a figure may be away from chance and still be at it: one in 15,000 is further.
+AT_CHANCE_DEVIATIONS: Final = 4.0
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """One figure of one attack.
+
+    Attributes:
+        attack: its name.
+        system: `plaintext` where nothing protects, `veilhead` for what this project gives out.
+        target: what was attacked.
+        metric: what `value` is.
+        value: the figure.
+        samples: texts, rows, canaries or trials that it rests on.
+        chance: what guessing gives; None where that means nothing.
+        expected: what should be so: `above 0.9`, `at chance`; empty where there is no promise.
+        holds: whether it is so; None where there is no promise.
+    """
+
+    attack: str
+    system: str
+    target: str
+    metric: str
+    value: float
+    samples: int
+    chance: float | None = None
+    expected: str = ""
+    holds: bool | None = None
+
+    def row(self) -> dict[str, Any]:
+        """The figure as a row of the benchmarks' form; docs/benchmarks.md describes the fields."""
+        unmeasured = dict.fromkeys(
+            ("d", "classes", "batch", "server_ms", "encrypt_ms", "decrypt_ms", "total_ms",
+             "bytes_keys", "bytes_up", "bytes_down", "max_error")
+        )  # fmt: skip
+        promise = f", expected {self.expected}: {self.holds}" if self.expected else ""
+        return {
+            "subject": f"attack-{self.attack}",
+            "system": self.system,
+            "parameters": f"{self.target}, {self.metric}",
+            **unmeasured,
+            "note": f"{self.value:.4g} over {self.samples}{promise}",
+        }
+
+
+def above(result: AttackResult, bound: float) -> AttackResult:
+    """The result, expected to be above a bound."""
+    return _judged(result, f"above {bound:.4g}", result.value > bound)
+
+
+def at_most(result: AttackResult, bound: float) -> AttackResult:
+    """The result, expected to be no more than a bound."""
+    return _judged(result, f"at most {bound:.4g}", result.value <= bound)
+
+
+def at_chance(result: AttackResult, deviation: float) -> AttackResult:
+    """The result, expected within `AT_CHANCE_DEVIATIONS` standard deviations of chance."""
+    if result.chance is None:
+        raise ValueError("a result without a chance cannot be at it")
+    margin = AT_CHANCE_DEVIATIONS * deviation
+    return _judged(
+        result,
+        f"{result.chance:.4g} within {margin:.2g}",
+        abs(result.value - result.chance) <= margin,
+    )
+
+
+def _judged(result: AttackResult, expected: str, holds: bool) -> AttackResult:
+    return AttackResult(**asdict(result) | {"expected": expected, "holds": bool(holds)})
+
+
+def write_results(results: Sequence[AttackResult], out: Path) -> None:
+    """Write the file: environment, rows of the benchmarks' form, and the figures themselves."""
+    document = {
+        "environment": {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cores": os.cpu_count(),
+            "versions": {name: version(name) for name in ("veilhead", "numpy", "scikit-learn")},
+        },
+        "rows": [result.row() for result in results],
+        "attacks": [asdict(result) for result in results],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+
+
+def print_results(results: Sequence[AttackResult]) -> None:
+    """A table of every figure."""
+    table = Table("attack", "system", "target", "metric", "value", "chance", "over", "expected", "")
+    for result in results:
+        table.add_row(
+            result.attack,
+            result.system,
+            result.target,
+            result.metric,
+            f"{result.value:.4g}",
+            "" if result.chance is None else f"{result.chance:.4g}",
+            str(result.samples),
+            result.expected,
+            {True: "holds", False: "BROKEN", None: ""}[result.holds],
+        )
+    wide_console().print(table)

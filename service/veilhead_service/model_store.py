@@ -45,6 +45,7 @@ from veilhead_protocol.errors import (
 )
 from veilhead_protocol.files import verify_files
 from veilhead_protocol.manifest import NAME_PATTERN, Manifest
+from veilhead_protocol.policy import PolicySection
 from veilhead_protocol.signatures import (
     MAX_SIGNATURES,
     ManifestSignature,
@@ -360,6 +361,7 @@ def publish(
     signing_key: SigningKey | None = None,
     head_key: HeadKey | None = None,
     retire_previous: Retirement | None = None,
+    policy: PolicySection | None = None,
     deidentify: bool = False,
 ) -> Manifest:
     """Copy a verified artefact into a store and let its name stand for it.
@@ -376,11 +378,13 @@ def publish(
         head_key: encrypts the head, which is then never in the store in plaintext.
         retire_previous: when the version that the name stood for stops being served; an earlier
             date that it already has stays.
-        deidentify: the manifest's policy asks clients to de-identify texts, whatever the
-            artefact's says.
+        policy: replaces the artefact's.
+        deidentify: the manifest's policy asks clients to de-identify texts, whatever it says
+            otherwise.
 
     Raises:
         ArtifactError: when the directory is not a whole, consistent artefact.
+        ManifestError: when the head breaks the policy; the clause is named.
         SelfTestError: when the encrypted head does not answer as the plaintext one.
         StoreError: when the store cannot be written, the version was retired, or it is damaged in a
             way that this cannot repair.
@@ -390,9 +394,11 @@ def publish(
     from veilhead_service.self_test import self_test
 
     artifact = HeadArtifact.load(directory)
-    if deidentify:
-        policy = artifact.policy.model_copy(update={"deidentify": True})
+    if policy is not None:
         artifact = replace(artifact, policy=policy)
+    if deidentify:
+        asked = artifact.policy.model_copy(update={"deidentify": True})
+        artifact = replace(artifact, policy=asked)
     manifest = artifact.manifest
     self_test(EncryptedHead(manifest, artifact.weight, artifact.bias), artifact)
     home = store / manifest.name

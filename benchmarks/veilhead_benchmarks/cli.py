@@ -120,3 +120,22 @@ def deidentify(
     run_deidentify(
         count=records, dataset=dataset, train_rows=train_rows, test_rows=test_rows, out=out
     )
+
+
+@app.command()
+def attack(
+    name: Annotated[str | None, typer.Argument(help="One attack; all when it is absent.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="Fewer rows and heads.")] = False,
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
+        "benchmarks/results/attacks.json"
+    ),
+) -> None:
+    """Attack heads, embeddings and queries: what they give away, with and without protection.
+
+    Exit status 1 when a protection did not hold, or an attack failed where it ought to succeed.
+    """
+    from veilhead_benchmarks.attacks.runner import ATTACKS, run_attacks
+
+    if name is not None and name not in ATTACKS:
+        raise typer.BadParameter(f"no such attack; there are {', '.join(ATTACKS)}")
+    raise typer.Exit(0 if run_attacks(name, short=short, out=out) else 1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -207,6 +207,7 @@ def closed_form_epsilon(releases: tuple[Release, ...], delta: float) -> float:
     return float(optimize.brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, highest))
 
 
+@lru_cache(maxsize=64)
 def pld_epsilon(releases: tuple[Release, ...], delta: float) -> float:
     """The same by the privacy loss distributions of `dp-accounting`, which round up.
 

@@ -24,7 +24,8 @@ from pydantic import (
 from veilhead_protocol.errors import ManifestError, ParameterError, ScaleError
 from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS, Layout
 from veilhead_protocol.parameters import MAX_EXPONENT, PARAMETER_SETS, ParameterSet
-from veilhead_protocol.policy import PolicySection, Section
+from veilhead_protocol.policy import PolicySection as PolicySection
+from veilhead_protocol.policy import Section
 from veilhead_protocol.scales import BOUND_STEP, HeadScales
 
 FORMAT: Final = "veilhead-manifest/1"

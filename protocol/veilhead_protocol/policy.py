@@ -93,20 +93,19 @@ class PolicySection(Section):
                 f"{self.privacy.max_epsilon:g} and delta at most {self.privacy.max_delta:g}"
             )
             stated = about.get("privacy")
-            epsilon, delta = (
-                (stated.get("epsilon"), stated.get("delta"))
-                if isinstance(stated, dict)
-                else (None, None)
-            )
-            if not (_is_number(epsilon) and _is_number(delta)):
+            numbers = stated if isinstance(stated, dict) else {}
+            epsilon, delta = _number(numbers.get("epsilon")), _number(numbers.get("delta"))
+            if epsilon is None or delta is None:
                 found.append(f"privacy: {asked}, this one was trained without")
             elif not (epsilon <= self.privacy.max_epsilon and delta <= self.privacy.max_delta):
                 found.append(f"privacy: {asked}, this one has {epsilon:g} and {delta:g}")
         return found
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: object) -> float | None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return None
 
 
 class Guard(StrEnum):

@@ -1,0 +1,106 @@
+"""Attribute inference: what an embedding tells of a person, whatever it is classified for.
+
+Generated records say a diagnosis, a date of birth, a telephone number and a given name. From other
+records' embeddings the attacker learns to tell when the person was born, where the telephone is,
+and the sex that the name suggests. Then the same after de-identification (`veilhead.deidentify`),
+which replaces dates of birth and numbers and does not know names: what it leaves stays visible.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veilhead.deidentify import Deidentifier
+from veilhead_benchmarks.attacks.data import backbone, embedded
+from veilhead_benchmarks.attacks.results import AttackResult, above, at_chance
+from veilhead_models.training import fit_head
+
+# fmt: off
+_WOMEN: Final = ("Maria", "Fatima", "Aisha", "Olga", "Chloe", "Priya", "Zofia", "Emma", "Anna")
+_MEN: Final = ("James", "Jonas", "Pedro", "Ken", "Noah", "Lars", "David", "Thomas", "Peter")
+_AREAS: Final = (("212", "617", "305", "404", "202"), ("415", "213", "503", "602", "808"))
+# fmt: on
+
+_Array = NDArray[np.float64]
+
+#: Embeds texts: [texts, d].
+Embed = Callable[[Sequence[str]], _Array]
+
+
+@dataclass(frozen=True)
+class Person:
+    """A generated record and what it says of somebody.
+
+    Attributes:
+        text: the record.
+        attributes: 0 or 1 by name.
+    """
+
+    text: str
+    attributes: dict[str, int]
+
+
+#: Attribute -> whether de-identification takes it out.
+ATTRIBUTES: Final = {"born after 1970": True, "telephone in the west": True, "sex of name": False}
+
+
+def people(phrases: Sequence[str], seed: int) -> list[Person]:
+    """One record for each phrase; the attributes have nothing to do with it."""
+    generator = random.Random(seed)  # noqa: S311  (not a secret)
+    found = []
+    for phrase in phrases:
+        young, west, man = (generator.randrange(2) for _ in range(3))
+        year = generator.randint(1975, 2004) if young else generator.randint(1930, 1965)
+        area = generator.choice(_AREAS[west])
+        name = generator.choice((_WOMEN, _MEN)[man])
+        date = f"{generator.randint(1, 12):02}/{generator.randint(1, 28):02}/{year}"
+        phone = f"({area}) 555-01{generator.randint(0, 99):02}"
+        values = dict(zip(ATTRIBUTES, (young, west, man), strict=True))
+        found.append(Person(f"{name}, DOB: {date}, Tel: {phone}. {phrase}", values))
+    return found
+
+
+def infer(records: Sequence[Person], embed: Embed, *, train_rows: int) -> list[AttackResult]:
+    """The attack before and after de-identification; the first rows are the attacker's own."""
+    deidentifier = Deidentifier()
+    texts = [record.text for record in records]
+    kinds = {"text as it is": texts, "de-identified": [deidentifier(text).text for text in texts]}
+    count = len(records) - train_rows
+    results = []
+    for kind, written in kinds.items():
+        embeddings = embed(written)
+        for attribute, taken_out in ATTRIBUTES.items():
+            values = np.array([record.attributes[attribute] for record in records], dtype=np.intp)
+            weight, bias = fit_head(embeddings[:train_rows], values[:train_rows], 2)
+            answers = (embeddings[train_rows:] @ weight.T + bias).argmax(axis=1)
+            result = AttackResult(
+                attack="attributes",
+                system="plaintext",
+                target=f"embedding of the {kind}"
+                if kind != "de-identified"
+                else ("embedding of the de-identified text"),
+                metric=f"accuracy: {attribute}",
+                value=float((answers == values[train_rows:]).mean()),
+                samples=count,
+                chance=0.5,
+            )
+            if kind == "de-identified" and taken_out:
+                results.append(at_chance(result, math.sqrt(0.25 / count)))
+            else:
+                results.append(above(result, 0.65))
+    return results
+
+
+def run(*, short: bool) -> list[AttackResult]:
+    """Records around phrases of icd10-chapters."""
+    data = embedded("icd10-chapters")
+    own, attacked = (200, 100) if short else (1200, 600)
+    phrases = data.dataset.train.texts[: own + attacked]
+    return infer(people(phrases, seed=6), backbone().embed, train_rows=own)

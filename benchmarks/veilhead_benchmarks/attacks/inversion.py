@@ -1,0 +1,229 @@
+"""Inversion: which text is this? From an embedding, a noised embedding, and a query's bytes.
+
+Two attackers. *Retrieval* has a list of candidate texts and names the nearest. The *decoder* learns
+from other texts which words an embedding speaks of (a linear map from the vector to the words).
+Both are given a vector for each text: its embedding, its embedding with noise, or the residues that
+cross the wire. Decoder and retrieval of residues go through a map that is learnt from pairs of
+query and embedding, as a service with its own texts could make them.
+
+The same attackers are given the residues of the query *before encryption*, through the same pipe:
+were they blind to residues, they would fail there too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veilhead.session import Session
+from veilhead_benchmarks.attacks.data import embedded
+from veilhead_benchmarks.attacks.results import AttackResult, above, at_chance
+from veilhead_models.artifact import HeadArtifact
+from veilhead_protocol import seal_io
+from veilhead_protocol.manifest import Manifest
+from veilhead_protocol.scales import project
+from veilhead_protocol.wire import QueryMessage
+
+#: Noise of each value of a noised embedding, relative to the root mean square of the values.
+NOISE: Final = (0.5, 1.0, 2.0)
+
+#: Words that the decoder looks for.
+WORDS: Final = 100
+
+_RIDGE: Final = 1.0
+
+_Array = NDArray[np.float64]
+
+
+def bag_of_words(texts: Sequence[str], count: int) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+    """Which of the `count` commonest words of four letters or more a text has: [texts, count]."""
+    found = [set(re.findall(r"[a-z]{4,}", text.lower())) for text in texts]
+    common = Counter(word for words in found for word in sorted(words)).most_common(count)
+    words = tuple(word for word, _ in common)
+    return np.array([[word in text for word in words] for text in found]), words
+
+
+def linear_map(features: _Array, values: _Array) -> tuple[_Array, _Array]:
+    """Ridge regression of values [rows, k] on features [rows, f]: matrix [f, k], offset [k].
+
+    In the dual, as features may be more than rows; the penalty follows their size.
+    """
+    mean, offset = features.mean(axis=0), values.mean(axis=0)
+    centred = features - mean
+    kernel = centred @ centred.T  # [rows, rows]
+    kernel[np.diag_indices_from(kernel)] += _RIDGE * np.trace(kernel) / len(kernel) / 10
+    matrix = centred.T @ np.linalg.solve(kernel, values - offset)  # [f, k]
+    return matrix, offset - mean @ matrix
+
+
+def word_auc(scores: _Array, truths: NDArray[np.bool_]) -> float:
+    """Mean over words of the area under the curve: scores and truths are [texts, words]."""
+    from scipy.stats import rankdata
+
+    areas = []
+    for score, truth in zip(scores.T, truths.T, strict=True):
+        positive = int(truth.sum())
+        if 0 < positive < len(truth):
+            ranks = rankdata(score)[truth]
+            areas.append((ranks.mean() - (positive + 1) / 2) / (len(truth) - positive))
+    return float(np.mean(areas))
+
+
+def word_auc_deviation(truths: NDArray[np.bool_]) -> float:
+    """Standard deviation of `word_auc` when scores have nothing to do with truths.
+
+    Of one word by Mann and Whitney's formula; words are taken as wholly dependent, which is more
+    than they are.
+    """
+    positive = truths.sum(axis=0)  # [words]
+    positive = positive[(positive > 0) & (positive < len(truths))]
+    negative = len(truths) - positive
+    variance = (len(truths) + 1) / (12 * positive * negative)
+    return float(np.sqrt(variance).mean())
+
+
+def retrieved(vectors: _Array, candidates: _Array) -> float:
+    """Share of vectors [texts, d] whose nearest candidate, by angle, is the one in their place."""
+    lengths = np.linalg.norm(candidates, axis=1, keepdims=True)
+    nearest = (vectors @ (candidates / np.maximum(lengths, 1e-12)).T).argmax(axis=1)
+    return float((nearest == np.arange(len(vectors))).mean())
+
+
+def query_features(manifest: Manifest, embeddings: _Array) -> _Array:
+    """The coefficients of what crosses the wire for each embedding: [texts, residues].
+
+    Residues by coefficient are a public transform of the bytes, and the form in which a query that
+    was not encrypted would be plain to see. They are scaled to -1 ... 1.
+    """
+    session = Session(manifest)
+    features = []
+    for row in embeddings:
+        message = QueryMessage.deserialize(
+            session.encrypt(row).data, manifest.parameter_set, manifest.layout
+        )
+        pieces = [_coefficients(manifest, piece.c0) for piece in message.polynomials]
+        features.append(np.concatenate(pieces))
+    return np.stack(features)
+
+
+def unencrypted_features(manifest: Manifest, embeddings: _Array) -> _Array:
+    """The same of the queries before encryption, scaled and rounded as they are: [texts, ...].
+
+    Noise of the size of an encryption's would be far below the last digit.
+    """
+    scale = 2.0**manifest.scales.query_scale_bits
+    primes = manifest.parameter_set.data_primes
+    features = []
+    for row in project(embeddings, manifest.embedding.scale):
+        pieces = []
+        for piece in manifest.layout.pack_embedding(row):
+            whole = [int(value) for value in np.rint(piece * scale)]
+            pieces += [_centred(np.array([v % prime for v in whole]), prime) for prime in primes]
+        features.append(np.concatenate(pieces))
+    return np.stack(features)
+
+
+def _coefficients(manifest: Manifest, c0: NDArray[np.uint64]) -> _Array:
+    """c0 [L, N] as it was sent, by coefficient and from -1 to 1: [L * N]."""
+    seal = seal_io.runtime(manifest.parameter_set)
+    ciphertext = seal_io.load_ciphertext(seal, np.stack([c0, c0]), scale_bits=0)
+    seal.evaluator.transform_from_ntt_inplace(ciphertext)
+    residues = seal_io.save_ciphertext(ciphertext)[0]  # [L, N]
+    primes = manifest.parameter_set.data_primes
+    return np.concatenate(
+        [_centred(row, prime) for row, prime in zip(residues, primes, strict=True)]
+    )
+
+
+def _centred(residues: NDArray[np.integer[Any]], prime: int) -> _Array:
+    values = residues.astype(np.float64) / prime
+    centred: _Array = 2 * np.where(values > 0.5, values - 1, values)
+    return centred
+
+
+def noised(embeddings: _Array, ratio: float, seed: int) -> _Array:
+    """Embeddings with normal noise of `ratio` times their root mean square in every value."""
+    deviation = ratio * math.sqrt(float((embeddings**2).mean()))
+    noise = np.random.default_rng(seed).normal(scale=deviation, size=embeddings.shape)
+    found: _Array = embeddings + noise
+    return found
+
+
+def invert(
+    texts: Sequence[str],
+    embeddings: _Array,
+    *,
+    train_rows: int,
+    parameters: str = "compact",
+) -> list[AttackResult]:
+    """Both attackers on every kind of vector.
+
+    Args:
+        texts: distinct texts; the first `train_rows` are the attacker's own.
+        embeddings: [texts, d].
+        train_rows: texts that the maps are learnt from.
+        parameters: the parameter set of the queries.
+    """
+    words, _ = bag_of_words(texts, WORDS)
+    manifest = HeadArtifact.from_weights(
+        np.ones((2, embeddings.shape[1])), None, ("a", "b"), name="attacked", parameters=parameters
+    ).manifest
+    wire = f"query bytes ({parameters})"
+    kinds = {
+        "embedding": embeddings,
+        **{
+            f"embedding, noise {ratio:g} of its size": noised(embeddings, ratio, seed=1)
+            for ratio in NOISE
+        },
+        "query before encryption": unencrypted_features(manifest, embeddings),
+        wire: query_features(manifest, embeddings),
+    }
+    known, attacked = slice(0, train_rows), slice(train_rows, len(texts))
+    count = len(texts) - train_rows
+    truths = words[attacked]
+    results = []
+    for target, vectors in kinds.items():
+        matrix, offset = linear_map(vectors[known], words[known].astype(np.float64))
+        auc = word_auc(vectors[attacked] @ matrix + offset, truths)
+        if vectors.shape == embeddings.shape:
+            guesses = vectors[attacked]
+        else:
+            matrix, offset = linear_map(vectors[known], embeddings[known])
+            guesses = vectors[attacked] @ matrix + offset
+        found = retrieved(guesses, embeddings[attacked])
+
+        def result(metric: str, value: float, chance: float, target: str = target) -> AttackResult:
+            return AttackResult(
+                attack="inversion",
+                system="veilhead" if target == wire else "plaintext",
+                target=target,
+                metric=metric,
+                value=value,
+                samples=count,
+                chance=chance,
+            )
+
+        decoded = result("decoder: mean AUC of words", auc, 0.5)
+        named = result(f"retrieval among {count}: top 1", found, 1 / count)
+        if target == wire:
+            decoded = at_chance(decoded, word_auc_deviation(truths))
+            named = at_chance(named, math.sqrt(1 / count / count))
+        elif target in ("embedding", "query before encryption"):
+            decoded, named = above(decoded, 0.7), above(named, 0.5)
+        results += [decoded, named]
+    return results
+
+
+def run(*, short: bool) -> list[AttackResult]:
+    """On phrases of icd10-chapters: 1,500 are the attacker's own, 1,000 are attacked."""
+    data = embedded("icd10-chapters")
+    embeddings, _, texts = data.pool
+    own, attacked = (300, 150) if short else (1500, 1000)
+    chosen = np.random.default_rng(5).permutation(len(texts))[: own + attacked]
+    return invert([texts[row] for row in chosen], embeddings[chosen], train_rows=own)

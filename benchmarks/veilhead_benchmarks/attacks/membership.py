@@ -1,0 +1,257 @@
+"""Membership inference: was this text among the training rows? LiRA, with shadow heads.
+
+Likelihood-ratio attack (Carlini et al., IEEE S&P 2022): heads are trained on random parts of one
+pool, so that every row is in some and out of others. For each row, the confidences of the heads
+that had it and of those that had not are two normal distributions, and the answer of the attacked
+head is likelier under one of them. Every head is attacked in turn, with the others as shadows, and
+all answers are pooled. Averages hide the few rows that are betrayed, hence the true-positive rate
+at 0.1 % false positives.
+
+The attacker here is strong: it knows the pool and the method, and reads unrounded logits. What it
+finds it would find behind any service that returns logits, encrypted or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veilhead_benchmarks.attacks.data import embedded
+from veilhead_benchmarks.attacks.results import AttackResult, above, at_chance
+from veilhead_models.dp_training import fit_private_head
+from veilhead_models.privacy import PrivacyBudget
+from veilhead_models.training import fit_head
+from veilhead_protocol.errors import PrivacyError
+
+FALSE_POSITIVES: Final = 0.001
+
+_Array = NDArray[np.float64]
+_Targets = NDArray[np.intp]
+
+#: Trains: embeddings and targets in, weight [C, d] and bias [C] out.
+Training = Callable[[_Array, _Targets], tuple[_Array, _Array]]
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How well members are told from others.
+
+    Attributes:
+        auc: area under the curve; one half is chance.
+        true_positives: share of the members found at `FALSE_POSITIVES`.
+        members: answers about members.
+        others: answers about others.
+        heads: heads that gave them.
+    """
+
+    auc: float
+    true_positives: float
+    members: int
+    others: int
+    heads: int
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of `true_positives` for one head, where nothing can be told.
+
+        From the number of its members, and of the others at the threshold.
+        """
+        return math.sqrt(FALSE_POSITIVES * self.heads * (1 / self.members + 1 / self.others))
+
+
+def confidences(embeddings: _Array, targets: _Targets, weight: _Array, bias: _Array) -> _Array:
+    """ln(p / (1 - p)) of every row's own class: [rows]."""
+    logits = embeddings @ weight.T + bias  # [rows, C]
+    rows = np.arange(len(targets))
+    own = logits[rows, targets].copy()
+    logits[rows, targets] = -np.inf
+    highest = logits.max(axis=1)
+    rest: _Array = highest + np.log(np.exp(logits - highest[:, np.newaxis]).sum(axis=1))
+    return own - rest
+
+
+def train_shadows(
+    train: Training,
+    embeddings: _Array,
+    targets: _Targets,
+    *,
+    rows: int,
+    heads: int,
+    classes: int,
+    seed: int,
+) -> tuple[_Array, NDArray[np.bool_]]:
+    """Confidences [heads, pool] of heads on random parts of a pool, and who was in: the same."""
+    generator = np.random.default_rng(seed)
+    answers = np.zeros((heads, len(targets)))
+    inside = np.zeros((heads, len(targets)), dtype=bool)
+    for head in range(heads):
+        while len(set(targets[inside[head]].tolist())) < classes:
+            inside[head] = False
+            inside[head, generator.permutation(len(targets))[:rows]] = True
+        weight, bias = train(embeddings[inside[head]], targets[inside[head]])
+        answers[head] = confidences(embeddings, targets, weight, bias)
+    return answers, inside
+
+
+def attack_heads(answers: _Array, inside: NDArray[np.bool_]) -> Membership:
+    """Attack each head by all the others: answers and inside are [heads, pool]."""
+    heads = len(answers)
+    ratios = np.zeros_like(answers)
+    known = np.zeros(answers.shape, dtype=bool)
+    for head in range(heads):
+        others = np.arange(heads) != head
+        mine, members = answers[others], inside[others]  # [heads - 1, pool]
+        counts = members.sum(axis=0), (~members).sum(axis=0)  # [pool] each
+        known[head] = (counts[0] >= 2) & (counts[1] >= 2)
+        means = [
+            (mine * chosen).sum(axis=0) / np.maximum(count, 1)
+            for chosen, count in zip((members, ~members), counts, strict=True)
+        ]
+        # Few shadows tell little of one row's spread, so that all rows share one.
+        centred = np.where(members, mine - means[0], mine - means[1])  # [heads - 1, pool]
+        freedom = max(1, centred.size - 2 * centred.shape[1])
+        variance = max(float((centred**2).sum()) / freedom, 1e-12)
+        # Means of few heads are uncertain themselves.
+        spread = [variance * (1 + 1 / np.maximum(count, 1)) for count in counts]
+        log_in, log_out = (
+            -((answers[head] - mean) ** 2) / (2 * width) - np.log(width) / 2
+            for mean, width in zip(means, spread, strict=True)
+        )
+        ratios[head] = log_in - log_out
+    members_ratios, others_ratios = ratios[inside & known], ratios[~inside & known]
+    return Membership(
+        auc=_auc(members_ratios, others_ratios),
+        true_positives=_rate(members_ratios, others_ratios),
+        members=len(members_ratios),
+        others=len(others_ratios),
+        heads=heads,
+    )
+
+
+def attack_training(
+    train: Training,
+    name: str,
+    embeddings: _Array,
+    targets: _Targets,
+    *,
+    rows: int,
+    heads: int,
+    classes: int,
+    private: bool,
+    visible: bool,
+) -> list[AttackResult]:
+    """Results of the attack on heads of so many rows.
+
+    Args:
+        train: what makes a head.
+        name: what to call it.
+        embeddings: [pool, d].
+        targets: [pool].
+        rows: rows that a head is trained on.
+        heads: heads that are trained and attacked.
+        classes: C.
+        private: a privacy budget is kept: against one head, members should be within the noise.
+            (All heads together show more than chance, as epsilon allows.)
+        visible: members should be plain to see.
+    """
+    answers, inside = train_shadows(
+        train, embeddings, targets, rows=rows, heads=heads, classes=classes, seed=rows
+    )
+    found = attack_heads(answers, inside)
+
+    def result(metric: str, value: float, chance: float) -> AttackResult:
+        return AttackResult(
+            attack="membership",
+            system="veilhead" if private else "plaintext",
+            target=f"{name}, n={rows}, {heads} heads",
+            metric=metric,
+            value=value,
+            samples=found.members + found.others,
+            chance=chance,
+        )
+
+    rate = result("true positives at 0.1 %", found.true_positives, FALSE_POSITIVES)
+    if private:
+        rate = at_chance(rate, found.deviation)
+    elif visible:
+        rate = above(rate, 5 * FALSE_POSITIVES)
+    return [result("AUC", found.auc, 0.5), rate]
+
+
+def private_training(classes: int, epsilon: float, seed: int) -> Training:
+    """Private training whose noise is drawn fast, for the many shadow heads."""
+    generator = np.random.default_rng(seed)
+    budget = PrivacyBudget(epsilon)
+
+    def noise(scale: float, count: int) -> NDArray[np.int64]:
+        return np.rint(generator.normal(scale=scale, size=count)).astype(np.int64)
+
+    def train(embeddings: _Array, targets: _Targets) -> tuple[_Array, _Array]:
+        fit = fit_private_head(embeddings, targets, classes, budget, insecure_noise=noise)
+        return fit.weight, fit.bias
+
+    return train
+
+
+def run(*, short: bool) -> list[AttackResult]:
+    """Heads of icd10-chapters, of 200 and 10,000 rows, with and without differential privacy."""
+    data = embedded("icd10-chapters")
+    embeddings, targets, _ = data.pool
+    results: list[AttackResult] = []
+    for rows, heads in ((200, 16 if short else 128), (10_000, 16)):
+        if short and rows > 200:
+            continue
+        if rows == 200:
+            # Few rows cannot hold 22 classes: the four chapters with the most.
+            chosen, classes = _largest(targets, 4), 4
+            pool = np.random.default_rng(0).permutation(np.flatnonzero(chosen >= 0))[: 2 * rows]
+            x, y = embeddings[pool], chosen[pool].astype(np.intp)
+        else:
+            x, y, classes = embeddings, targets, data.classes
+
+        def plainly(
+            rows_in: _Array, targets_in: _Targets, classes: int = classes
+        ) -> tuple[_Array, _Array]:
+            return fit_head(rows_in, targets_in, classes)
+
+        results += attack_training(
+            plainly, "without privacy", x, y,
+            rows=rows, heads=heads, classes=classes, private=False, visible=rows == 200,
+        )  # fmt: skip
+        for epsilon in (4.0, 1.0):
+            try:
+                PrivacyBudget(epsilon).check_rows(rows, classes)
+            except PrivacyError:
+                continue
+            results += attack_training(
+                private_training(classes, epsilon, seed=rows), f"epsilon {epsilon:g}", x, y,
+                rows=rows, heads=heads, classes=classes, private=True, visible=False,
+            )  # fmt: skip
+    return results
+
+
+def _largest(targets: _Targets, count: int) -> _Targets:
+    """The classes with the most rows as 0 ... count - 1, and -1 for all others: [rows]."""
+    order = np.bincount(targets).argsort(kind="stable")[::-1][:count]
+    places = np.full(int(targets.max()) + 1, -1)
+    places[order] = np.arange(count)
+    return places[targets].astype(np.intp)
+
+
+def _auc(positive: _Array, negative: _Array) -> float:
+    from scipy.stats import rankdata
+
+    ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)]
+    return float((ranks.mean() - (len(positive) + 1) / 2) / len(negative))
+
+
+def _rate(positive: _Array, negative: _Array) -> float:
+    """Share of positives above all but `FALSE_POSITIVES` of the negatives."""
+    allowed = int(FALSE_POSITIVES * len(negative))
+    threshold = np.sort(negative)[len(negative) - 1 - allowed]
+    return float((positive > threshold).mean())

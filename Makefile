@@ -7,7 +7,7 @@ READY := $(VENV)/.veilhead-ready
 export HF_HUB_OFFLINE := 1
 export PYTHONWARNINGS := default
 
-.PHONY: help setup demo test lint format bench attack chaos docs hostile fuzz vectors
+.PHONY: help setup demo test lint format attack bench bench-full chaos docs hostile fuzz vectors
 
 help:
 	@echo "make setup    install everything, the pinned MiniLM backbone included"
@@ -15,7 +15,8 @@ help:
 	@echo "make test     linters, types and all tests"
 	@echo "make lint     linters and types only"
 	@echo "make format   rewrite the sources in the project's style"
-	@echo "make bench    the benchmarks, results in benchmarks/results/latest.json"
+	@echo "make bench    the benchmarks, results and report in benchmarks/results"
+	@echo "make bench-full  the same with sweeps, all data sets, and Concrete ML"
 	@echo "make attack   what heads, embeddings and queries give away, with and without protection"
 	@echo "make chaos    faults under load: what callers see while parts of a service die"
 	@echo "make docs     the API reference, from the docstrings, in build/api"
@@ -48,6 +49,11 @@ format: setup
 
 bench: setup
 	$(BIN)/veilhead-bench run
+	$(BIN)/veilhead-bench report benchmarks/results/latest.json
+
+bench-full: setup
+	$(BIN)/veilhead-bench run --full
+	$(BIN)/veilhead-bench report benchmarks/results/latest.json
 
 attack: setup
 	$(BIN)/veilhead-bench attack

@@ -26,7 +26,9 @@ PACKAGES = {
     "benchmarks": "veilhead_benchmarks",
 }
 
-LEARNING = frozenset({"torch", "transformers", "sklearn", "tokenizers"})
+LEARNING = frozenset(
+    {"torch", "transformers", "sklearn", "tokenizers", "onnx", "onnxruntime", "onnxscript"}
+)
 SERVING = frozenset({"fastapi", "starlette", "uvicorn", "pydantic_settings"})
 
 COMPUTED = "<a computed name>"
@@ -59,9 +61,17 @@ RULES = {
     "protocol": Rule(),
     "models": Rule(always=("veilhead_protocol",), lazily=tuple(LEARNING)),
     "models/veilhead_models/artifact.py": Rule(always=("veilhead_protocol",)),
-    # A torch module, which its neighbours import lazily as they do torch.
+    # Torch code, which its neighbours import lazily as they do torch.
     "models/veilhead_models/embedding_module.py": Rule(always=("veilhead_protocol", *LEARNING)),
-    "client_sdk": Rule(always=("veilhead_protocol",), lazily=("veilhead_models.backbone",)),
+    "models/veilhead_models/norm_bound.py": Rule(always=("veilhead_protocol", *LEARNING)),
+    "client_sdk": Rule(
+        always=("veilhead_protocol",),
+        lazily=(
+            "veilhead_models.backbone",
+            "veilhead_models.embedder",
+            "veilhead_models.onnx_backbone",
+        ),
+    ),
     # The gateway serves HTTP; the command imports it lazily, and nothing else does.
     "client_sdk/veilhead/gateway": Rule(always=("veilhead_protocol", *SERVING)),
     "client_sdk/veilhead/local.py": Rule(
@@ -197,7 +207,9 @@ def test_lazy_imports_are_seen():
     def of(path):
         return {(item.name, item.lazy) for item in imports_of(PurePosixPath(path), read(path))}
 
-    assert ("veilhead_models.backbone.Backbone", True) in of("client_sdk/veilhead/async_client.py")
+    runtimes = of("client_sdk/veilhead/runtimes.py")
+    assert ("veilhead_models.backbone.Backbone", True) in runtimes
+    assert ("veilhead_models.onnx_backbone.OnnxBackbone", True) in runtimes
     assert ("veilhead_service.app.create_app", True) in of("client_sdk/veilhead/local.py")
     assert ("veilhead_models.backbone.minilm", True) in of("service/veilhead_service/cli.py")
     assert ("veilhead_service.model_store.ModelSource", False) in of(
@@ -266,6 +278,8 @@ def test_what_is_allowed_is_not(path, source):
         ("veilhead_protocol.wire", {*LEARNING, *SERVING, "veilhead", "veilhead_models"}),
         ("veilhead_models.artifact", {*LEARNING, *SERVING, "veilhead", "veilhead_service"}),
         ("veilhead_models.backbone", {*LEARNING, *SERVING, "veilhead", "veilhead_service"}),
+        ("veilhead_models.onnx_backbone", {*LEARNING, *SERVING, "veilhead", "veilhead_service"}),
+        ("veilhead_models.onnx_export", {*LEARNING, *SERVING, "veilhead", "veilhead_service"}),
         ("veilhead_service.app", {*LEARNING, "veilhead"}),
         ("veilhead_service.worker", {*LEARNING, *SERVING, "veilhead"}),
         ("veilhead_service.cli", {*LEARNING, "veilhead"}),

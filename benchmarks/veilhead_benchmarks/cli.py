@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from veilhead_benchmarks.rows import Results
 
 app = typer.Typer(
     name="veilhead-bench",
@@ -35,11 +39,76 @@ def run(
     out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
         "benchmarks/results/latest.json"
     ),
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Sweeps, all data sets, and peers that are installed for it."),
+    ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this subject; may be given several times.")
+    ] = None,
 ) -> None:
-    """Measure single queries against TenSEAL's own matrix product, and the service's throughput."""
-    from veilhead_benchmarks.runner import run_benchmarks
+    """Measure everything, against plaintext and against what else one would use."""
+    from veilhead_benchmarks.runner import FULL, QUICK, run_benchmarks
 
-    run_benchmarks(out)
+    try:
+        run_benchmarks(out, FULL if full else QUICK, only or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A JSON file that `run` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; beside the results.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as Markdown instead.")
+    ] = False,
+) -> None:
+    """Show a run: plots and tables in one HTML file."""
+    from veilhead_benchmarks.report import write_report
+    from veilhead_benchmarks.rows import Results
+    from veilhead_benchmarks.tables import to_markdown
+
+    found = _read(Results.load, results)
+    if markdown:
+        typer.echo(to_markdown(found), nl=False)
+        return
+    target = results.with_suffix(".html") if out is None else out
+    write_report(found, target)
+    typer.echo(f"report in {target}")
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="The results to compare with.")],
+    new: Annotated[Path, typer.Argument(help="The results to judge.")],
+    threshold: Annotated[
+        float, typer.Option(help="From how many times the time on it is a regression.")
+    ] = 1.25,
+) -> None:
+    """Compare two runs. Exit status 1 when anything became slower, larger or less exact."""
+    from veilhead_benchmarks.compare import compare as compared
+    from veilhead_benchmarks.compare import print_comparison
+    from veilhead_benchmarks.console import wide_console
+    from veilhead_benchmarks.rows import Results
+
+    try:
+        found = compared(_read(Results.load, old), _read(Results.load, new), threshold)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    print_comparison(wide_console(), found)
+    raise typer.Exit(1 if found.regressions else 0)
+
+
+def _read(load: Callable[[Path], Results], path: Path) -> Results:
+    """The results of a file; a file that holds none ends the command with status 2."""
+    from veilhead_benchmarks.rows import ResultsError
+
+    try:
+        return load(path)
+    except ResultsError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -139,3 +208,21 @@ def attack(
     if name is not None and name not in ATTACKS:
         raise typer.BadParameter(f"no such attack; there are {', '.join(ATTACKS)}")
     raise typer.Exit(0 if run_attacks(name, short=short, out=out) else 1)
+
+
+@app.command("light-client")
+def light_client(
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
+        "benchmarks/results/light-client.json"
+    ),
+) -> None:
+    """Install veilhead[onnx] into an environment of its own: its size, and seconds to a label.
+
+    Builds a wheel of this source tree and installs it by pip. Exit status 1 when the environment
+    holds torch or the like, or a label was wrong.
+    """
+    from veilhead_benchmarks.light_client import run_light_client, show
+
+    report = run_light_client()
+    show(report, out)
+    raise typer.Exit(0 if report.passed else 1)

@@ -134,7 +134,7 @@ class ServiceProcess:
 
     def resident_bytes(self) -> int:
         """Resident memory of the service and its workers, proc(5)."""
-        return sum(_resident_bytes(pid) for pid in [self.pid, *self.workers()])
+        return sum(resident_bytes(pid) for pid in [self.pid, *self.workers()])
 
 
 def is_running(pid: int) -> bool:
@@ -157,7 +157,8 @@ def _children(parent: int) -> list[int]:
     return [pid for pid in pids if _state(pid)[1] == parent]
 
 
-def _resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
+    """Resident memory of one process, proc(5); 0 when it is gone."""
     try:
         pages = Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]
     except (OSError, IndexError):

@@ -20,8 +20,6 @@ from typing import Final, Literal
 import httpx2
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from veilhead.session import EncryptedQuery, Session
 from veilhead_benchmarks.load_generator import Load, Outcome
@@ -30,9 +28,6 @@ from veilhead_models.artifact import HeadArtifact
 
 _DIMENSIONS: Final = 384
 _PARAMETERS: Final = "compact"
-_CLOSED_SECONDS: Final = 8.0
-_OPEN_SECONDS: Final = 12.0
-_SHARES: Final = (0.5, 0.8)
 _SEED: Final = 1
 
 #: Clients, each with a key of its own, and queries of each.
@@ -44,10 +39,27 @@ _CLOSED_CONNECTIONS: Final = 8
 #: Fewer than may wait in the service. When all are busy the next request is late, which counts.
 _OPEN_CONNECTIONS: Final = 32
 
-#: From so many classes on two workers are measured: below, the service's own process is the limit.
-_TWO_WORKER_CLASSES: Final = 22
-
 _ENDS_SECONDS: Final = 120.0
+
+
+@dataclass(frozen=True)
+class Loads:
+    """What is put on the service of one head.
+
+    Attributes:
+        classes: of the head.
+        closed_seconds: how long it is saturated, with one worker and with two.
+        open_seconds: how long texts arrive at each of the open rates.
+        shares: those rates, as shares of what one worker did when saturated.
+        two_workers: whether two are measured; for few classes the service's own process is the
+            limit, and a second worker has nothing to do.
+    """
+
+    classes: int
+    closed_seconds: float = 8.0
+    open_seconds: float = 12.0
+    shares: tuple[float, ...] = (0.5, 0.8)
+    two_workers: bool = True
 
 
 @dataclass(frozen=True)
@@ -191,6 +203,7 @@ def _generate(load: Load) -> Outcome:
 def _measure(
     service: ServiceProcess,
     queries: Queries,
+    loads: Loads,
     *,
     offered: float | None = None,
     one: Throughput | None = None,
@@ -199,14 +212,14 @@ def _measure(
     workers = tuple(service.workers())
     manifest = queries.artifact.manifest
     connections = _CLOSED_CONNECTIONS * len(workers) if offered is None else _OPEN_CONNECTIONS
-    arrivals = None if offered is None else poisson_arrivals(offered, _OPEN_SECONDS, _SEED)
+    arrivals = None if offered is None else poisson_arrivals(offered, loads.open_seconds, _SEED)
     outcome = _generate(
         Load(
             port=service.port,
             requests=queries.requests,
             reply_bytes=queries.sessions[0].reply_bytes,
             connections=connections,
-            seconds=_CLOSED_SECONDS,
+            seconds=loads.closed_seconds,
             arrivals=arrivals,
             service=service.pid,
             workers=workers,
@@ -243,8 +256,8 @@ def _measure(
     )
 
 
-def measure_throughput(classes: int) -> list[Throughput]:
-    """Measure a head of so many classes: saturated, with two workers, and at rates below that.
+def measure_throughput(loads: Loads) -> list[Throughput]:
+    """Measure one head: saturated, with two workers, and at rates below that.
 
     Raises:
         RuntimeError: when a reply is wrong.
@@ -253,7 +266,7 @@ def measure_throughput(classes: int) -> list[Throughput]:
     with tempfile.TemporaryDirectory(prefix="veilhead-throughput-") as name:
         work = Path(name)
         artifact = publish_random(
-            work / "store", work, "benchmark", classes, _DIMENSIONS, _PARAMETERS
+            work / "store", work, "benchmark", loads.classes, _DIMENSIONS, _PARAMETERS
         )
         queries = Queries.encrypt(artifact)
         # Each has a state of its own, and both run meanwhile: what is compared is measured in turn,
@@ -263,44 +276,14 @@ def measure_throughput(classes: int) -> list[Throughput]:
         log = "service.log"
         with ServiceProcess(work / "store", work / "one" / log, workers=1) as service:
             queries.register_keys(service.url)
-            saturated = _measure(service, queries)
+            saturated = _measure(service, queries, loads)
             rows = [saturated]
-            if classes >= _TWO_WORKER_CLASSES:
+            if loads.two_workers:
                 with ServiceProcess(work / "store", work / "two" / log, workers=2) as other:
                     queries.register_keys(other.url)
-                    rows.append(_measure(other, queries, one=saturated))
+                    rows.append(_measure(other, queries, loads, one=saturated))
             rows += [
-                _measure(service, queries, offered=share * saturated.texts_per_second)
-                for share in _SHARES
+                _measure(service, queries, loads, offered=share * saturated.texts_per_second)
+                for share in loads.shares
             ]
     return rows
-
-
-def print_throughput(console: Console, rows: Sequence[Throughput]) -> None:
-    """Print a table of the measured loads."""
-    table = Table(
-        "classes", "workers", "load", "offered /s", "texts /s", "per worker core", "2 : 1",
-        "p50 ms", "p95 ms", "p99 ms", "cores: generator", "service", "workers", "max error",
-    )  # fmt: skip
-
-    def optional(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    for row in rows:
-        table.add_row(
-            str(row.classes),
-            str(row.workers),
-            row.load,
-            optional(row.offered_per_second, ".0f"),
-            f"{row.texts_per_second:.0f}",
-            f"{row.texts_per_worker_core:.0f}",
-            optional(row.two_against_one, ".2f"),
-            optional(row.p50_ms, ".1f"),
-            optional(row.p95_ms, ".1f"),
-            optional(row.p99_ms, ".1f"),
-            f"{row.generator_cores:.2f}",
-            f"{row.service_cores:.2f}",
-            f"{row.worker_cores:.2f}",
-            f"{row.max_error:.1e}",
-        )
-    console.print(table)

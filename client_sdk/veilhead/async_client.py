@@ -32,7 +32,9 @@ from veilhead.backbone_cache import fetch_backbone
 from veilhead.deidentify import Deidentifier, chosen_deidentifier
 from veilhead.engine import Call, Engine, QueryTrace, Row, opened_engine
 from veilhead.predictions import FunctionToApply, Prediction, Shape, default_function, scores
-from veilhead.rows import as_rows, embed_rows, named, raise_errors
+from veilhead.rows import as_rows, embed_rows, embed_token_rows, named, raise_errors
+from veilhead.runtimes import Runtime, check_runtime, plan_backbone
+from veilhead.tokens import AggregationStrategy, Entity, TokenShape
 from veilhead.transport import check_url
 from veilhead.window import Window
 from veilhead_protocol.errors import (
@@ -49,7 +51,7 @@ from veilhead_protocol.signatures import VendorKey
 if TYPE_CHECKING:
     import pandas as pd
 
-    from veilhead_models.backbone import Backbone
+    from veilhead_models.embedder import Embedder
 
 #: Chunks of rows under way at once: what bounds the memory of a long call.
 CHUNKS: Final = 8
@@ -74,6 +76,7 @@ class AsyncClient:
         model: str,
         *,
         backbone: str | Path | None = None,
+        backbone_runtime: Runtime = "auto",
         device: str = "auto",
         digest: str | None = None,
         minimum_parameters: str = "compact",
@@ -97,6 +100,7 @@ class AsyncClient:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         check_url(url)
+        check_runtime(backbone_runtime)
         self._opening = partial(
             opened_engine,
             url,
@@ -114,6 +118,7 @@ class AsyncClient:
         self._model = model
         self._deidentify = deidentify
         self._deidentifier: Deidentifier | None = None
+        self._runtime: Runtime = backbone_runtime
         self._device = device
         self._backbone_directory = None if backbone is None else Path(backbone)
         self._on_download = on_download
@@ -121,7 +126,7 @@ class AsyncClient:
         self._connected: Engine | None = None
         self._closed = False
         self._windows: weakref.WeakSet[Window[Any]] = weakref.WeakSet()
-        self._backbone: Backbone | None = None
+        self._backbone: Embedder | None = None
         self._backbone_lock = asyncio.Lock()
         # One thread, since a backbone takes one batch at a time and uses every core for it.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="veilhead-backbone")
@@ -266,6 +271,49 @@ class AsyncClient:
         finally:
             await stream.cancel()
 
+    @overload
+    async def classify_tokens(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
+        self,
+        texts: str,
+        *,
+        aggregation_strategy: AggregationStrategy = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        stride: int | None = None,
+    ) -> list[Entity]: ...
+
+    @overload
+    async def classify_tokens(
+        self,
+        texts: Sequence[str],
+        *,
+        aggregation_strategy: AggregationStrategy = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        stride: int | None = None,
+    ) -> list[list[Entity]]: ...
+
+    async def classify_tokens(
+        self,
+        texts: str | Sequence[str],
+        *,
+        aggregation_strategy: AggregationStrategy = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        stride: int | None = None,
+    ) -> list[Entity] | list[list[Entity]]:
+        """As `Client.classify_tokens`."""
+        self._check_task("token-classification")
+        shape = TokenShape.of(self.labels, aggregation_strategy, ignore_labels, stride)
+        backbone, call = await self._ready_backbone(), Call()
+        single = isinstance(texts, str)
+        rows = await self._collect(
+            partial(self._infer_tokens, backbone, text, row, shape, call)
+            for row, text in enumerate([texts] if single else texts)
+        )
+        if single and isinstance(rows[0], VeilheadError):
+            raise rows[0]
+        raise_errors(rows)
+        answers = [row for row in rows if not isinstance(row, VeilheadError)]
+        return answers[0] if single else answers
+
     async def predict(self, texts: Sequence[str]) -> list[str]:
         """As `Client.predict`."""
         return [row[0].label for row in await self.classify(list(texts))]
@@ -329,11 +377,20 @@ class AsyncClient:
             raise InputError("got one string, expected an iterable of texts: put it into a list")
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        self._check_task("text-classification")
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
         return Stream(self, shape, self._window(concurrency), start)
 
-    def _window(self, limit: int) -> Window[Row]:
-        window: Window[Row] = Window(limit)
+    def _check_task(self, task: str) -> None:
+        if self.manifest.task != task:
+            method = "classify_tokens" if task == "text-classification" else "classify"
+            raise InputError(
+                f"the model {self._model!r} is for {self.manifest.task}, not {task}: "
+                f"call `{method}`"
+            )
+
+    def _window(self, limit: int) -> Window[Any]:
+        window: Window[Any] = Window(limit)
         self._windows.add(window)
         return window
 
@@ -344,6 +401,7 @@ class AsyncClient:
 
     async def _logits_of(self, texts: Sequence[Any]) -> list[Row]:
         """Logits or an error for every text. Everything is sent before any error is seen."""
+        self._check_task("text-classification")
         backbone, rows = await self._ready_backbone(), list(texts)
         call, size = Call(), self._engine.chunk
         return await self._collect(
@@ -352,10 +410,10 @@ class AsyncClient:
         )
 
     async def _collect(
-        self, chunks: Iterable[Callable[[], Coroutine[Any, Any, list[Row]]]]
-    ) -> list[Row]:
-        window = self._window(CHUNKS)
-        rows: list[Row] = []
+        self, chunks: Iterable[Callable[[], Coroutine[Any, Any, list[_Value]]]]
+    ) -> list[_Value]:
+        window: Window[_Value] = self._window(CHUNKS)
+        rows: list[_Value] = []
         try:
             for chunk in chunks:
                 rows += await window.start(chunk)
@@ -365,7 +423,7 @@ class AsyncClient:
             await window.cancel()
         return rows
 
-    async def _infer_texts(self, backbone: Backbone, texts: Sequence[Any], call: Call) -> list[Row]:
+    async def _infer_texts(self, backbone: Embedder, texts: Sequence[Any], call: Call) -> list[Row]:
         """Logits or an error for each of the texts of one chunk."""
         if call.hopeless is not None:  # nothing will be sent: do not embed either
             return await self._infer(np.zeros((len(texts), backbone.dimensions)), call)
@@ -377,6 +435,26 @@ class AsyncClient:
             rows[place] = error
         return rows
 
+    async def _infer_tokens(
+        self, backbone: Embedder, text: Any, row: int, shape: TokenShape, call: Call
+    ) -> list[list[Entity] | VeilheadError]:
+        """The entities of one text, whose tokens are sent together, or an error: one row."""
+        windows, error = await self._on_backbone_thread(
+            lambda: embed_token_rows(backbone, text, row, shape.stride, self._deidentifier)
+        )
+        logits: list[Row] = []
+        if windows:
+            rows = np.concatenate([window.embeddings for window in windows])  # [tokens, d]
+            logits = await self._infer(rows, call)
+        failed = next((found for found in logits if isinstance(found, VeilheadError)), error)
+        if failed is not None:
+            return [failed]
+        made = np.array(logits, dtype=np.float64).reshape(-1, len(self.labels))  # [tokens, C]
+        ends = np.cumsum([len(window.tokens) for window in windows])
+        parts = np.split(made, ends[:-1]) if windows else []
+        tokens = [window.tokens for window in windows]
+        return [shape.entities(list(zip(tokens, parts, strict=True)), backbone.join)]
+
     async def _infer(self, embeddings: NDArray[np.float64], call: Call) -> list[Row]:
         """Logits or an error for each row of embeddings [<= chunk, d]."""
         rows = await self._engine.infer(embeddings, call)
@@ -384,7 +462,7 @@ class AsyncClient:
             rows[place] = NotFiniteError("the embedding holds NaN or infinity")
         return rows
 
-    async def _ready_backbone(self) -> Backbone:
+    async def _ready_backbone(self) -> Embedder:
         """The loaded backbone; the first caller fetches and loads it."""
         engine, section = self._engine, self.manifest.backbone
         if section is None:
@@ -394,21 +472,13 @@ class AsyncClient:
             )
         async with self._backbone_lock:
             if self._backbone is None:
+                plan = plan_backbone(section, self._runtime, self._device)
                 directory = self._backbone_directory
                 if directory is None:
                     directory = await fetch_backbone(
-                        engine.transport,
-                        self.manifest,
-                        section.files,
-                        progress=self._on_download,
+                        engine.transport, self.manifest, plan.files, progress=self._on_download
                     )
-
-                def load() -> Backbone:
-                    from veilhead_models.backbone import Backbone
-
-                    return Backbone.load(directory, section, device=self._device)
-
-                self._backbone = await self._on_backbone_thread(load)
+                self._backbone = await self._on_backbone_thread(partial(plan.load, directory))
             return self._backbone
 
     async def _on_backbone_thread(self, work: Callable[[], _Value]) -> _Value:

@@ -21,6 +21,8 @@ from veilhead.async_client import CHUNKS, Answer, AsyncClient, Stream, reported
 from veilhead.deidentify import Deidentifier
 from veilhead.engine import Engine, QueryTrace
 from veilhead.predictions import FunctionToApply, Prediction
+from veilhead.runtimes import Runtime
+from veilhead.tokens import AggregationStrategy, Entity
 from veilhead_protocol.errors import ClientError, VeilheadError
 from veilhead_protocol.manifest import Manifest
 
@@ -42,6 +44,7 @@ class Client:
         model: str,
         *,
         backbone: str | Path | None = None,
+        backbone_runtime: Runtime = "auto",
         device: str = "auto",
         digest: str | None = None,
         minimum_parameters: str = "compact",
@@ -62,7 +65,11 @@ class Client:
             model: the model's name.
             backbone: directory of the backbone's files, when they need not be fetched; their
                 digests are checked all the same.
-            device: `auto` (CUDA, then MPS, then CPU), or a torch device.
+            backbone_runtime: `torch`, `onnx` (needs no torch; the model must be published for it),
+                `onnx-fp16` (half the size to fetch, a little less exact), or `auto`: torch where
+                it is installed, and else ONNX Runtime.
+            device: `auto` (CUDA, then MPS, then CPU), or a torch device; of ONNX Runtime `auto`,
+                `cpu`, `cuda` or `cuda:N`.
             digest: the model version to accept, in hexadecimal; any when it is None.
             minimum_parameters: the weakest parameter set to accept, `compact` or `strong`.
             vendor_key: the vendor's public key, `ed25519:<base64>`, or several while the vendor
@@ -97,6 +104,7 @@ class Client:
             url,
             model,
             backbone=backbone,
+            backbone_runtime=backbone_runtime,
             device=device,
             digest=digest,
             minimum_parameters=minimum_parameters,
@@ -265,6 +273,68 @@ class Client:
         finally:
             with suppress(RuntimeError):  # closed already, or collected on the loop's own thread
                 self._portal.call(stream.cancel)
+
+    @overload
+    def classify_tokens(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
+        self,
+        texts: str,
+        *,
+        aggregation_strategy: AggregationStrategy = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        stride: int | None = None,
+    ) -> list[Entity]: ...
+
+    @overload
+    def classify_tokens(
+        self,
+        texts: Sequence[str],
+        *,
+        aggregation_strategy: AggregationStrategy = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        stride: int | None = None,
+    ) -> list[list[Entity]]: ...
+
+    def classify_tokens(
+        self,
+        texts: str | Sequence[str],
+        *,
+        aggregation_strategy: AggregationStrategy = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        stride: int | None = None,
+    ) -> list[Entity] | list[list[Entity]]:
+        """The entities of a text, or of each text of a list, by a model that classifies tokens.
+
+        The tokens of a text are encrypted and sent together: the service sees how many there are.
+
+        Args:
+            texts: one text, or a sequence of any length.
+            aggregation_strategy: `none` gives every token with its label. The others take
+                neighbours with one label together, `B-` beginning and `I-` going on with them:
+                `simple` token by token; `first`, `average` and `max` word by word, whose label is
+                that of its first token, of their average, or of the surest.
+            ignore_labels: labels that are left out.
+            stride: None cuts a text at the backbone's `max_tokens`. With a number, and a strategy
+                other than `none`, a longer text is classified in windows that overlap by so many
+                tokens.
+
+        Returns:
+            A list of entities for one text, a list of such lists for a sequence. An entity is what
+            the transformers pipeline gives: a dictionary with `entity` and `index`, or with
+            `entity_group`, and with `score`, `word`, `start` and `end`.
+
+        Raises:
+            InputError: when the model classifies whole texts.
+            BackboneError: when the backbone cannot be loaded.
+            BatchError: when rows of a sequence failed; it holds the answers of the others.
+            VeilheadError: what went wrong with a single text.
+        """
+        return self._run(
+            self._client.classify_tokens,
+            texts,
+            aggregation_strategy=aggregation_strategy,
+            ignore_labels=ignore_labels,
+            stride=stride,
+        )
 
     def predict(self, texts: Sequence[str]) -> list[str]:
         """The best label of each text, for evaluation code.

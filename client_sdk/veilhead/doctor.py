@@ -34,7 +34,11 @@ from veilhead_protocol.parameters import COMPACT, STRONG, ParameterSet
 from veilhead_protocol.wire import FORMAT_VERSION, KeyMessage
 
 _PACKAGES: Final = ("veilhead", "tenseal", "numpy", "httpx2", "zstandard")
-_BACKBONE_PACKAGES: Final = ("torch", "transformers", "tokenizers", "safetensors")
+#: What `pip install 'veilhead[...]'` brings to run a backbone; one of these sets is enough.
+_BACKBONE_PACKAGES: Final = {
+    "torch": ("torch", "transformers", "tokenizers", "safetensors"),
+    "onnx": ("onnxruntime", "tokenizers"),
+}
 
 _TIMEOUT_SECONDS: Final = 10.0
 #: A clock that is further off breaks TLS certificates and the dates of retirements.
@@ -85,13 +89,19 @@ def examine(
 
 
 def _check_backbone_packages() -> list[Check]:
-    missing = [package for package in _BACKBONE_PACKAGES if installed(package) is None]
-    if missing:
-        found = f"not installed: {', '.join(missing)}"
-        advice = "pip install 'veilhead[torch]', unless you bring embeddings of your own"
-        return [Check("backbone", Outcome.WARN, found, advice)]
-    found = ", ".join(f"{package} {version(package)}" for package in _BACKBONE_PACKAGES)
-    return [passed("backbone", found)]
+    """The first runtime that is whole; `Client` takes it too."""
+    missing = {}
+    for extra, packages in _BACKBONE_PACKAGES.items():
+        missing[extra] = [package for package in packages if installed(package) is None]
+        if not missing[extra]:
+            found = ", ".join(f"{package} {version(package)}" for package in packages)
+            return [passed("backbone", found)]
+    found = f"not installed: {', '.join(missing['torch'])}"
+    advice = (
+        "pip install 'veilhead[torch]', or 'veilhead[onnx]' where the vendor's models have an ONNX "
+        "form, unless you bring embeddings of your own"
+    )
+    return [Check("backbone", Outcome.WARN, found, advice)]
 
 
 def _check_encryption(parameters: ParameterSet) -> Check:

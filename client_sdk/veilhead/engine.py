@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -93,7 +93,8 @@ class Engine:
     session: Session = field(init=False)
     _slots: anyio.Semaphore = field(init=False)
     _registration: anyio.Lock = field(init=False)
-    _registered: weakref.WeakSet[SecretKey] = field(init=False, default_factory=weakref.WeakSet)
+    _registered: set[bytes] = field(init=False, default_factory=set)  # ids: secrets die early
+    _in_use: Counter[bytes] = field(init=False, default_factory=Counter)
 
     @property
     def chunk(self) -> int:
@@ -146,6 +147,8 @@ class Engine:
             rows[start : start + size] = [found] * size if isinstance(found, Exception) else found
 
         async with anyio.create_task_group() as tasks:
+            for key_id in self._unused_keys():  # of earlier calls: no call waits for its own
+                tasks.start_soon(self._delete, key_id)
             start = 0
             for size in self.session.plan(len(embeddings)):
                 tasks.start_soon(one, start, size)
@@ -167,6 +170,7 @@ class Engine:
             # On a thread: what is on the wire goes on meanwhile.
             query = await anyio.to_thread.run_sync(self.session.encrypt_batch, embeddings)
         encrypted = time.perf_counter()
+        self._in_use[query.key.id] += 1
         try:
             answer, waited = await self._ask(query)
         except ReplyError as error:
@@ -174,6 +178,9 @@ class Engine:
         except (TransportError, ServiceResponseError) as error:
             call.hopeless = error
             return error
+        finally:
+            self._in_use[query.key.id] -= 1
+            self._in_use += Counter()  # without the zeros
         received = time.perf_counter()
         try:
             logits = self.session.decrypt_batch(query, answer.body)
@@ -209,22 +216,32 @@ class Engine:
             except ServiceResponseError as error:
                 if error.problem != "key-not-registered" or attempt == _REGISTRATIONS:
                     raise
-                self._registered.discard(query.key)
+                self._registered.discard(query.key.id)
             else:
                 return answer, time.perf_counter() - started
         raise AssertionError("the last attempt returns or raises")
 
     async def _register(self, key: SecretKey) -> None:
         async with self._registration:
-            if key not in self._registered:
+            if key.id not in self._registered:
                 await self.transport.put_key(key.id, key.message)
-                self._registered.add(key)
+                self._registered.add(key.id)
+
+    def _unused_keys(self) -> set[bytes]:
+        """Ids of registered keys that no further query will be under."""
+        return self._registered - self._in_use.keys() - {self.session.current_key_id}
+
+    async def _delete(self, key_id: bytes) -> None:
+        """Let the service drop a key; when it does not hear this, the key expires."""
+        self._registered.discard(key_id)
+        with suppress(httpx2.HTTPError):
+            await self.transport.delete_key(key_id)
 
     async def close(self) -> None:
         """Drop the keys, here and (as far as it listens) at the service."""
-        with suppress(httpx2.HTTPError), anyio.move_on_after(_GOODBYE_SECONDS):
-            for key in list(self._registered):
-                await self.transport.delete_key(key.id)
+        with anyio.move_on_after(_GOODBYE_SECONDS):
+            for key_id in list(self._registered):
+                await self._delete(key_id)
         self.session.forget()
 
 

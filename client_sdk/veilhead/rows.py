@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from veilhead.deidentify import Deidentifier
+from veilhead.deidentify import Deidentified, Deidentifier
 from veilhead_protocol.errors import BackboneError, BatchError, InputError, VeilheadError
 
 if TYPE_CHECKING:
-    from veilhead_models.backbone import Backbone
+    from veilhead_models.embedder import Embedder, TokenWindow
 
 
 def embed_rows(
-    backbone: Backbone, texts: Sequence[Any], deidentifier: Deidentifier | None = None
+    backbone: Embedder, texts: Sequence[Any], deidentifier: Deidentifier | None = None
 ) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
     """Embeddings [len(texts), d], and the errors of the rows that have none, by place in `texts`.
 
@@ -26,7 +27,8 @@ def embed_rows(
     usable: list[str] = []
     for place, text in enumerate(texts):
         try:
-            usable.append(_usable(text, deidentifier))
+            checked = _checked(text)
+            usable.append(checked if deidentifier is None else deidentifier(checked).text)
         except VeilheadError as error:
             unusable[place] = error
             usable.append("")
@@ -37,7 +39,7 @@ def embed_rows(
 
 
 def _embedded(
-    backbone: Backbone, texts: list[str]
+    backbone: Embedder, texts: list[str]
 ) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
     try:
         return backbone.embed(texts), {}
@@ -53,12 +55,45 @@ def _embedded(
     return np.concatenate((first, second)), errors
 
 
-def _usable(text: Any, deidentifier: Deidentifier | None) -> str:
-    """A row as it is embedded.
+def embed_token_rows(
+    backbone: Embedder,
+    text: Any,
+    row: int,
+    stride: int | None,
+    deidentifier: Deidentifier | None = None,
+) -> tuple[list[TokenWindow], VeilheadError | None]:
+    """The windows of one text, or none and the error. `row` is its number, for messages.
+
+    The places of tokens are those in the text as it was given, de-identified or not.
+    """
+    try:
+        checked = _checked(text)
+        if deidentifier is None:
+            return backbone.embed_tokens([checked], stride=stride)[0], None
+        safe = deidentifier(checked)
+        windows = backbone.embed_tokens([safe.text], stride=stride)[0]
+        return [_in_original(window, safe) for window in windows], None
+    except VeilheadError as error:  # no text, a detector that failed, or a stride that is none
+        return [], error
+    except Exception as failure:  # out of memory, say: whatever torch raises
+        return [], BackboneError(
+            f"the backbone failed on the text of row {row}: {type(failure).__name__}"
+        )
+
+
+def _in_original(window: TokenWindow, safe: Deidentified) -> TokenWindow:
+    tokens = []
+    for token in window.tokens:
+        start, end = safe.in_original(token.start, token.end)
+        tokens.append(replace(token, start=start, end=end))
+    return replace(window, tokens=tuple(tokens))
+
+
+def _checked(text: Any) -> str:
+    """A row, when it is a text.
 
     Raises:
-        InputError: when it is not a text.
-        DeidentifyError: when a detector failed.
+        InputError: when it is not.
     """
     if not isinstance(text, str):
         raise InputError(f"expected a string, got {type(text).__name__}")
@@ -68,7 +103,7 @@ def _usable(text: Any, deidentifier: Deidentifier | None) -> str:
         raise InputError(
             "the text holds half of a surrogate pair: decode it as UTF-8 again"
         ) from None
-    return text if deidentifier is None else deidentifier(text).text
+    return text
 
 
 def as_rows(embeddings: ArrayLike, dimensions: int) -> NDArray[np.float64]:

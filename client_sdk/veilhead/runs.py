@@ -124,12 +124,10 @@ def _continued(path: Path, file: BinaryIO, lines: _Lines) -> Run:
         raise changed
     rows = failed = 0
     end = len(found)
-    while line := file.readline():
+    while (line := file.readline()).endswith(b"\n"):
         has_failed = lines.failed(rows, line)
         if has_failed is None:
-            if file.read(1):
-                raise changed
-            break
+            raise changed
         rows, failed, end = rows + 1, failed + has_failed, end + len(line)
     file.truncate(end)
     file.write(lines.header[end:])
@@ -137,14 +135,14 @@ def _continued(path: Path, file: BinaryIO, lines: _Lines) -> Run:
 
 
 class _Lines(Protocol):
-    """The form of a file: what is written for a row, and whether a line is that."""
+    """The form of a file: what is written for a row, and whether a whole line is that."""
 
     header: bytes
 
     def line(self, row: int, answer: list[Prediction] | VeilheadError) -> bytes: ...
 
     def failed(self, row: int, line: bytes) -> bool | None:
-        """Whether the row failed; None when this is not its whole line."""
+        """Whether the row failed; None when this is not its line."""
 
 
 class _JsonLines:
@@ -155,7 +153,7 @@ class _JsonLines:
 
     def failed(self, row: int, line: bytes) -> bool | None:
         try:
-            found = json.loads(line) if line.endswith(b"\n") else None
+            found = json.loads(line)
         except (ValueError, RecursionError):
             return None
         if not isinstance(found, dict) or found.get("row") != row:
@@ -174,7 +172,7 @@ class _CsvLines:
 
     def failed(self, row: int, line: bytes) -> bool | None:
         try:
-            (found,) = csv.reader([line.decode("utf-8")]) if line.endswith(b"\n") else ([],)
+            (found,) = csv.reader([line.decode("utf-8")])
         except (ValueError, csv.Error):
             return None
         if len(found) != len(self._columns) or found[0] != str(row):

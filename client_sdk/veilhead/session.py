@@ -186,6 +186,11 @@ class Session:
         """The exact length of a reply to a query of one embedding."""
         return ReplyMessage.size(self._manifest.layout, self._scales.reply_bits)
 
+    @property
+    def current_key_id(self) -> bytes | None:
+        """The key that the next query of one embedding may be under; None before the first."""
+        return None if self._key is None else self._key.id
+
     def forget(self) -> None:
         """Drop the current key; the next query makes a new one."""
         self._key = None

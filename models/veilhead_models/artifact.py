@@ -33,7 +33,7 @@ from safetensors.numpy import load as deserialize_tensors
 from safetensors.numpy import save as serialize_tensors
 
 from veilhead_protocol.errors import ArtifactError, BackboneError, ManifestError, ScaleError
-from veilhead_protocol.files import verify_files
+from veilhead_protocol.files import verify_all_files
 from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS
 from veilhead_protocol.manifest import (
     BackboneSection,
@@ -53,7 +53,6 @@ __all__ = [
     "REPORT_FILE",
     "HeadArtifact",
     "head_commitment",
-    "verify_files",
 ]
 
 HEAD_FILE: Final = "head.safetensors"
@@ -234,7 +233,7 @@ class HeadArtifact:
             BackboneError: when the files are not what `section` says.
         """
         directory = Path(directory).resolve()
-        verify_files(directory, section)
+        verify_all_files(directory, section)
         embedding = self.embedding
         if section.normalise and embedding.scale == 1.0:
             embedding = EmbeddingSection(scale=1.0, scale_origin="normalised")
@@ -396,7 +395,7 @@ class HeadArtifact:
             )
         if manifest.backbone is not None and verify_backbone:
             try:
-                verify_files(source / BACKBONE_DIRECTORY, manifest.backbone)
+                verify_all_files(source / BACKBONE_DIRECTORY, manifest.backbone)
             except BackboneError as error:
                 raise ArtifactError(f"{source}: {error}") from error
         try:
@@ -472,12 +471,12 @@ class HeadArtifact:
             _write_file(directory / REPORT_FILE, content, private=True)
         if self.backbone is not None and self.backbone_directory is not None:
             copies = directory / BACKBONE_DIRECTORY
-            for entry in self.backbone.files:
+            for entry in self.backbone.all_files:
                 copy = copies / entry.path
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.backbone_directory / entry.path, copy)
                 _fsync(copy)
-            verify_files(copies, self.backbone)
+            verify_all_files(copies, self.backbone)
         _fsync(directory)
 
 

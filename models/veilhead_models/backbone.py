@@ -12,8 +12,7 @@ import importlib.util
 import json
 import math
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from veilhead_models.embedder import Embedder
 from veilhead_models.packages import PackagePin, read_member
 from veilhead_models.sentence_transformer import SentenceTransformer
-from veilhead_protocol.errors import BackboneError, DatasetError
+from veilhead_protocol.errors import BackboneError, DatasetError, ManifestError
 from veilhead_protocol.files import cache_directory, describe_file, verify_files
-from veilhead_protocol.manifest import BackboneSection, FileEntry
+from veilhead_protocol.manifest import BackboneSection, FileEntry, Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from veilhead_models.embedding_module import EmbeddingModule
 
 #: What a backbone may consist of besides its `*.safetensors`.
-_CONFIG_FILE: Final = "config.json"
-_TOKENIZER_FILES: Final = (
+CONFIG_FILE: Final = "config.json"
+TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -110,35 +110,26 @@ _MINILM: Final = BackboneSection(
 )
 
 
-class Backbone:
-    """A loaded transformer: texts in, embeddings out. Make one with `Backbone.load`.
+class Backbone(Embedder):
+    """A transformer that torch runs. Make one with `Backbone.load`.
 
     Attributes:
-        section: what the manifest says of it.
-        device: where it runs: `cuda`, `mps` or `cpu`.
-        dimensions: d, values in an embedding.
+        module: the computation, from token ids to embeddings.
     """
 
     def __init__(
         self, section: BackboneSection, module: EmbeddingModule, tokenizer: Any, device: str
     ) -> None:
-        self.section = section
-        self.device = device
-        self.dimensions: int = module.dimensions
-        # Tokenizers keep their truncation in themselves, and break when two threads set it.
-        self._lock = threading.Lock()
-        self._module = module
-        self._tokenizer = tokenizer
-        padding = getattr(module.config, "pad_token_id", None)
-        # Architectures that find the last token by its id cannot tell it from padding without one.
-        self._one_by_one = section.pooling == "architecture" and padding is None
-        self._padding: int = (tokenizer.pad_token_id or 0) if padding is None else padding
-
-    def __repr__(self) -> str:
-        return (
-            f"Backbone(name={self.section.name!r}, dimensions={self.dimensions}, "
-            f"device={self.device!r})"
+        super().__init__(
+            section,
+            tokenizer,
+            device,
+            dimensions=module.dimensions,
+            padding=padding_id(module, tokenizer),
+            # Architectures that find the last token by its id cannot tell it from padding then.
+            one_by_one=section.pooling == "architecture" and module.padding is None,
         )
+        self.module = module
 
     @classmethod
     def load(
@@ -178,83 +169,20 @@ class Backbone:
                 ) from error
             return cls(section, module, tokenizer, chosen)
 
-    def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        batch_size: int = 32,
-        progress: Callable[[int], None] | None = None,
-    ) -> NDArray[np.float64]:
-        """Embeddings of texts, in their order: [len(texts), d].
-
-        Args:
-            texts: any number of texts; each is cut at the section's `max_tokens`.
-            batch_size: texts that go through the transformer together.
-            progress: called after every batch with the number of texts done so far.
-
-        Raises:
-            BackboneError: when `texts` is not a sequence of strings, or the backbone embeds tokens.
-        """
+    def _run(self, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         import torch
 
-        if self.section.pooling == "tokens":
-            raise BackboneError(
-                f"the backbone {self.section.name!r} embeds the tokens of a text, not the text"
-            )
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise BackboneError("got something other than a sequence of strings to embed")
-        embeddings = np.zeros((len(texts), self.dimensions))  # [texts, d]
-        if not texts:
-            return embeddings
-        # Lone surrogates, which JSON can smuggle into a str, have no UTF-8 form.
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        with self._lock:
-            encoded = self._tokenizer(
-                clean,
-                truncation=True,
-                max_length=self.section.max_tokens,
-                padding=False,
-                return_attention_mask=False,
-                return_token_type_ids=self.section.token_types,
-            )
-        tokens: list[list[int]] = encoded["input_ids"]
-        types: list[list[int]] | None = encoded.get("token_type_ids")
-        if self._one_by_one:
-            batch_size = 1
-        # Texts of like length go together, or padding would be most of the work.
-        order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
         with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                made = self._run(
-                    [tokens[row] for row in rows],
-                    None if types is None else [types[row] for row in rows],
-                )
-                embeddings[rows] = made.to("cpu").numpy()
-                if progress is not None:
-                    progress(start + len(rows))
-        return embeddings
-
-    def _run(self, tokens: list[list[int]], types: list[list[int]] | None) -> torch.Tensor:
-        """Token ids and types of a batch through the module: [batch, ...], float32."""
-        import torch
-
-        longest = max(1, *(len(row) for row in tokens))
-        left = self._tokenizer.padding_side == "left"
-
-        def padded(rows: list[list[int]], filling: int) -> torch.Tensor:
-            """[batch, tokens]"""
-            whole = torch.full((len(rows), longest), filling, dtype=torch.long)
-            for row, values in enumerate(rows):
-                start = longest - len(values) if left else 0
-                whole[row, start : start + len(values)] = torch.tensor(values, dtype=torch.long)
-            return whole.to(self.device)
-
-        inputs = [padded(tokens, self._padding), padded([[1] * len(row) for row in tokens], 0)]
-        if types is not None:
-            inputs.append(padded(types, self._tokenizer.pad_token_type_id))
-        result: torch.Tensor = self._module(*inputs)
+            made = self.module(
+                *(torch.from_numpy(values).to(self.device) for values in inputs.values())
+            )
+        result: NDArray[np.float32] = made.to("cpu").numpy()
         return result
+
+
+def padding_id(module: EmbeddingModule, tokenizer: Any) -> int:
+    """The token id that texts are padded with."""
+    return (tokenizer.pad_token_id or 0) if module.padding is None else module.padding
 
 
 def embedding_module(
@@ -337,6 +265,28 @@ def minilm() -> tuple[Path, BackboneSection]:
     return cached, _MINILM
 
 
+def open_backbone(directory: str | Path) -> tuple[Path, BackboneSection]:
+    """Directory and section of a backbone on this machine.
+
+    Args:
+        directory: what `describe` takes, or an artefact, whose backbone it is then.
+
+    Raises:
+        BackboneError: when it holds no backbone.
+    """
+    source = Path(directory).resolve()
+    file = source / "manifest.json"
+    if not file.is_file():
+        return source, describe(source)
+    try:
+        section = Manifest.deserialize(file.read_bytes()).backbone
+    except (OSError, ManifestError) as error:
+        raise BackboneError(f"{file} is not the manifest of an artefact: {error}") from error
+    if section is None:
+        raise BackboneError(f"{source} is an artefact without a backbone")
+    return source / "backbone", section
+
+
 def describe(
     directory: str | Path,
     *,
@@ -363,13 +313,13 @@ def describe(
     source = Path(directory).resolve()
     try:
         weights = sorted(path.name for path in source.glob("*.safetensors*") if path.is_file())
-        tokenizer = [path for path in _TOKENIZER_FILES if (source / path).is_file()]
+        tokenizer = [path for path in TOKENIZER_FILES if (source / path).is_file()]
     except OSError as error:
         raise BackboneError(f"{source} cannot be read ({error.strerror})") from error
     missing = [
         what
         for what, there in (
-            (_CONFIG_FILE, (source / _CONFIG_FILE).is_file()),
+            (CONFIG_FILE, (source / CONFIG_FILE).is_file()),
             ("*.safetensors", bool(weights)),
             (" or ".join(_VOCABULARIES), any(path in _VOCABULARIES for path in tokenizer)),
         )
@@ -380,16 +330,26 @@ def describe(
             f"{source} is not a backbone, it has no {', no '.join(missing)}: expected the "
             "directory of a transformers model, saved as safetensors"
         )
+    classifiers = [
+        str(name)
+        for name in read_json(source / CONFIG_FILE).get("architectures") or ()
+        if str(name).endswith(("ForSequenceClassification", "ForTokenClassification"))
+    ]
+    if classifiers:
+        raise BackboneError(
+            f"{source} holds a {classifiers[0][:80]}, whose head would be published with it: make "
+            "an artefact of it with `veilhead-server import-hf`, and use that as the backbone"
+        )
     pipeline = SentenceTransformer.read(source)
     if max_tokens is None:
         limits = (
             pipeline.max_tokens,
-            read_json(source / _CONFIG_FILE).get("max_position_embeddings"),
+            read_json(source / CONFIG_FILE).get("max_position_embeddings"),
         )
         max_tokens = min(512, next((limit for limit in limits if isinstance(limit, int)), 512))
     return describe_files(
         source,
-        [_CONFIG_FILE, *weights, *tokenizer, *(layer.file for layer in pipeline.dense)],
+        [CONFIG_FILE, *weights, *tokenizer, *(layer.file for layer in pipeline.dense)],
         name=source.name if name is None else name,
         pooling=pipeline.pooling,
         dense=pipeline.dense,

@@ -42,6 +42,7 @@ class EmbeddingModule(torch.nn.Module):
     Attributes:
         config: the transformer's configuration.
         dimensions: d, values in an embedding.
+        padding: the token id that the architecture takes for padding, when it knows one.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class EmbeddingModule(torch.nn.Module):
         self.dense = dense
         self.config = transformer.config
         self.dimensions = dimensions
+        self.padding: int | None = getattr(self.config, "pad_token_id", None)
         self._section = section
 
     @classmethod

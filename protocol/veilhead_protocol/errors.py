@@ -26,6 +26,7 @@ VeilheadError
 │   ├── DatasetError
 │   ├── BackboneError            also raised on the client, which runs the backbone
 │   ├── PrivacyError             a privacy budget that means nothing, or that the data cannot meet
+│   ├── CheckpointError          a checkpoint that cannot be imported
 │   └── ArtifactError
 ├── ServiceError                 the service cannot do what it was asked
 │   ├── StoreError
@@ -224,6 +225,12 @@ class PrivacyError(ModelError):
     """A privacy budget that means nothing, or that the training data cannot meet."""
 
     code = "privacy-budget"
+
+
+class CheckpointError(ModelError):
+    """A checkpoint that cannot be imported: unreadable, unsafe to read, or not to be split."""
+
+    code = "checkpoint"
 
 
 class ArtifactError(ModelError):

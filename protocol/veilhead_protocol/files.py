@@ -45,14 +45,24 @@ def describe_file(directory: Path, path: str) -> FileEntry:
 
 
 def verify_files(directory: Path, section: BackboneSection) -> None:
-    """Check that `directory` holds every file of `section`, of the right size and digest.
+    """Check that `directory` holds the transformer of `section`, of the right size and digest.
 
-    Files that the section does not name are not looked at.
+    Its ONNX form, and files that the section does not name, are not looked at.
 
     Raises:
         BackboneError: naming the first file that is missing or differs, with got and expected.
     """
     for entry in section.files:
+        verify_file(directory, entry)
+
+
+def verify_all_files(directory: Path, section: BackboneSection) -> None:
+    """As `verify_files`, and its ONNX form too: all that is published.
+
+    Raises:
+        BackboneError: naming the first file that is missing or differs, with got and expected.
+    """
+    for entry in section.all_files:
         verify_file(directory, entry)
 
 

@@ -15,9 +15,11 @@ canonical one has the least `cost`, and the smallest G of those.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from math import inf
 from typing import Final
 
 import numpy as np
@@ -242,41 +244,66 @@ def plan(
     exponent: int,
     bulk: bool = False,
 ) -> list[int]:
-    """Texts in each request, so that so many texts cost little: the largest requests first.
+    """Texts in each request, so that so many texts cost least: the largest requests first.
 
-    A request takes as many of the remaining texts as cost least for each of them. Bulk is only
-    used for more texts than dimensions, where an answer costs no more of a budget than its texts.
+    Bulk is only used for more texts than dimensions, where an answer costs no more of a budget than
+    its texts.
     """
+    blocks = _block_plans(parameters, dimensions, classes, exponent)
+    most = len(blocks) - 1
+    # What a text costs in the best block request of a long series.
+    best = min(range(1, most + 1), key=lambda size: blocks[size][0] / size)
     requests = []
-    while texts:
-        size = _best_size(
-            parameters,
-            min(texts, parameters.poly_modulus_degree),
-            dimensions,
-            classes,
-            exponent,
-            bulk,
-        )
+    while bulk and texts > max(dimensions, most):
+        size, cost = _bulk_size(parameters, texts, dimensions, classes, exponent)
+        if cost / size > blocks[best][0] / best:
+            break
         requests.append(size)
         texts -= size
-    return requests
+    while texts > most:
+        requests += blocks[best][1]
+        texts -= best
+    return requests + list(blocks[texts][1])
 
 
-@lru_cache(maxsize=1024)
-def _best_size(
-    parameters: ParameterSet, texts: int, dimensions: int, classes: int, exponent: int, bulk: bool
-) -> int:
-    sizes = list(range(1, min(texts, most_texts(parameters, exponent, bulk=False)) + 1))
-    if bulk and texts > dimensions:
-        powers = [2**bits for bits in range(texts.bit_length())]
-        sizes += [size for size in (*powers, texts) if size > max(dimensions, sizes[-1])]
-    best, lowest = 1, float("inf")
-    for size in sizes:
-        try:
-            layout = _canonical(parameters, size, dimensions, classes, exponent)
-        except LayoutError:
-            continue
-        each = (layout.cost + (_KEY_COST if size > 1 else 0)) / size
-        if each <= lowest:
-            best, lowest = size, each
-    return best
+def _request_cost(layout: Layout) -> int:
+    return layout.cost + (_KEY_COST if layout.texts > 1 else 0)
+
+
+@lru_cache(maxsize=64)
+def _block_plans(
+    parameters: ParameterSet, dimensions: int, classes: int, exponent: int
+) -> list[tuple[int, tuple[int, ...]]]:
+    """The cost and the requests of the cheapest plan for 0, 1, 2, ... texts within the hint limit.
+
+    Ties go to the larger requests.
+    """
+    costs: dict[int, int] = {}
+    plans: list[tuple[int, tuple[int, ...]]] = [(0, ())]
+    for texts in range(1, most_texts(parameters, exponent, bulk=False) + 1):
+        # Too many texts for a large head have no layout; one always has.
+        with suppress(LayoutError):
+            costs[texts] = _request_cost(
+                _canonical(parameters, texts, dimensions, classes, exponent)
+            )
+        cost, size = min((plans[texts - size][0] + costs[size], -size) for size in costs)
+        plans.append((cost, (-size, *plans[texts + size][1])))
+    return plans
+
+
+def _bulk_size(
+    parameters: ParameterSet, texts: int, dimensions: int, classes: int, exponent: int
+) -> tuple[int, float]:
+    """The size and cost of the bulk request that is cheapest for each of its texts."""
+    degree = parameters.poly_modulus_degree
+    powers = [2**bits for bits in range(degree.bit_length())]
+    choices = [(inf, -1, inf)]
+    for size in (*powers, min(texts, degree)):
+        if dimensions < size <= texts:
+            with suppress(LayoutError):
+                layout = _canonical(parameters, size, dimensions, classes, exponent)
+                if layout.kind is LayoutKind.BULK:
+                    cost = float(_request_cost(layout))
+                    choices.append((cost / size, -size, cost))
+    _, negated, lowest = min(choices)
+    return -negated, lowest

@@ -152,6 +152,31 @@ class DenseSection(Section):
     activation: Literal["identity", "tanh", "relu", "gelu", "sigmoid"]
 
 
+class OnnxSection(Section):
+    """A backbone in a second form, for ONNX Runtime: nothing else of it is then needed.
+
+    `tokenizer` is a file of the tokenizers library that cuts and pads as the backbone wants it. The
+    graph takes `input_ids`, `attention_mask` and, where the backbone has token types,
+    `token_type_ids`, and gives the embeddings, in single precision either way: `fp16` only stores
+    its weights in half precision.
+    """
+
+    tokenizer: FileEntry
+    fp32: FileEntry | None = None
+    fp16: FileEntry | None = None
+
+    @model_validator(mode="after")
+    def _has_a_graph(self) -> OnnxSection:
+        if self.fp32 is None and self.fp16 is None:
+            raise ValueError("expected a graph of fp32, of fp16, or both")
+        return self
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """The tokenizer and the graphs that there are."""
+        return tuple(entry for entry in (self.tokenizer, self.fp32, self.fp16) if entry is not None)
+
+
 class BackboneSection(Section):
     """The public transformer: its files, and how a text becomes an embedding.
 
@@ -165,7 +190,7 @@ class BackboneSection(Section):
 
     Texts are cut to `max_tokens` tokens. `token_types` says whether the transformer is given the
     tokenizer's token types (where these are all zero it is not). `public_parameters` counts the
-    numbers that everybody who fetches the files gets.
+    numbers that everybody who fetches the files gets. `onnx` is the same computation once more.
     """
 
     kind: Literal["transformers"]
@@ -178,12 +203,18 @@ class BackboneSection(Section):
     token_types: bool = False
     public_parameters: Annotated[int, Field(ge=1)]
     files: Annotated[tuple[FileEntry, ...], Field(strict=False, min_length=1, max_length=64)]
+    onnx: OnnxSection | None = None
+
+    @property
+    def all_files(self) -> tuple[FileEntry, ...]:
+        """`files`, and those of `onnx`: what is published. No client needs all of them."""
+        return self.files if self.onnx is None else self.files + self.onnx.files
 
     @model_validator(mode="after")
     def _paths_are_distinct(self) -> BackboneSection:
-        if len({entry.path for entry in self.files}) != len(self.files):
+        if len({entry.path for entry in self.all_files}) != len(self.all_files):
             raise ValueError("the backbone's file paths must be distinct")
-        if sum(entry.bytes for entry in self.files) > MAX_BACKBONE_BYTES:
+        if sum(entry.bytes for entry in self.all_files) > MAX_BACKBONE_BYTES:
             raise ValueError(f"the backbone has more than {MAX_BACKBONE_BYTES} bytes in all")
         return self
 

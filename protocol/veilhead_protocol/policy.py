@@ -11,8 +11,9 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from veilhead_protocol.errors import ManifestError
 from veilhead_protocol.parameters import PARAMETER_SETS
 
 PresetName = Literal["medical", "finance", "social-media", "network-security", "manufacturing"]
@@ -73,6 +74,18 @@ class PolicySection(Section):
             for clause in weaker_clauses(self, PRESETS[self.preset]):
                 raise ValueError(f"{clause} is weaker than the preset {self.preset} asks for")
         return self
+
+    def changed(self, **clauses: Any) -> PolicySection:
+        """The policy with other clauses.
+
+        Raises:
+            ManifestError: when it would be weaker than the preset that it names.
+        """
+        try:
+            return PolicySection.model_validate(dict(self) | clauses)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            raise ManifestError(f"policy: {first['msg']}") from None
 
     def violations(self, parameters: str, about: dict[str, Any]) -> list[str]:
         """What breaks the policy in a model of this parameter set with this `about`.

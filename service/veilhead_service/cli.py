@@ -25,9 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Train, publish and serve private text classifiers.\n\n"
-        "`train` makes an artefact: a private head and a public manifest. `publish` puts it into a "
-        "store, `run` serves the store. The service answers on ciphertexts only: it never sees a "
-        "text, an embedding, a logit or a label."
+        "`train` and `import-hf` make an artefact: a private head and a public manifest. `publish` "
+        "puts it into a store, `run` serves the store. The service answers on ciphertexts only: it "
+        "never sees a text, an embedding, a logit or a label."
     ),
 )
 
@@ -82,7 +82,7 @@ def train(
     label: Annotated[str | None, typer.Option(help="The file's column of labels.")] = None,
     backbone: Annotated[
         Path | None,
-        typer.Option(help="Directory of a sentence transformer; MiniLM when it is absent."),
+        typer.Option(help="Directory of an encoder, or of an artefact; MiniLM when absent."),
     ] = None,
     parameters: Annotated[
         str | None,
@@ -120,7 +120,7 @@ def train(
             if find_spec(name) is None:  # before anything is fetched
                 raise ModuleNotFoundError(name=name)
 
-        from veilhead_models.backbone import describe, minilm
+        from veilhead_models.backbone import minilm, open_backbone
         from veilhead_models.datasets import load_dataset
         from veilhead_models.privacy import DEFAULT_DELTA, PrivacyBudget
         from veilhead_models.training import train_artifact
@@ -135,7 +135,7 @@ def train(
         else:
             privacy = None
         dataset = load_dataset(source, text=text, label=label)
-        directory, section = minilm() if backbone is None else (backbone, describe(backbone))
+        directory, section = minilm() if backbone is None else open_backbone(backbone)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -164,9 +164,94 @@ def train(
     typer.echo(f"{manifest.name}: {out} (digest {manifest.digest.hex()})")
 
 
+@app.command("import-hf")
+def import_hf(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="Directory of a transformers checkpoint that classifies texts or tokens.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The artefact's directory; its name is the model's.")],
+    name: Annotated[str | None, typer.Option(help="Another name for the model.")] = None,
+    parameters: Annotated[
+        str,
+        typer.Option(help="compact (fast), or strong (for secrets that must last decades)."),
+    ] = "compact",
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts such as clients will have, one a line; generated ones when absent.",
+        ),
+    ] = None,
+    embedding_scale: Annotated[
+        float | None,
+        typer.Option(help="What embeddings are divided by; found when absent."),
+    ] = None,
+) -> None:
+    """Make an artefact of a transformers classifier: its last linear layer becomes the head.
+
+    Everything before that layer becomes public. Code and pickle that come with a checkpoint are
+    never run.
+
+    Example: veilhead-server import-hf checkpoints/triage --out artifacts/triage
+    """
+    with reported():
+        for module in ("torch", "transformers"):
+            if find_spec(module) is None:
+                raise ModuleNotFoundError(name=module)
+
+        from veilhead_models.hf_import import import_hf as import_checkpoint
+        from veilhead_models.hf_import import read_texts
+
+        manifest, report = import_checkpoint(
+            source,
+            out,
+            name=name,
+            parameters=parameters,
+            texts=None if texts is None else read_texts(texts),
+            embedding_scale=embedding_scale,
+        )
+    typer.echo(report.render())
+    typer.echo(f"{manifest.name}: {out} (digest {manifest.digest.hex()})")
+
+
+@app.command("export-onnx")
+def export_onnx(
+    directory: Annotated[Path, typer.Argument(help="An artefact with a backbone.")],
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32 or fp16, how weights are stored; repeat it for both."),
+    ] = None,
+) -> None:
+    """Give an artefact's backbone an ONNX form, so that clients need no torch. Then publish it.
+
+    The manifest changes, and its digest: it is another version of the model. Half precision halves
+    what clients fetch; they compute in single precision either way. Prints how far each is from
+    torch, on texts of its own.
+
+    Example: veilhead-server export-onnx artifacts/icd10-chapters
+    """
+    with reported():
+        for name in ("torch", "transformers", "onnxscript", "onnxruntime"):
+            if find_spec(name) is None:
+                raise ModuleNotFoundError(name=name)
+
+        from veilhead_models.onnx_export import export_onnx as export
+
+        manifest, parities = export(directory, precisions=precision or ["fp32"])
+    for parity in parities:
+        typer.echo(parity.render())
+    typer.echo(f"{manifest.name}: {directory} (digest {manifest.digest.hex()})")
+
+
 @app.command()
 def publish(
-    directory: Annotated[Path, typer.Argument(help="An artefact that `train` made.")],
+    directory: Annotated[
+        Path, typer.Argument(help="An artefact that `train` or `import-hf` made.")
+    ],
     store: Annotated[Path, typer.Option(help="The store that `run` serves.")],
     sign_with: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Sign the manifest with this signing key.")
@@ -183,6 +268,13 @@ def publish(
         typer.Option(metavar="DATE", help="Serve the version before this one until then; UTC."),
     ] = None,
     policy: _PolicyName = None,
+    allow_bulk: Annotated[
+        bool,
+        typer.Option(
+            "--allow-bulk",
+            help="Answer thousands of texts at once: hides the head from honest clients only.",
+        ),
+    ] = False,
     deidentify: Annotated[
         bool,
         typer.Option(
@@ -216,6 +308,7 @@ def publish(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
             policy=_policy(policy),
+            allow_bulk=allow_bulk,
             deidentify=deidentify,
         )
     for line in _policy_lines(manifest.policy):

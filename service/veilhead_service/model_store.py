@@ -362,6 +362,7 @@ def publish(
     head_key: HeadKey | None = None,
     retire_previous: Retirement | None = None,
     policy: PolicySection | None = None,
+    allow_bulk: bool = False,
     deidentify: bool = False,
 ) -> Manifest:
     """Copy a verified artefact into a store and let its name stand for it.
@@ -379,8 +380,9 @@ def publish(
         retire_previous: when the version that the name stood for stops being served; an earlier
             date that it already has stays.
         policy: replaces the artefact's.
-        deidentify: the manifest's policy asks clients to de-identify texts, whatever it says
-            otherwise.
+        allow_bulk: let the manifest's policy allow bulk requests, which pass the limit of hints:
+            another version than the artefact's own.
+        deidentify: let the policy ask clients to de-identify texts: another version, too.
 
     Raises:
         ArtifactError: when the directory is not a whole, consistent artefact.
@@ -396,9 +398,10 @@ def publish(
     artifact = HeadArtifact.load(directory)
     if policy is not None:
         artifact = replace(artifact, policy=policy)
-    if deidentify:
-        asked = artifact.policy.model_copy(update={"deidentify": True})
-        artifact = replace(artifact, policy=asked)
+    asked = {"bulk": allow_bulk, "deidentify": deidentify}
+    if any(asked.values()):
+        changed = artifact.policy.changed(**{name: True for name, on in asked.items() if on})
+        artifact = replace(artifact, policy=changed)
     manifest = artifact.manifest
     self_test(EncryptedHead(manifest, artifact.weight, artifact.bias), artifact)
     home = store / manifest.name

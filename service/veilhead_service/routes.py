@@ -284,7 +284,7 @@ async def get_file(
     model = _version(services, name, digest)
     _note_model(request, model)
     backbone = model.manifest.backbone
-    entries = {} if backbone is None else {entry.path: entry for entry in backbone.files}
+    entries = {} if backbone is None else {entry.path: entry for entry in backbone.all_files}
     entry = entries.get(path)  # only paths of the manifest: nothing of a request names a file
     if entry is None:
         raise Problem(
@@ -381,7 +381,7 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
     manifest = model.manifest
     units = charge(layout, manifest.scales.exponent, manifest.parameter_set)
     async with services.access.charged(tenant, name, units, policy_budget(manifest)):
-        evaluation = await services.pool.evaluate(model, layout, header.key_id, key, body)
+        evaluation = await services.pool.evaluate(model, header.key_id, key, body, layout=layout)
     request.state.queue_seconds = evaluation.queue_seconds
     request.state.evaluate_seconds = evaluation.seconds
     return Response(

@@ -29,7 +29,8 @@ from veilhead_service.head_loading import HeadLoader
 #: Bytes of heads when the command line gives none.
 _HEAD_BYTES: Final = 2**30
 
-_KEYS: Final = 256
+#: Keys that a worker has ready; the least recently used go first.
+KEYS: Final = 256
 
 #: Below the service's own priority: when every core evaluates, it must still answer at once.
 _NICENESS: Final = 5
@@ -66,7 +67,7 @@ class Evaluator:
     def __init__(self, head_bytes: int = _HEAD_BYTES) -> None:
         self._heads = _Recent[EncryptedHead](head_bytes, lambda head: head.held_bytes)
         self._loader = HeadLoader()
-        self._keys: _Recent[ClientKey] = _Recent(_KEYS)
+        self._keys: _Recent[ClientKey] = _Recent(KEYS)
 
     def use_head_key(self, key: bytes) -> None:
         """Load encrypted heads with this key from now on."""

@@ -376,9 +376,15 @@ class WorkerPool:
             raise QueueFullError("too many queries are waiting; send the same query again later")
 
     async def evaluate(
-        self, model: StoredModel, layout: Layout, key_id: bytes, key: bytes, query: bytes
+        self,
+        model: StoredModel,
+        key_id: bytes,
+        key: bytes,
+        query: bytes,
+        *,
+        layout: Layout | None = None,
     ) -> Evaluation:
-        """The reply to a query, which is in this layout.
+        """The reply to a query, which is in this layout, or a query of one text.
 
         Raises:
             WireError: one of its kinds, when the head refuses the query.
@@ -400,7 +406,7 @@ class WorkerPool:
             ) from None
         queue_seconds = time.perf_counter() - arrived
         worker.met.add(digest)
-        kind, *rest = await self._ask(worker, request, layout.cost)
+        kind, *rest = await self._ask(worker, request, (layout or model.manifest.layout).cost)
         if kind == frames.REPLY:
             return Evaluation(rest[0], struct.unpack("<d", rest[1])[0], queue_seconds)
         if kind == frames.REFUSED:

@@ -56,7 +56,7 @@ class TestInversion:
         judged = {target for (target, _), result in results.items() if result.holds}
         assert judged == {"embedding", "query before encryption", "query bytes (compact)"}
         assert results["embedding", "decoder"].value > 0.95
-        noises = [f"embedding, noise {ratio} of its size" for ratio in ("0.5", "1", "2")]
+        noises = [f"embedding, noise {ratio} of its size" for ratio in ("1", "4", "16")]
         falling = [results[target, "decoder"].value for target in ("embedding", *noises)]
         assert falling == sorted(falling, reverse=True)
 
@@ -64,7 +64,11 @@ class TestInversion:
         truths = np.random.default_rng(0).random((500, 8)) < 0.3
         assert word_auc(truths + 0.0, truths) == 1.0
         noise = np.random.default_rng(1).normal(size=truths.shape)
-        assert word_auc(noise, truths) == pytest.approx(0.5, abs=4 * word_auc_deviation(truths))
+        deviation = word_auc_deviation(noise, truths)
+        # One word's by Mann and Whitney's formula, for eight words that are independent.
+        alone = np.sqrt(501 / (12 * truths.sum(axis=0) * (~truths).sum(axis=0))).mean()
+        assert deviation == pytest.approx(alone / np.sqrt(8), rel=0.3)
+        assert word_auc(noise, truths) == pytest.approx(0.5, abs=4 * deviation)
 
     def test_words_are_the_commonest(self) -> None:
         found, words = bag_of_words(["Fever and FEVER", "fever, cough", "rash"], 1)

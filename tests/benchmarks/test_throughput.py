@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veilhead_benchmarks import load_generator, throughput
+from veilhead_benchmarks import load_generator
 from veilhead_benchmarks.load_generator import Load, Outcome, generate, precise_loop
+from veilhead_benchmarks.memory import Memory
 from veilhead_benchmarks.processes import publish_random
-from veilhead_benchmarks.runner import Row
+from veilhead_benchmarks.rows import Row
 from veilhead_benchmarks.throughput import (
+    Loads,
     Queries,
     Throughput,
     measure_throughput,
@@ -36,10 +38,7 @@ REQUEST = b"POST / HTTP/1.1\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def rows():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(throughput, "_CLOSED_SECONDS", 0.5)
-        patch.setattr(throughput, "_OPEN_SECONDS", 0.5)
-        return measure_throughput(22)
+    return measure_throughput(Loads(22, closed_seconds=0.5, open_seconds=0.5))
 
 
 def test_a_service_is_measured_saturated_with_two_workers_and_below(rows):
@@ -208,7 +207,7 @@ def test_a_load_survives_its_text():
     assert Load.from_json(replace(load, arrivals=None).to_json()).arrivals is None
 
 
-@pytest.mark.parametrize("kind", [Row, Throughput])
+@pytest.mark.parametrize("kind", [Row, Throughput, Memory])
 def test_the_document_describes_every_field(kind):
     lines = DOCUMENT.read_text("utf-8").splitlines()
     described = {line.split("`")[1] for line in lines if line.startswith("| `")}

@@ -159,7 +159,7 @@ class TestLogits:
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     def test_a_row_that_is_not_finite_is_sent_like_the_others(self, connect, head_artifact, value):
         client, service = connect(head_artifact)
-        rows = unit_rows(40, 32)
+        rows = unit_rows(100, 32)
         rows[33, 5] = value
         with pytest.raises(BatchError) as caught:
             client.logits(rows)
@@ -211,6 +211,22 @@ class TestKeys:
             client.logits(unit_rows(1, 32))
         assert caught.value.errors[0].problem == "key-not-registered"
         assert len(service.seen("infer")) == 3
+
+    def test_keys_of_earlier_calls_are_forgotten_at_the_service(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        for _ in range(3):
+            client.logits(unit_rows(9, 32))  # one request of a key of its own
+        assert (len(service.seen("key")), len(service.seen("forget"))) == (3, 2)
+        for _ in range(102):
+            client.logits(unit_rows(1, 32))
+        assert (len(service.seen("key")), len(service.seen("forget"))) == (5, 4)
+        assert len(service.seen("infer")) == 105  # no key was missed
+
+    def test_a_service_that_does_not_hear_a_goodbye_changes_nothing(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        service.on("forget", httpx2.ConnectError("gone"), httpx2.ReadTimeout("slow"))
+        for _ in range(3):
+            assert client.logits(unit_rows(9, 32)).shape == (9, 5)
 
     def test_closing_forgets_the_key_at_the_service(self, connect, head_artifact):
         client, service = connect(head_artifact)
@@ -439,10 +455,11 @@ def test_traces_hold_times_and_sizes(connect, head_artifact):
     traces = []
     client, _ = connect(head_artifact, on_query=traces.append)
     client.logits(unit_rows(3, 32))
-    assert len(traces) == 3
+    client.logits(unit_rows(9, 32))
+    assert [trace.texts for trace in traces] == [1, 1, 1, 9]
     for trace in traces:
         assert 0 < trace.evaluate_seconds < trace.round_trip_seconds
-        assert (trace.key_bytes, trace.query_bytes, trace.texts) == (13672, 13768, 1)
+        assert (trace.key_bytes, trace.query_bytes) == (13672, 13768)
 
 
 def test_a_text_that_the_backbone_fails_on_fails_alone(connect, text_artifact, texts, monkeypatch):

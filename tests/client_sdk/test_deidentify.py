@@ -286,6 +286,14 @@ def test_everything_that_was_found_is_replaced(places):
         done = span.end
     assert answer.text == rebuilt + text[done:]
 
+    for place in range(len(answer.text)):
+        start, end = answer.in_original(place, place + 1)
+        inside = [span for span in answer.spans if span.start < end and start < span.end]
+        if inside:  # a character of a placeholder stands for all of what it replaced
+            assert [(span.start, span.end) for span in inside] == [(start, end)]
+        else:
+            assert text[start:end] == answer.text[place : place + 1]
+
 
 def test_neither_texts_nor_values_are_shown(deidentify):
     answer = deidentify("secret words and jane@example.com")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 
 from veilhead import BatchError, Client, ClientError, DeidentifyError
 from veilhead.deidentify import Deidentifier, Finding
+from veilhead.rows import embed_token_rows
 from veilhead_models.artifact import HeadArtifact
 from veilhead_models.backbone import Backbone, describe
+from veilhead_models.embedder import Token, TokenWindow
 from veilhead_protocol.manifest import PolicySection
 
 TEXT = "pain since 4 May, mail jane@example.com"
@@ -123,3 +126,31 @@ def test_without_its_package_nothing_is_classified(local, careful_artifact, monk
         local(careful_artifact)
     client = local(careful_artifact, deidentify=False)
     assert client.deidentifier is None
+
+
+class Words:
+    """A backbone whose tokens are words."""
+
+    def embed_tokens(self, texts, *, stride):
+        (text,) = texts
+        tokens = [
+            Token(match[0], place, match.start(), match.end(), continues=False)
+            for place, match in enumerate(re.finditer(r"\w+", text))
+        ]
+        return [[TokenWindow(np.zeros((len(tokens), 4)), tuple(tokens))]]
+
+
+def test_tokens_stand_where_they_stood_in_the_original():
+    text = "severe pain mail jane@example.com acute fever"
+    (window,), error = embed_token_rows(Words(), text, 0, None, Deidentifier())
+    assert error is None
+    assert [token.piece for token in window.tokens] == [
+        *("severe", "pain", "mail", "EMAIL_1", "acute", "fever")
+    ]
+    assert [text[token.start : token.end] for token in window.tokens] == text.split()
+
+
+def test_tokens_of_a_text_whose_detector_failed_are_never_embedded():
+    windows, error = embed_token_rows(Words(), "acute", 0, None, Deidentifier([Pain()]))
+    assert isinstance(error, DeidentifyError)
+    assert windows == []

@@ -35,11 +35,10 @@ from veilhead_protocol.wire import (
 DEGREE = COMPACT.poly_modulus_degree
 
 
-def secret_of(key, wanted):
-    """The secret's coefficients [N], read from where the key object keeps its own."""
-    row = key._rows[0]
-    secret = np.array([row[(wanted - index) % DEGREE] for index in range(DEGREE)])
-    return np.where(np.arange(DEGREE) > wanted, -secret, secret).astype(int)
+def secret_of(key):
+    """The secret's coefficients [N], from what the key object keeps: their transform."""
+    kept = key._decryption
+    return np.rint((np.fft.ifft(kept._spectrum) * kept._back).real).astype(int)
 
 
 # --- the secret key by linear algebra from returned logits ---------------------------------------
@@ -114,14 +113,14 @@ def test_unrounded_logits_give_the_whole_key(wide, monkeypatch):
     monkeypatch.setattr("veilhead_protocol.decryption.round_logits", lambda logits: logits)
     pair = Pair.of(wide)
     found = recover_secret(pair, 30)
-    secret = secret_of(pair.session._key, int(pair.head.layout.wanted(0)[0]))
+    secret = secret_of(pair.session._key)
     assert (found == secret).all()
 
 
 def test_returned_logits_do_not_give_the_key(wide):
     pair = Pair.of(wide)
     found = recover_secret(pair, 30)
-    secret = secret_of(pair.session._key, int(pair.head.layout.wanted(0)[0]))
+    secret = secret_of(pair.session._key)
     assert found is not None
     # Guessing which coefficients are zero is right half of the time.
     assert 0.4 < np.mean((found != 0) == (secret != 0)) < 0.6
@@ -247,7 +246,7 @@ def observe(positions):
                 error = True
             sights.append((tuple(request for request in service.requests), error))
         key = client._engine.session._key
-        secret = secret_of(key, int(manifest.layout.wanted(0)[0]))
+        secret = secret_of(key)
     posts = [(sum(method == "POST" for method, _ in requests), error) for requests, error in sights]
     return posts, [int(secret[position]) for position in positions]
 
@@ -255,7 +254,7 @@ def observe(positions):
 def refuse_implausible_logits(monkeypatch):
     """The helpful check that must not exist: logits come nowhere near 2^e, so one that does is
     an error."""
-    decrypt = Session.decrypt
+    decrypt = Session.decrypt_batch
 
     def checked(self, query, reply):
         logits = decrypt(self, query, reply)
@@ -263,7 +262,7 @@ def refuse_implausible_logits(monkeypatch):
             raise WireError("implausible logits")
         return logits
 
-    monkeypatch.setattr(Session, "decrypt", checked)
+    monkeypatch.setattr(Session, "decrypt_batch", checked)
 
 
 def test_a_client_that_checks_decrypted_values_gives_away_the_key_bit_by_bit(monkeypatch):
@@ -295,6 +294,42 @@ def test_a_reply_with_a_wrong_header_is_refused_once_all_is_sent_and_never_asked
 def with_other_hash(reply):
     start = REPLY_HEADER_BYTES - DIGEST_BYTES
     return reply[:start] + bytes(DIGEST_BYTES) + reply[REPLY_HEADER_BYTES:]
+
+
+# --- requests of several texts --------------------------------------------------------------------
+
+
+def test_every_request_of_several_texts_has_a_key_of_its_own():
+    """One crafted reply whose labels become visible may give away the key of that request."""
+    pair = Pair.of(artifact(5, 384))
+    single = pair.session.encrypt(unit_rows(1, 384)[0])
+    batches = [pair.session.encrypt_batch(unit_rows(3, 384)) for _ in range(3)]
+    assert len({query.key.id for query in (single, *batches)}) == 4
+    assert pair.session.encrypt(unit_rows(1, 384)[0]).key is single.key
+
+
+@pytest.mark.parametrize("texts", [3, 64])
+def test_logits_of_several_texts_are_multiples_of_the_step(texts):
+    pair = Pair.of(artifact(5, 384))
+    rows = unit_rows(texts, 384)
+    query = pair.session.encrypt_batch(rows)
+    logits = pair.session.decrypt_batch(query, pair.answer(query))
+    assert (logits * 2**12 == np.rint(logits * 2**12)).all()
+    expected = rows @ pair.artifact.weight.T + pair.artifact.bias
+    assert np.abs(logits - expected).max() <= pair.artifact.manifest.head.error_bound
+
+
+def test_the_engine_sends_several_texts_under_fresh_keys():
+    service = MaliciousService(artifact(5, 384).manifest)
+    keys = []
+    service.craft = lambda query: keys.append(QueryHeader.deserialize(query).key_id) or b""
+    with (
+        Client("http://127.0.0.1", "model", transport=service) as client,
+        pytest.raises(BatchError),
+    ):
+        client.logits(unit_rows(200, 384))
+    assert len(keys) > 1
+    assert len(set(keys)) == len(keys)
 
 
 # --- what a key gives away of itself --------------------------------------------------------------

@@ -158,6 +158,30 @@ def test_a_chunk_is_embedded_while_an_earlier_one_is_on_the_wire(
     assert seen[0] >= 2
 
 
+def test_what_is_sent_does_not_depend_on_what_the_answers_decrypt_to(connect, text_artifact, texts):
+    async def forged(inner, request):
+        response = await inner.handle_async_request(request)
+        body = bytearray(await response.aread())
+        body[-400:-200] = bytes(byte ^ 0x55 for byte in body[-400:-200])
+        return httpx2.Response(200, content=bytes(body))
+
+    client, service = connect(text_artifact)
+    client.classify("pain")
+
+    def sent(events):
+        service.requests.clear()
+        service.on("infer", *events)
+        rows = list(client.classify_many(texts * 3, top_k=None))
+        service.script.clear()
+        # Their order is left to chance: several are under way at once.
+        return rows, sorted((route, len(body)) for route, body in service.requests)
+
+    honest, expected = sent([])
+    answers, found = sent([forged] * 99)
+    assert found == expected
+    assert not alike(answers, honest)
+
+
 def test_closing_a_client_ends_its_streams(connect, text_artifact, texts):
     client, _ = connect(text_artifact)
     answers = client.classify_many(itertools.cycle(texts))

@@ -81,7 +81,7 @@ def parse_reply(data):
         MANIFEST.head.reply_bits,
         model_digest=MANIFEST.digest,
         key_id=REPLY[72:104],
-        query_digest=REPLY[136:168],
+        query_digest=REPLY[140:172],
     )
 
 

@@ -14,7 +14,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from support.backbones import WORDS
+from support.checkpoints import save_checkpoint
 
 from veilhead_models import backbone as backbone_module
 from veilhead_models.backbone import Backbone, describe, minilm
@@ -199,15 +201,145 @@ class TestDescribe:
         assert describe(copy).max_tokens == 12
         assert describe(copy, max_tokens=7, name="other").max_tokens == 7
         (copy / "1_Pooling").mkdir()
-        (copy / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": false}')
-        with pytest.raises(BackboneError, match="another pooling"):
+        (copy / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+        assert describe(copy).pooling == "max"
+        (copy / "1_Pooling" / "config.json").write_text(
+            '{"pooling_mode_weightedmean_tokens": true}'
+        )
+        with pytest.raises(BackboneError, match="the pooling weightedmean, expected one of mean"):
             describe(copy)
+
+    def test_a_classifier_is_none(self, tmp_path: Path) -> None:
+        save_checkpoint(tmp_path / "source", "Bert")
+        with pytest.raises(BackboneError, match=r"holds a BertFor.*head would be published"):
+            describe(tmp_path / "source")
+
+    def test_parameters_are_counted(self, tiny_directory: Path) -> None:
+        model = transformers.AutoModel.from_pretrained(tiny_directory)
+        assert describe(tiny_directory).public_parameters == model.num_parameters()
+        assert describe(minilm()[0]).public_parameters == minilm()[1].public_parameters
 
     def test_what_is_no_backbone_is_refused(self, tiny_directory: Path, tmp_path: Path) -> None:
         with pytest.raises(BackboneError, match=r"no config\.json, no \*\.safetensors"):
             describe(tmp_path)
         with pytest.raises(BackboneError, match="max_tokens"):
             describe(tiny_directory, max_tokens=1)
+
+
+class TestSentenceTransformers:
+    """What sentence-transformers computes, step by step, against what its folder becomes."""
+
+    def folder(
+        self, source: Path, target: Path, pooling: str, *, dense: bool, normalise: bool, old: bool
+    ) -> Path:
+        shutil.copytree(source, target)
+        kinds = ["Transformer", "Pooling", *(["Dense"] * dense), *(["Normalize"] * normalise)]
+        paths = ["", *(f"{place}_{kind}" for place, kind in enumerate(kinds[1:], 1))]
+        prefix = "sentence_transformers.models" if old else "sentence_transformers.base.modules"
+        (target / "modules.json").write_text(
+            json.dumps(
+                [
+                    {"idx": place, "name": str(place), "path": path, "type": f"{prefix}.x.{kind}"}
+                    for place, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+                ]
+            )
+        )
+        (target / "1_Pooling").mkdir()
+        older = {"mean": "mean_tokens", "max": "max_tokens", "cls": "cls_token"}
+        (target / "1_Pooling" / "config.json").write_text(
+            json.dumps(
+                {f"pooling_mode_{name}": kind == pooling for kind, name in older.items()}
+                | {"pooling_mode_lasttoken": pooling == "lasttoken"}
+                if old
+                else {"pooling_mode": pooling}
+            )
+        )
+        if dense:
+            (target / "2_Dense").mkdir()
+            torch.manual_seed(5)
+            save_file(
+                {"linear.weight": torch.randn(6, 16), "linear.bias": torch.randn(6)},
+                target / "2_Dense" / "model.safetensors",
+            )
+            (target / "2_Dense" / "config.json").write_text(
+                '{"activation_function": "torch.nn.modules.activation.Tanh"}'
+            )
+        return target
+
+    @pytest.mark.parametrize("pooling", ["mean", "max", "cls", "lasttoken"])
+    @pytest.mark.parametrize(
+        ("dense", "normalise", "old"),
+        [(False, True, True), (True, False, False), (True, True, True)],
+    )
+    def test_it_becomes_the_same_embedding(
+        self,
+        tiny_directory: Path,
+        tmp_path: Path,
+        pooling: str,
+        dense: bool,
+        normalise: bool,
+        old: bool,
+    ) -> None:
+        folder = self.folder(
+            tiny_directory, tmp_path / "st", pooling, dense=dense, normalise=normalise, old=old
+        )
+        section = describe(folder)
+        assert section.normalise == normalise
+        backbone = Backbone.load(folder, section, device="cpu")
+        texts = ["acute chest pain", "fever", "mild fever mild fever broken arm"]
+        model = transformers.AutoModel.from_pretrained(tiny_directory).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_directory)
+        expected = []
+        for text in texts:
+            with torch.inference_mode():
+                encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+                states = model(**encoded).last_hidden_state[0]  # [tokens, 16]
+            row = {
+                "mean": states.mean(dim=0),
+                "max": states.max(dim=0).values,
+                "cls": states[0],
+                "lasttoken": states[-1],
+            }[pooling]
+            if dense:
+                tensors = load_file(folder / "2_Dense" / "model.safetensors")
+                row = torch.tanh(tensors["linear.weight"] @ row + tensors["linear.bias"])
+            expected.append((row / row.norm() if normalise else row).numpy())
+        assert backbone.dimensions == (6 if dense else 16)
+        np.testing.assert_allclose(backbone.embed(texts), expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("file", "content", "match"),
+        [
+            ("2_Dense/config.json", {"activation_function": "os.system"}, "activation 'os.system'"),
+            ("2_Dense/config.json", {"use_residual": True}, "adds its input"),
+            ("1_Pooling/config.json", {"pooling_mode": ["mean", "max"]}, "mean and max"),
+            ("1_Pooling/config.json", {}, "of nothing"),
+            ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case"),
+            ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "prompt"),
+            ("modules.json", [], "consists of"),
+            ("modules.json", [{"type": "x.Transformer", "path": "0"}], "consists of"),
+            ("modules.json", {}, "consists of"),
+            ("modules.json", [3], "cannot be read"),
+        ],
+    )
+    def test_what_it_cannot_be_is_named(
+        self, tiny_directory: Path, tmp_path: Path, file: str, content: Any, match: str
+    ) -> None:
+        folder = self.folder(
+            tiny_directory, tmp_path / "st", "mean", dense=True, normalise=True, old=True
+        )
+        (folder / file).write_text(json.dumps(content))
+        with pytest.raises(BackboneError, match=match):
+            describe(folder)
+
+    def test_a_dense_layer_of_pickle_is_refused(self, tiny_directory: Path, tmp_path: Path) -> None:
+        folder = self.folder(
+            tiny_directory, tmp_path / "st", "mean", dense=True, normalise=True, old=True
+        )
+        dense = folder / "2_Dense" / "model.safetensors"
+        dense.rename(dense.with_name("pytorch_model.bin"))
+        with pytest.raises(BackboneError, match=r"pickle, which is never read"):
+            describe(folder)
 
 
 class TestMinilm:

@@ -17,17 +17,19 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 from support.backbones import WORDS
+from support.checkpoints import save_checkpoint
 
 from veilhead_models.artifact import MANIFEST_FILE, REPORT_FILE, HeadArtifact
-from veilhead_models.backbone import Backbone, describe, minilm
+from veilhead_models.backbone import Backbone, describe, minilm, open_backbone
 from veilhead_models.datasets import Dataset, Split, load_dataset
+from veilhead_models.hf_import import import_hf
 from veilhead_models.training import (
     INVERSE_PENALTY,
     TrainingReport,
     train_artifact,
     train_head,
 )
-from veilhead_protocol.errors import DatasetError, ManifestError, ModelError
+from veilhead_protocol.errors import BackboneError, DatasetError, ManifestError, ModelError
 from veilhead_protocol.scales import project
 
 
@@ -191,6 +193,19 @@ class TestTrainArtifact:
         assert json.loads((tmp_path / "m" / REPORT_FILE).read_text()) == json.loads(
             json.dumps(report.to_json())
         )
+
+    def test_the_backbone_of_an_imported_model(self, tmp_path: Path) -> None:
+        save_checkpoint(tmp_path / "source", "DistilBert")
+        imported, _ = import_hf(tmp_path / "source", tmp_path / "triage", texts=WORDS)
+        directory, section = open_backbone(tmp_path / "triage")
+        assert section == imported.backbone
+        artifact, report = train_artifact(made_up(3), directory, section, device="cpu")
+        manifest = artifact.save(tmp_path / "m")
+        assert manifest.backbone == imported.backbone
+        assert report.test_rows == 80
+        (tmp_path / "triage" / "manifest.json").write_text("{}")
+        with pytest.raises(BackboneError, match="not the manifest"):
+            open_backbone(tmp_path / "triage")
 
     @pytest.mark.parametrize("terms", ["MIT", None])
     def test_only_published_data_are_told_of(

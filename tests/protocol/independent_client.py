@@ -45,6 +45,30 @@ def _most_wanted(name: str, exponent: int) -> int:
     return 192 if exponent <= 9 else 128
 
 
+def choose_layout(
+    name: str, texts: int, dimensions: int, classes: int, exponent: int
+) -> tuple[int, int, int, int]:
+    """Layout byte, block length, pieces and group."""
+    degree, most = PARAMETERS[name]["degree"], _most_wanted(name, exponent)
+    whole = max(1, degree // dimensions)
+    widest = max(whole, 16) if exponent <= 6 else whole
+    groups = 1 if texts > most else min(widest, most // texts, classes)
+    best: tuple[int, int, int, int] | None = None
+    for group in range(1, groups + 1):
+        longest = degree // (texts * group)
+        if longest == 0:
+            break
+        pieces, replies = -(-dimensions // longest), -(-classes // group)
+        if pieces > 1024 or (1 < texts <= most and pieces * replies > 4096):
+            continue
+        cost = 20 * pieces + 20 * replies + pieces * replies
+        if best is None or cost < best[0]:
+            best = (cost, -(-dimensions // pieces), pieces, group)
+    if best is None:
+        raise ValueError("too many texts")
+    return (1 if texts == 1 else 2 if texts <= most else 3, *best[1:])
+
+
 # --- polynomials modulo X^N + 1 ------------------------------------------------------------------
 
 
@@ -115,6 +139,8 @@ class Model:
     data_primes: tuple[int, ...]
     key_primes: tuple[int, ...]
     parameter_id: bytes
+    texts: int
+    kind: int
     dimensions: int
     classes: int
     block: int
@@ -127,7 +153,7 @@ class Model:
     error_bound: float
 
     @classmethod
-    def from_manifest(cls, data: bytes) -> Model:
+    def from_manifest(cls, data: bytes, texts: int = 1) -> Model:
         document = json.loads(data)
         if document["format"] != "veilhead-manifest/1":
             raise ValueError("a manifest of another format")
@@ -135,7 +161,10 @@ class Model:
         if document["parameters_id"] != parameters["id"]:
             raise ValueError("a parameter set of that name with other numbers")
         degree, dimensions = parameters["degree"], head["dimensions"]
-        most = _most_wanted(document["parameters"], head["exponent"])
+        classes = len(head["labels"])
+        kind, block, pieces, group = choose_layout(
+            document["parameters"], texts, dimensions, classes, head["exponent"]
+        )
         return cls(
             digest=hashlib.sha256(data).digest(),
             name=document["name"],
@@ -143,11 +172,13 @@ class Model:
             data_primes=parameters["data_primes"],
             key_primes=parameters["key_primes"],
             parameter_id=bytes.fromhex(parameters["id"]),
+            texts=texts,
+            kind=kind,
             dimensions=dimensions,
-            classes=len(head["labels"]),
-            block=min(dimensions, degree),
-            pieces=-(-dimensions // degree),
-            group=max(1, min(degree // dimensions, most)),
+            classes=classes,
+            block=block,
+            pieces=pieces,
+            group=group,
             scale_bits=head["scale_bits"],
             query_scale_bits=head["scale_bits"] - head["weight_scale_bits"],
             reply_bits=head["reply_bits"],
@@ -163,8 +194,19 @@ class Model:
         return struct.pack("<4s4B32s", b"VEIL", 1, kind, prng, domain, self.parameter_id)
 
     def target(self, key_id: bytes, polynomials: int) -> bytes:
-        counts = (1, self.dimensions, self.classes, self.block, self.pieces, polynomials)
-        return self.digest + key_id + struct.pack("<B3x6I", 1, *counts)
+        counts = (self.texts, self.dimensions, self.classes, self.block, self.pieces, self.group)
+        return self.digest + key_id + struct.pack("<B3x7I", self.kind, *counts, polynomials)
+
+    def place(self, rows: NDArray[np.float64]) -> Integers:
+        """Embeddings [texts, d] as coefficients of the query polynomials: [pieces, N]."""
+        message = np.zeros((self.pieces, self.degree), dtype=np.int64)
+        scaled = np.rint(rows * 2.0**self.query_scale_bits).astype(np.int64)
+        for text, row in enumerate(scaled):
+            for piece in range(self.pieces):
+                features = row[piece * self.block : (piece + 1) * self.block]
+                start = text * self.group * self.block
+                message[piece, start : start + len(features)] = features
+        return message
 
 
 class Client:
@@ -193,24 +235,19 @@ class Client:
             packed += pack(residues.tolist(), prime.bit_length())
         return packed + seed
 
-    def query(self, embedding: NDArray[np.float64]) -> bytes:
-        """The query message for an embedding [d]."""
+    def query(self, embeddings: NDArray[np.float64]) -> bytes:
+        """The query message for embeddings [texts, d], or [d] for one text."""
         model = self.model
-        scaled = embedding.astype(np.float64) / model.embedding_scale
-        scaled = scaled / max(1.0, float(np.linalg.norm(scaled)))
-        message = np.zeros(model.pieces * model.degree, dtype=np.int64)
-        message[: model.dimensions] = np.rint(scaled * 2.0**model.query_scale_bits)
+        scaled = embeddings.reshape(model.texts, -1).astype(np.float64) / model.embedding_scale
+        scaled = scaled / np.maximum(1.0, np.linalg.norm(scaled, axis=1, keepdims=True))
         return (
             model.prefix(2, _PRNG_SHAKE256, _DOMAIN_COEFFICIENT)
             + model.target(self.key_id, model.pieces)
-            + b"".join(
-                self._encrypt(piece, model.data_primes)
-                for piece in message.reshape(model.pieces, model.degree)
-            )
+            + b"".join(self._encrypt(piece, model.data_primes) for piece in model.place(scaled))
         )
 
     def logits(self, query: bytes, reply: bytes) -> NDArray[np.float64]:
-        """Logits [C], rounded to multiples of 2^-12, of the reply to that query."""
+        """Logits [texts * C], rounded to multiples of 2^-12, of the reply to that query."""
         model, bits = self.model, self.model.reply_bits
         expected = (
             model.prefix(3, 0, 0)
@@ -228,27 +265,30 @@ class Client:
         return np.rint(np.array(units) * unit * 4096) / 4096
 
     def decrypt(self, body: bytes) -> list[int]:
-        """The integers of a reply, after its header: [C]. Never shown to anybody."""
+        """The integers of a reply, after its header: [texts * C]. Never shown to anybody."""
         model, bits = self.model, self.model.reply_bits
-        degree, units, offset = model.degree, [], 0
+        degree, offset = model.degree, 0
+        units: list[list[int]] = [[] for _ in range(model.texts)]
         for number in range(model.replies):
-            wanted = min(model.group, model.classes - number * model.group)
+            rows = min(model.group, model.classes - number * model.group)
+            wanted = model.texts * rows
             parts = []
             for count in (wanted, degree):
                 length = -(-count * bits // 8)
                 parts.append(unpack(body[offset : offset + length], count, bits))
                 offset += length
             c0, c1 = parts[0], np.array(parts[1], dtype=np.int64)
-            for row, value in enumerate(c0):
-                at = row * model.block + model.block - 1
+            for place, value in enumerate(c0):
+                text, row = divmod(place, rows)
+                at = (text * model.group + row) * model.block + model.block - 1
                 # s[j] c1[at - j] for j <= at, and -s[j] c1[at - j + N] above.
                 turned = np.concatenate([c1[at::-1], -c1[:at:-1]])
                 inner = value + int(turned @ self._secret)
                 half = 1 << (bits - 1)
-                units.append((inner + half) % (2 * half) - half)
+                units[text].append((inner + half) % (2 * half) - half)
         if offset != len(body):
             raise ValueError("a reply of another length")
-        return units
+        return [value for row in units for value in row]
 
 
 def _cbd21() -> int:

@@ -44,12 +44,14 @@ def test_its_logits_are_the_heads(
 
 def test_it_understands_recorded_replies(independent, vectors: Path, cases) -> None:
     for name, case in cases.items():
-        model = independent.Model.from_manifest((vectors / f"{name}.manifest.json").read_bytes())
+        model = independent.Model.from_manifest(
+            (vectors / f"{name}.manifest.json").read_bytes(), case["layout"]["texts"]
+        )
         secret = np.array([int(digit) - 1 for digit in case["secret_plus_one"]])
         client = independent.Client(model, secret)
         client.key_id = bytes.fromhex(case["key"]["sha256"])
         reply = (vectors / f"{name}.reply.bin").read_bytes()
-        assert client.decrypt(reply[168:]) == case["decrypted"]
+        assert client.decrypt(reply[172:]) == case["decrypted"]
         query = (vectors / f"{name}.query.bin").read_bytes()
         logits = client.logits(query, reply)
         assert logits.tolist() == case["rounded_logits"]
@@ -64,18 +66,18 @@ def test_recorded_keys_and_queries_are_encryptions(
         if case["prng"] != 2 or case["domain"] != 0:
             continue
         name = case["name"]
-        model = independent.Model.from_manifest((vectors / f"{name}.manifest.json").read_bytes())
+        model = independent.Model.from_manifest(
+            (vectors / f"{name}.manifest.json").read_bytes(), case["layout"]["texts"]
+        )
         secret = np.array([int(digit) - 1 for digit in case["secret_plus_one"]])
         (prime,) = model.data_primes
         expected = np.zeros(model.degree, dtype=np.int64)
-        for kind, header in (("key", 40), ("query", 132)):
+        for kind, header in (("key", 40), ("query", 136)):
             data = (vectors / f"{name}.{kind}.bin").read_bytes()
             c0 = np.array(independent.unpack(data[header:-64], model.degree, 53))
             (mask,) = independent.expand(data[-64:], model.degree, model.data_primes)
             if kind == "query":
-                bits = case["scales"]["query_scale_bits"]
-                embedding = np.array(case["embedding_times_2_20"])
-                expected[: len(embedding)] = embedding << (bits - 20)
+                (expected,) = model.place(np.array(case["embeddings_times_2_20"]) / 2**20)
             difference = c0 + independent.times_ternary(mask, secret, prime) - expected
             difference = (difference + prime // 2) % prime - prime // 2
             assert np.abs(difference).max() <= 21
@@ -119,6 +121,6 @@ def test_two_queries_share_nothing(independent, make_artifact, unit_rows) -> Non
     client = independent.Client(model)
     row = unit_rows(1, 64)[0]
     first, second = client.query(row), client.query(row)
-    assert first[:132] == second[:132]
+    assert first[:136] == second[:136]
     assert first[-64:] != second[-64:]
-    assert hashlib.sha256(first[132:]).digest() != hashlib.sha256(second[132:]).digest()
+    assert hashlib.sha256(first[136:]).digest() != hashlib.sha256(second[136:]).digest()

@@ -171,7 +171,15 @@ def test_not_finite_numbers_are_refused(path: tuple[str, ...], value: float) -> 
 
 @pytest.mark.parametrize(
     "place",
-    [(), ("head",), ("embedding",), ("backbone",), ("backbone", "files", 0), ("policy",)],
+    [
+        (),
+        ("head",),
+        ("embedding",),
+        ("backbone",),
+        ("backbone", "files", 0),
+        ("backbone", "onnx"),
+        ("policy",),
+    ],
     ids=str,
 )
 def test_unknown_fields_are_refused_everywhere(place: tuple[Any, ...]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from veilhead_protocol.errors import ScaleError
-from veilhead_protocol.layout import group_size
+from veilhead_protocol.layout import group_limit
 from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STRONG, ParameterSet
 from veilhead_protocol.scales import (
     BOUND_STEP,
@@ -62,10 +62,8 @@ def expected_scales(weight: Any, bias: Any, parameters: ParameterSet) -> dict[st
     exponent = next(e for e in range(64) if largest + 2**-8 <= 2**e)
     log_delta = (52 if parameters is COMPACT else 70) - exponent
     delta, flood, kappa = 2.0**log_delta, 2.0 ** (log_delta - 11), exponent + 21
-    group = group_size(parameters, weight.shape[1], exponent)
-    s_squared = max(
-        (quantised[start : start + group] ** 2).sum() for start in range(0, len(weight), group)
-    )
+    group = group_limit(parameters, weight.shape[1], exponent)
+    s_squared = max((quantised[at : at + group] ** 2).sum() for at in range(len(weight)))
     v_key = (
         10.5 * (4 * degree / 3 + 1)
         if parameters.special_prime is None

@@ -153,7 +153,7 @@ def test_queries_round_trip(
     for mine, theirs in zip(found.polynomials, polynomials, strict=True):
         assert mine.seed == theirs.seed
         assert same(mine.c0, theirs.c0)
-    header = QueryHeader.deserialize(data[:132])  # routing needs no more
+    header = QueryHeader.deserialize(data[:136])  # routing needs no more
     assert (header.model_digest, header.key_id) == (model_digest, key_id)
 
 
@@ -205,28 +205,28 @@ class Reader:
         self.data = (VECTORS / f"{name}.{kind}.bin").read_bytes()
         self._manifest = Manifest.deserialize((VECTORS / f"{name}.manifest.json").read_bytes())
 
+        self.layout = self._manifest.layout_of(11 if name == "compact-block" else 1)
+
     def again(self, data: bytes) -> bytes:
         manifest = self._manifest
         if self.kind == "key":
             return KeyMessage.deserialize(data).serialize()
         if self.kind == "query":
-            return QueryMessage.deserialize(
-                data, manifest.parameter_set, manifest.layout
-            ).serialize()
+            return QueryMessage.deserialize(data, manifest.parameter_set, self.layout).serialize()
         return ReplyMessage.deserialize(
             data,
             manifest.parameter_set,
-            manifest.layout,
+            self.layout,
             manifest.scales.reply_bits,
             model_digest=self.data[40:72],
             key_id=self.data[72:104],
-            query_digest=self.data[136:168],
+            query_digest=self.data[140:172],
         ).serialize()
 
 
 READERS = [
     Reader(name, kind)
-    for name in ("compact-384", "compact-3000", "strong-384")
+    for name in ("compact-384", "compact-3000", "strong-384", "compact-block")
     for kind in ("key", "query", "reply")
 ]
 
@@ -235,7 +235,7 @@ READERS = [
 def test_damage_is_refused_or_seen(reader: Reader, data: st.DataObject) -> None:
     """Nothing but a `WireError` escapes, and no two byte strings read as the same message."""
     damaged = bytearray(reader.data)
-    header = {"key": 40, "query": 132, "reply": 168}[reader.kind]
+    header = {"key": 40, "query": 136, "reply": 172}[reader.kind]
     kind = data.draw(st.sampled_from(["header", "body", "several", "shorter", "longer", "swap"]))
     if kind == "header":
         damaged[data.draw(st.integers(0, header - 1))] ^= data.draw(st.integers(1, 255))

@@ -223,7 +223,7 @@ def test_nothing_of_a_request_reaches_the_log(service, caplog, capfd):
     assert service.infer("digits", broken).status_code == 422
     ours = [record.getMessage() for record in caplog.records if "veilhead" in record.name]
     shown = "".join(ours) + "".join(capfd.readouterr())
-    for secret in (query.key.id, query.key.message[-64:], query.data[-64:], query.data[132:164]):
+    for secret in (query.key.id, query.key.message[-64:], query.data[-64:], query.data[136:168]):
         assert secret.hex() not in shown
         assert repr(secret)[2:-1] not in shown
 

@@ -221,12 +221,10 @@ class SecretOfAnyDialect:
 
     def query(self, embedding, key_id, prng, domain):
         model = self.model
-        coefficients = np.zeros(model.pieces * model.degree, dtype=np.int64)
-        coefficients[: model.dimensions] = np.rint(embedding * 2.0**model.query_scale_bits)
         level = seal_io.runtime(self.parameters)
         body = b"".join(
             self._encrypt(level, piece, self.parameters.data_primes, prng, domain)
-            for piece in coefficients.reshape(model.pieces, model.degree)
+            for piece in model.place(embedding[np.newaxis])
         )
         return model.prefix(2, prng, domain) + model.target(key_id, model.pieces) + body
 
@@ -263,9 +261,10 @@ def test_compact_messages_are_as_small_as_promised():
     pair = Pair.of(head)
     query = pair.session.encrypt(unit_rows(1, 384)[0])
     assert len(query.key.message) <= 14_200
-    assert len(query.data) <= 14_200
-    assert head.manifest.layout.replies == 5
-    assert len(pair.answer(query)) <= 5 * 7_400
+    layout = head.manifest.layout
+    assert (layout.pieces, layout.replies) == (2, 3)
+    assert len(query.data) <= 2 * 13_640 + 140
+    assert len(pair.answer(query)) <= 3 * 7_400
 
 
 def parse(pair, query, reply):

@@ -7,6 +7,8 @@ attack, and fails against the service as it is.
 from __future__ import annotations
 
 import hashlib
+import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from support.heads import Pair, artifact, unit_rows
 from tenseal import sealapi
 
 from veilhead_protocol import seal_io
-from veilhead_protocol.errors import MessageLengthError
+from veilhead_protocol.errors import MessageLayoutError, MessageLengthError, SeedReuseError
+from veilhead_protocol.manifest import PolicySection
 from veilhead_protocol.parameters import COMPACT
 from veilhead_protocol.scales import quantise
 from veilhead_protocol.wire import (
@@ -42,8 +45,13 @@ def pair():
 def integer_weights(pair):
     """What the attacker wants: the integers of the first weight polynomial, [N]."""
     scales = pair.artifact.manifest.scales
-    packed = pair.head.layout.pack_weight(pair.artifact.weight)[0, 0]
-    return np.rint(packed * 2.0**scales.weight_scale_bits).astype(int)
+    return np.rint(weight_polynomials(pair)[0] * 2.0**scales.weight_scale_bits).astype(int)
+
+
+def weight_polynomials(pair):
+    """The weight polynomials of one piece: [R, N]."""
+    packed = pair.head.layout.pack_weight(pair.artifact.weight)[:, 0]
+    return np.pad(packed, ((0, 0), (0, DEGREE - packed.shape[1])))
 
 
 def share_recovered(found, wanted):
@@ -127,12 +135,12 @@ def test_a_zero_used_twice_gives_the_difference_of_two_weight_polynomials(monkey
         query = pair.session.encrypt(unit_rows(1, 384)[0])
         pair.answer(query)
         monkeypatch.setattr(pair.head, "_truncate", truncate)
-        first, second = (value[0] for value in seen if value.shape[1] == DEGREE)
+        first, second = next(value[0] for value in seen if value.shape[1] > DEGREE).reshape(2, -1)
         gap = (first.astype(object) - second.astype(object)) % PRIME
         return ring.centred(ring.divide(gap, expanded_c1(pair, query), PRIME), PRIME)
 
     bits = pair.artifact.manifest.scales.weight_scale_bits
-    packed = np.rint(pair.head.layout.pack_weight(pair.artifact.weight)[:, 0] * 2.0**bits)
+    packed = np.rint(weight_polynomials(pair) * 2.0**bits)
     wanted = (packed[0] - packed[1]).astype(int)
     assert share_recovered(difference(), wanted) < 0.01
 
@@ -158,11 +166,8 @@ def decrypt_every_coefficient(pair, c0, c1):
     """c0 [N or fewer wanted] + c1 s for all coefficients, by the key's owner, over Delta_w."""
     scales = pair.artifact.manifest.scales
     modulus = 1 << scales.reply_bits
-    # The wanted rows of the decryption are the secret's coefficients, in some order with signs.
-    rows = pair.session._key._rows
-    wanted = int(pair.head.layout.wanted(0)[0])
-    secret = np.array([rows[0][(wanted - index) % DEGREE] for index in range(DEGREE)])
-    secret = np.where(np.arange(DEGREE) > wanted, -secret, secret).astype(int)
+    kept = pair.session._key._decryption
+    secret = np.rint((np.fft.ifft(kept._spectrum) * kept._back).real).astype(int)
     product = ring.centred(ring.multiply(c1, secret, PRIME), PRIME)
     values = ring.centred((product + c0.astype(object)) % modulus, modulus)
     unit = COMPACT.data_modulus / 2.0 ** (scales.reply_bits + scales.scale_bits)
@@ -173,7 +178,8 @@ def read_all_coefficients(pair):
     """The query is the constant 1: the product is the weight polynomial itself."""
     query = pair.session.encrypt(np.eye(384)[0])
     key = ClientKey.from_message(query.key.message)
-    reply = pair.head._answer([ciphertext_of(pair, query)], 0, key)
+    product = pair.head._product([ciphertext_of(pair, query)], pair.head._single.rows[0])
+    (reply,) = pair.head._answer(pair.head.layout, iter([product]), key)
     c0 = np.zeros(DEGREE, dtype=np.uint64)
     if len(reply.c0) == DEGREE:
         c0 = reply.c0
@@ -182,23 +188,21 @@ def read_all_coefficients(pair):
     return decrypt_every_coefficient(pair, c0, reply.c1)
 
 
-def answer_with_every_coefficient(self, pieces, reply, key):
-    ciphertext = self._rerandomise(self._product(pieces, reply), key)
-    self._seal.evaluator.transform_from_ntt_inplace(ciphertext)
-    c0, c1 = seal_io.save_ciphertext(ciphertext)
-    return ReplyPolynomial(c0=self._truncate(c0), c1=self._truncate(c1))
+def answer_with_every_coefficient(self, layout, products, key):
+    for product in products:
+        c0, c1 = self._masked(product, key)
+        yield ReplyPolynomial(c0=self._truncate(c0), c1=self._truncate(c1))
 
 
 def test_unwanted_coefficients_hold_the_whole_head_when_they_are_sent(pair, monkeypatch):
     monkeypatch.setattr(EncryptedHead, "_answer", answer_with_every_coefficient)
     found = read_all_coefficients(pair)
-    packed = pair.head.layout.pack_weight(pair.artifact.weight)[0, 0]
-    assert share_recovered(found, packed) > 0.99
+    assert share_recovered(found, weight_polynomials(pair)[0]) > 0.99
 
 
 def test_unwanted_coefficients_tell_nothing_as_they_are_not_sent(pair):
     found = read_all_coefficients(pair)
-    packed = pair.head.layout.pack_weight(pair.artifact.weight)[0, 0]
+    packed = weight_polynomials(pair)[0]
     unwanted = np.ones(DEGREE, dtype=bool)
     unwanted[pair.head.layout.wanted(0)] = False
     assert share_recovered(found[unwanted], packed[unwanted]) < 0.01
@@ -314,6 +318,140 @@ def test_the_flood_is_as_wide_as_the_manifest_says_and_covers_the_rest(pair, mon
     bound = 2.0**-11
     assert np.abs(flooded).max() <= 1.25 * bound  # flood, noise and truncation
     assert 0.45 * bound < flooded.std() < 0.75 * bound  # uniform: 0.577
-    monkeypatch.setattr(EncryptedHead, "_flood", lambda self, count: [0] * count)
+    monkeypatch.setattr(
+        EncryptedHead, "_flood", lambda self, count: np.zeros(count, dtype=np.int64)
+    )
     bare = residual_noise(pair, 40)
     assert bare.std() < flooded.std() / 8
+
+
+# --- requests of several texts -------------------------------------------------------------------
+
+BLOCKS = pytest.mark.parametrize("texts", [3, 64, 200, 2048], ids=["3", "block", "bulk", "all"])
+
+
+def of_several(classes, dimensions):
+    """A pair whose model takes any number of texts."""
+    made = artifact(classes, dimensions)
+    return Pair.of(replace(made, policy=PolicySection(bulk=True)))
+
+
+def mask_gap(pair, query, monkeypatch):
+    """c1 of the first two replies before the cut: their difference, [N], modulo the prime."""
+    seen = []
+    truncate = EncryptedHead._truncate
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            EncryptedHead,
+            "_truncate",
+            lambda self, value: seen.append(value) or truncate(self, value),
+        )
+        pair.answer(query)
+    masks = seen[-1][0].astype(object)  # all replies' masks, one after the other
+    return (masks[:DEGREE] - masks[DEGREE : 2 * DEGREE]) % PRIME
+
+
+def expected_gap(pair, query):
+    """The same difference if both had one mask: what the query and the weights make of it."""
+    layout = query.layout
+    seal = seal_io.runtime(COMPACT)
+    message = QueryMessage.deserialize(query.data, COMPACT, layout)
+    scale = 2.0**pair.artifact.manifest.scales.weight_scale_bits
+    packed = np.rint(layout.pack_weight(pair.artifact.weight) * scale)
+    packed = np.pad(packed, ((0, 0), (0, 0), (0, DEGREE - packed.shape[2]))).astype(int)
+    total = np.zeros(DEGREE, dtype=object)
+    for piece, polynomial in enumerate(message.polynomials):
+        ciphertext = seal_io.load_seeded_ciphertext(
+            seal, polynomial.c0, polynomial.seed, prng=1, ntt_form=True, scale_bits=0
+        )
+        seal.evaluator.transform_from_ntt_inplace(ciphertext)
+        c1 = seal_io.save_ciphertext(ciphertext)[1, 0]
+        total += np.array(
+            ring.multiply(c1, packed[0, piece] - packed[1, piece], PRIME), dtype=object
+        )
+    return total % PRIME
+
+
+@BLOCKS
+def test_every_reply_of_a_request_has_a_mask_of_its_own(texts, monkeypatch):
+    pair = of_several(40, 5)
+    query = pair.session.encrypt_batch(unit_rows(texts, 5))
+    assert query.layout.replies > 1
+    gap = mask_gap(pair, query, monkeypatch)
+    wanted = expected_gap(pair, query)
+    assert (gap == wanted).mean() < 0.01
+
+    kept = {}
+
+    def reuse(self, product, key):
+        if "zero" not in kept:
+            kept["zero"] = self._seal.new_ciphertext()
+            key.encryptor.encrypt_zero(self._seal.data_parms_id, kept["zero"])
+            kept["zero"].scale = product.scale
+        total = self._seal.new_ciphertext()
+        self._seal.evaluator.add(product, kept["zero"], total)
+        return total
+
+    monkeypatch.setattr(EncryptedHead, "_rerandomise", reuse)
+    assert (mask_gap(pair, query, monkeypatch) == wanted).all()
+
+
+@BLOCKS
+def test_a_reply_carries_no_coefficient_but_the_logits(texts):
+    pair = of_several(7, 20)
+    query = pair.session.encrypt_batch(unit_rows(texts, 20))
+    reply = ReplyMessage.deserialize(
+        pair.answer(query),
+        COMPACT,
+        query.layout,
+        pair.artifact.manifest.head.reply_bits,
+        model_digest=pair.artifact.manifest.digest,
+        key_id=query.key.id,
+        query_digest=query.digest,
+    )
+    assert sum(len(polynomial.c0) for polynomial in reply.polynomials) == texts * 7
+
+
+def test_a_block_stays_within_the_hints_and_bulk_needs_the_models_leave():
+    made = artifact(7, 20)
+    manifest = made.manifest
+    most = COMPACT.max_wanted(manifest.head.exponent)
+    for texts in range(1, most + 1):
+        layout = manifest.layout_of(texts)
+        assert texts * layout.group <= most
+    pair = of_several(7, 20)
+    query = pair.session.encrypt_batch(unit_rows(most + 1, 20))
+    strict = EncryptedHead(manifest, made.weight, made.bias)
+    with pytest.raises(MessageLayoutError, match=f"1 to {most}"):
+        strict.evaluate(query.data, ClientKey.from_message(query.key.message))
+
+
+@BLOCKS
+def test_a_seed_twice_in_a_request_is_refused(texts):
+    pair = of_several(30, 900)
+    query = pair.session.encrypt_batch(unit_rows(texts, 900))
+    assert query.layout.pieces > 1
+    data = bytearray(query.data)
+    stride = (len(data) - 136) // query.layout.pieces
+    data[-64:] = data[136 + stride - 64 : 136 + stride]
+    with pytest.raises(SeedReuseError):
+        pair.head.evaluate(bytes(data), ClientKey.from_message(query.key.message))
+
+
+@BLOCKS
+@pytest.mark.parametrize("offset", range(108, 136, 4))
+def test_a_layout_that_is_not_the_canonical_one_is_refused(texts, offset):
+    pair = of_several(7, 20)
+    query = pair.session.encrypt_batch(unit_rows(texts, 20))
+    key = ClientKey.from_message(query.key.message)
+    for change in (-1, 1):
+        data = bytearray(query.data)
+        (value,) = struct.unpack_from("<I", data, offset)
+        struct.pack_into("<I", data, offset, value + change)
+        try:
+            pair.head.evaluate(bytes(data), key)
+        except (MessageLayoutError, MessageLengthError):
+            continue
+        # Another number of texts may have the same counts, and the same polynomials: it is then
+        # a request for so many texts, and canonical.
+        assert offset == 108

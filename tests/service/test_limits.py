@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -41,13 +40,19 @@ def test_the_single_layout_costs_one_a_text(parameters, dimensions, classes, exp
 def test_beyond_the_hint_bound_an_answer_costs_the_head():
     exponent = 5
     bound = COMPACT.max_wanted(exponent)
-    allowed = Layout.canonical(COMPACT, texts=1, dimensions=16, classes=120, exponent=exponent)
-    assert allowed.group == bound == 72
-    wide = replace(allowed, group=bound + 1)
-    assert charge(allowed, exponent, COMPACT) == 1
-    assert charge(wide, exponent, COMPACT) == 17  # d + 1
+    assert bound == 72
+
+    def layout(texts, dimensions=384):
+        return Layout.canonical(
+            COMPACT, texts=texts, dimensions=dimensions, classes=77, exponent=exponent, bulk=True
+        )
+
+    assert charge(layout(bound), exponent, COMPACT) == bound
+    assert charge(layout(bound + 1), exponent, COMPACT) == 385  # d + 1
+    assert charge(layout(bound + 1, 16), exponent, COMPACT) == bound + 1
+    assert charge(layout(2048), exponent, COMPACT) == 2048
     # The bound depends on the head's exponent.
-    assert charge(allowed, exponent + 1, COMPACT) == 17
+    assert charge(layout(bound), exponent + 1, COMPACT) == 385
 
 
 # --- periods ------------------------------------------------------------------------------------

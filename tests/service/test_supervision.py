@@ -106,7 +106,7 @@ def test_a_worker_that_bloats_is_replaced_after_its_answer(store, tmp_path, monk
     head.save(tmp_path / "huge")
     publish(tmp_path / "huge", tmp_path / "store")
     layout = head.manifest.layout
-    size = layout.replies * layout.degree * 8  # bytes that the encoded weights need at least
+    size = layout.products * layout.degree * 8  # bytes that the encoded weights need at least
 
     async def run():
         async with opened(store) as bench:  # how much a warm worker holds

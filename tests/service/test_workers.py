@@ -219,7 +219,7 @@ def test_a_cancelled_query_does_not_leave_its_answer_to_the_next(open_bench, dis
                 os.kill(pid, signal.SIGCONT)
             for query in queries[1:]:
                 reply = (await bench.evaluate(query)).reply
-                assert reply[136:168] == query.digest
+                assert reply[140:172] == query.digest
 
     asyncio.run(run())
 

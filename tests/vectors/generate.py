@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import cmath
 import hashlib
+import itertools
 import json
 import math
 import struct
@@ -302,6 +303,7 @@ class Case:
     weight_scale_bits: int
     minimum: str
     backbone: bool
+    texts: int = 1
 
     @property
     def scale_bits(self) -> int:
@@ -316,17 +318,32 @@ class Case:
         return self.scale_bits - self.weight_scale_bits
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Block length, pieces and group: the cheapest, of those that the hints allow."""
+        degree, classes = self.parameters.degree, len(self.labels)
+        weight = self.exponent + 11
+        most = 1152 // weight if self.parameters is COMPACT else 192  # for e <= 7
+        choices = []
+        largest = min(max(16, degree // self.dimensions), most // self.texts, classes)
+        for group in range(1, largest + 1):
+            pieces = -(-self.dimensions // (degree // (self.texts * group)))
+            replies = -(-classes // group)
+            cost = 20 * (pieces + replies) + pieces * replies
+            choices.append((cost, group, -(-self.dimensions // pieces), pieces))
+        _, group, block, pieces = min(choices)
+        return block, pieces, group
+
+    @property
     def pieces(self) -> int:
-        return -(-self.dimensions // self.parameters.degree)
+        return self.shape[1]
 
     @property
     def block(self) -> int:
-        return min(self.dimensions, self.parameters.degree)
+        return self.shape[0]
 
     @property
     def group(self) -> int:
-        # Far below the limit of hints, which these small heads never meet.
-        return max(1, self.parameters.degree // self.dimensions)
+        return self.shape[2]
 
     @property
     def replies(self) -> int:
@@ -334,21 +351,27 @@ class Case:
 
     def counts(self, polynomials: int) -> bytes:
         return struct.pack(
-            "<B3xIIIIII",
-            1,
-            1,
+            "<B3xIIIIIII",
+            1 if self.texts == 1 else 2,
+            self.texts,
             self.dimensions,
             len(self.labels),
             self.block,
             self.pieces,
+            self.group,
             polynomials,
         )
 
     def manifest(self) -> dict[str, Any]:
-        files = [
+        *files, tokenizer, graph = (
             {"path": path, "bytes": size, "sha256": hashlib.sha256(path.encode()).hexdigest()}
-            for path, size in (("config.json", 612), ("weights/model.safetensors", 90868376))
-        ]
+            for path, size in (
+                ("config.json", 612),
+                ("weights/model.safetensors", 90868376),
+                ("onnx/tokenizer.json", 466268),
+                ("onnx/model.fp16.onnx", 45178348),
+            )
+        )
         backbone = {
             "kind": "transformers",
             "name": "example/sentence-encoder",
@@ -360,6 +383,7 @@ class Case:
             "token_types": False,
             "public_parameters": 22713216,
             "files": files,
+            "onnx": {"tokenizer": tokenizer, "fp32": None, "fp16": graph},
         }
         return {
             "format": "veilhead-manifest/1",
@@ -392,9 +416,10 @@ class Case:
 
     # The numbers below are integers: embedding k_j / 2^20, weight v / 2^weight_scale_bits.
 
-    def embedding(self) -> list[int]:
-        values = fixed_integers(f"{self.name}/embedding", self.dimensions, 2**15 + 1)
-        return [value - 2**14 for value in values]
+    def embeddings(self) -> list[list[int]]:
+        count = self.texts * self.dimensions
+        flat = [v - 2**14 for v in fixed_integers(f"{self.name}/embedding", count, 2**15 + 1)]
+        return [flat[i : i + self.dimensions] for i in range(0, count, self.dimensions)]
 
     def weight(self) -> list[list[int]]:
         count = len(self.labels) * self.dimensions
@@ -442,6 +467,19 @@ CASES = (
         weight_scale_bits=14,
         minimum="strong",
         backbone=False,
+    ),
+    Case(
+        name="compact-block",
+        parameters=COMPACT,
+        prng=BLAKE2XB,
+        domain=NTT,
+        dimensions=48,
+        labels=("a", "b", "c", "d", "e"),
+        exponent=3,
+        weight_scale_bits=13,
+        minimum="compact",
+        backbone=False,
+        texts=11,
     ),
 )
 
@@ -502,16 +540,19 @@ def build_case(case: Case, files: dict[str, bytes]) -> dict[str, Any]:
     key = prefix(KEY, case.prng, case.domain, parameters) + body + key_seed
     key_id = hashlib.sha256(key).digest()
 
-    embedding = case.embedding()
-    scaled = [value << (case.query_scale_bits - 20) for value in embedding]
-    scaled += [0] * (case.pieces * degree - case.dimensions)
+    embeddings = case.embeddings()
+    scaled = [[0] * degree for _ in range(case.pieces)]
+    for text, row in enumerate(embeddings):
+        for feature, value in enumerate(row):
+            piece, place = divmod(feature, case.block)
+            at = text * case.group * case.block + place
+            scaled[piece][at] = value << (case.query_scale_bits - 20)
     query = prefix(QUERY, case.prng, case.domain, parameters) + digest + key_id
     query += case.counts(case.pieces)
     polynomials = []
     for piece in range(case.pieces):
-        plaintext = scaled[piece * degree : (piece + 1) * degree]
         packed, seed, c0 = encrypt(
-            case, f"query {piece}", parameters.data_primes, secret, plaintext
+            case, f"query {piece}", parameters.data_primes, secret, scaled[piece]
         )
         query += packed + seed
         polynomials.append({"seed": seed.hex(), "c0_sha256": words_digest(c0)})
@@ -522,30 +563,32 @@ def build_case(case: Case, files: dict[str, bytes]) -> dict[str, Any]:
         Fraction(sum(w * k for w, k in zip(row, embedding, strict=True)), 1 << 34)
         * Fraction(1 << 14, 1 << case.weight_scale_bits)
         + Fraction(offset, 1 << 20)
+        for embedding in embeddings
         for row, offset in zip(weight, bias, strict=True)
-    ]
-    flood = fixed_integers(f"{case.name}/flood", count, 2 * (delta >> 11) + 1)
-    noise = fixed_integers(f"{case.name}/noise", count, 1 << 28)
+    ]  # text by text
+    flood = fixed_integers(f"{case.name}/flood", len(logits), 2 * (delta >> 11))
+    noise = fixed_integers(f"{case.name}/noise", len(logits), 1 << 28)
     reply = prefix(REPLY, 0, 0, parameters) + digest + key_id + case.counts(case.replies)
     reply += struct.pack("<I32s", case.reply_bits, hashlib.sha256(query).digest())
-    answers, decrypted = [], []
+    answers, decrypted = [], [0] * len(logits)
     for number in range(case.replies):
         classes = range(number * case.group, min((number + 1) * case.group, count))
         mask = fixed_integers(f"{case.name}/reply {number}/mask", degree, modulus)
         product = multiply(mask, secret, modulus)
         c1 = [truncated(value, modulus, case.reply_bits) for value in mask]
         c0 = []
-        for row, index in enumerate(classes):
+        for text, row in itertools.product(range(case.texts), range(len(classes))):
+            index = text * count + classes[row]
             added = flood[index] - (delta >> 11) + noise[index] - (1 << 27)
             value = int(logits[index] * delta) + added
-            at = row * case.block + case.block - 1
+            at = (text * case.group + row) * case.block + case.block - 1
             c0.append(truncated((value - product[at]) % modulus, modulus, case.reply_bits))
             # What a client computes: c0 plus a coefficient of c1 s, modulo 2^kappa, centred.
             inner = c0[-1] + sum(
                 secret[j] * (c1[at - j] if j <= at else -c1[at - j + degree]) for j in range(degree)
             )
             half = 1 << (case.reply_bits - 1)
-            decrypted.append((inner + half) % (2 * half) - half)
+            decrypted[index] = (inner + half) % (2 * half) - half
         reply += pack_bits(c0, case.reply_bits) + pack_bits(c1, case.reply_bits)
         answers.append({"c0": c0, "c1_sha256": words_digest([c1])})
     rounded = []
@@ -563,8 +606,8 @@ def build_case(case: Case, files: dict[str, bytes]) -> dict[str, Any]:
         "prng": case.prng,
         "domain": case.domain,
         "layout": {
-            "kind": 1,
-            "texts": 1,
+            "kind": 1 if case.texts == 1 else 2,
+            "texts": case.texts,
             "dimensions": case.dimensions,
             "classes": count,
             "block_length": case.block,
@@ -580,7 +623,7 @@ def build_case(case: Case, files: dict[str, bytes]) -> dict[str, Any]:
             "reply_bits": case.reply_bits,
         },
         "secret_plus_one": "".join(str(value + 1) for value in secret),
-        "embedding_times_2_20": embedding,
+        "embeddings_times_2_20": embeddings,
         "manifest": describe(manifest),
         "key": describe(key) | {"seed": key_seed.hex(), "b_sha256": words_digest(b)},
         "query": describe(query) | {"polynomials": polynomials},
@@ -617,7 +660,7 @@ def failing(files: dict[str, bytes]) -> list[dict[str, Any]]:
     for case in CASES:
         parameters = case.parameters
         own, foreign = parameters.id, (STRONG if parameters is COMPACT else COMPACT).id
-        for kind, header in (("key", 40), ("query", 132), ("reply", 168)):
+        for kind, header in (("key", 40), ("query", 136), ("reply", 172)):
             if case.pieces > 1 and kind != "query":
                 continue  # nothing that the first case does not have
             base = f"{case.name}.{kind}.bin"
@@ -648,21 +691,31 @@ def failing(files: dict[str, bytes]) -> list[dict[str, Any]]:
                 add("PRNG 3", base, "PrngError", write(6, b"\3"))
                 add("domain 2", base, "DomainError", write(7, b"\2"))
             if kind != "key":
-                add("layout 0", base, "MessageLayoutError", write(104, b"\0"))
-                add("layout 2", base, "MessageLayoutError", write(104, b"\2"))
+                for value in {0, 1, 2, 3, 4} - {data[104]}:
+                    add(f"layout {value}", base, "MessageLayoutError", write(104, bytes([value])))
                 for at in (105, 106, 107):
                     add(f"reserved byte {at}", base, "PaddingError", write(at, b"\1"))
                 for at, field in enumerate(
-                    ("texts", "dimensions", "classes", "block length", "pieces", "polynomials")
+                    (
+                        "texts",
+                        "dimensions",
+                        "classes",
+                        "block length",
+                        "pieces",
+                        "group",
+                        "polynomials",
+                    )
                 ):
                     offset = 108 + 4 * at
                     (value,) = struct.unpack_from("<I", data, offset)
-                    add(f"{field} more", base, "MessageLayoutError", u32(offset, value + 1))
+                    if (kind, field, case.texts) != ("query", "texts", 11):
+                        # Twelve texts happen to have the same counts otherwise.
+                        add(f"{field} more", base, "MessageLayoutError", u32(offset, value + 1))
                     add(f"{field} 0", base, "MessageLayoutError", u32(offset, 0))
                     add(f"{field} 2^32 - 1", base, "MessageLayoutError", u32(offset, 2**32 - 1))
         for kind, header, primes in (
             ("key", 40, parameters.key_primes),
-            ("query", 132, parameters.data_primes),
+            ("query", 136, parameters.data_primes),
         ):
             base = f"{case.name}.{kind}.bin"
             data, at = files[base], header
@@ -709,11 +762,11 @@ def failing(files: dict[str, bytes]) -> list[dict[str, Any]]:
         add("another model", reply, "ModelMismatchError", write(40, other_digest))
         add("another key", reply, "KeyMismatchError", write(72, other_digest))
         for value in (0, case.reply_bits - 1, case.reply_bits + 1, 2**32 - 1):
-            add(f"kappa {value}", reply, "MessageLayoutError", u32(132, value))
-        add("another query", reply, "QueryMismatchError", write(136, other_digest))
-        count = min(case.group, len(case.labels))
+            add(f"kappa {value}", reply, "MessageLayoutError", u32(136, value))
+        add("another query", reply, "QueryMismatchError", write(140, other_digest))
+        count = case.texts * min(case.group, len(case.labels))
         used = count * case.reply_bits % 8
-        at = 168 + -(-count * case.reply_bits // 8) - 1
+        at = 172 + -(-count * case.reply_bits // 8) - 1
         if used:
             for bit in (used, 7):
                 add(
@@ -783,6 +836,10 @@ def failing(files: dict[str, bytes]) -> list[dict[str, Any]]:
         ("a path with a backslash", ["backbone", "files", 0, "path"], "a\\b"),
         ("a path twice", ["backbone", "files", 0, "path"], "weights/model.safetensors"),
         ("a short digest", ["backbone", "files", 0, "sha256"], "ab"),
+        ("an ONNX form without a graph", ["backbone", "onnx", "fp16"], None),
+        ("an ONNX form without a tokenizer", ["backbone", "onnx", "tokenizer"], None),
+        ("an ONNX path that climbs", ["backbone", "onnx", "fp16", "path"], "../model.onnx"),
+        ("an ONNX path of another file", ["backbone", "onnx", "fp16", "path"], "config.json"),
     )
     for name, path, value in manifest_edits:
         add(name, base, "ManifestError", {"path": path, "value": value})

@@ -31,7 +31,7 @@ from veilhead_protocol.scales import project
 from veilhead_protocol.wire import QueryMessage
 
 #: Noise of each value of a noised embedding, relative to the root mean square of the values.
-NOISE: Final = (0.5, 1.0, 2.0)
+NOISE: Final = (1.0, 4.0, 16.0)
 
 #: Words that the decoder looks for.
 WORDS: Final = 100
@@ -63,29 +63,33 @@ def linear_map(features: _Array, values: _Array) -> tuple[_Array, _Array]:
 
 
 def word_auc(scores: _Array, truths: NDArray[np.bool_]) -> float:
-    """Mean over words of the area under the curve: scores and truths are [texts, words]."""
+    """Mean over words of the area under the curve: scores and truths are [texts, words].
+
+    Every word must be in some of the texts, and not in all.
+    """
+    return _mean_area(_ranks(scores), truths)
+
+
+def word_auc_deviation(scores: _Array, truths: NDArray[np.bool_], seed: int = 4) -> float:
+    """Standard deviation of `word_auc` when scores belong to other texts: by permutation."""
+    generator = np.random.default_rng(seed)
+    ranks = _ranks(scores)
+    return float(
+        np.std([_mean_area(ranks[generator.permutation(len(ranks))], truths) for _ in range(200)])
+    )
+
+
+def _ranks(scores: _Array) -> _Array:
     from scipy.stats import rankdata
 
-    areas = []
-    for score, truth in zip(scores.T, truths.T, strict=True):
-        positive = int(truth.sum())
-        if 0 < positive < len(truth):
-            ranks = rankdata(score)[truth]
-            areas.append((ranks.mean() - (positive + 1) / 2) / (len(truth) - positive))
-    return float(np.mean(areas))
+    ranks: _Array = rankdata(scores, axis=0)
+    return ranks
 
 
-def word_auc_deviation(truths: NDArray[np.bool_]) -> float:
-    """Standard deviation of `word_auc` when scores have nothing to do with truths.
-
-    Of one word by Mann and Whitney's formula; words are taken as wholly dependent, which is more
-    than they are.
-    """
+def _mean_area(ranks: _Array, truths: NDArray[np.bool_]) -> float:
     positive = truths.sum(axis=0)  # [words]
-    positive = positive[(positive > 0) & (positive < len(truths))]
-    negative = len(truths) - positive
-    variance = (len(truths) + 1) / (12 * positive * negative)
-    return float(np.sqrt(variance).mean())
+    mean = (ranks * truths).sum(axis=0) / positive
+    return float(((mean - (positive + 1) / 2) / (len(truths) - positive)).mean())
 
 
 def retrieved(vectors: _Array, candidates: _Array) -> float:
@@ -122,7 +126,7 @@ def unencrypted_features(manifest: Manifest, embeddings: _Array) -> _Array:
     features = []
     for row in project(embeddings, manifest.embedding.scale):
         pieces = []
-        for piece in manifest.layout.pack_embedding(row):
+        for piece in manifest.layout.pack_embeddings(row[np.newaxis]):
             whole = [int(value) for value in np.rint(piece * scale)]
             pieces += [_centred(np.array([v % prime for v in whole]), prime) for prime in primes]
         features.append(np.concatenate(pieces))
@@ -186,11 +190,15 @@ def invert(
     }
     known, attacked = slice(0, train_rows), slice(train_rows, len(texts))
     count = len(texts) - train_rows
+    # What no attacked text says, or every one, tells nothing.
+    told = words[attacked].any(axis=0) & ~words[attacked].all(axis=0)
+    words = words[:, told]
     truths = words[attacked]
     results = []
     for target, vectors in kinds.items():
         matrix, offset = linear_map(vectors[known], words[known].astype(np.float64))
-        auc = word_auc(vectors[attacked] @ matrix + offset, truths)
+        scores = vectors[attacked] @ matrix + offset  # [attacked, words]
+        auc = word_auc(scores, truths)
         if vectors.shape == embeddings.shape:
             guesses = vectors[attacked]
         else:
@@ -212,7 +220,7 @@ def invert(
         decoded = result("decoder: mean AUC of words", auc, 0.5)
         named = result(f"retrieval among {count}: top 1", found, 1 / count)
         if target == wire:
-            decoded = at_chance(decoded, word_auc_deviation(truths))
+            decoded = at_chance(decoded, word_auc_deviation(scores, truths))
             named = at_chance(named, math.sqrt(1 / count / count))
         elif target in ("embedding", "query before encryption"):
             decoded, named = above(decoded, 0.7), above(named, 0.5)

@@ -42,12 +42,12 @@ def recipe(
 
     Without a generator, without noise.
     """
-    labels: _Array = np.eye(classes)[targets]  # [rows, C]
+    labels = np.eye(classes)[targets]  # [rows, C]
     if generator is not None:
-        labels = labels + generator.normal(scale=epsilon / len(targets), size=labels.shape)
+        labels += generator.normal(scale=epsilon / len(targets), size=labels.shape)
     gram = embeddings.T @ embeddings + np.eye(embeddings.shape[1])  # [d, d]
-    solution: _Array = np.linalg.solve(gram, embeddings.T @ labels)  # [d, C]
-    return solution.T
+    solution = np.linalg.solve(gram, embeddings.T @ labels)  # [d, C]
+    return np.asarray(solution.T, dtype=np.float64)
 
 
 def share_told_apart(

@@ -13,16 +13,22 @@ import numpy as np
 import tenseal
 from numpy.typing import NDArray
 
+from veilhead_benchmarks.heads import Head, Messages
+
 DEGREE: Final = 8192
 PRIME_BITS: Final = (60, 40, 60)
 SCALE: Final = 2.0**40
 
 
-class TensealClient:
-    """The data owner: keys, encryption, decryption."""
+class TensealMmExchange:
+    """One encrypted vector a text: `mm` takes no batch."""
 
-    def __init__(self) -> None:
-        self._context = tenseal.context(
+    parameters = f"N={DEGREE}, primes {'/'.join(map(str, PRIME_BITS))}"
+    note = "CKKSVector.mm; one request for every text"
+
+    def __init__(self, head: Head) -> None:
+        # The data owner: all the keys.
+        self._context: Any = tenseal.context(
             tenseal.SCHEME_TYPE.CKKS,
             poly_modulus_degree=DEGREE,
             coeff_mod_bit_sizes=list(PRIME_BITS),
@@ -30,32 +36,30 @@ class TensealClient:
         )
         self._context.global_scale = SCALE
         self._context.generate_galois_keys()
+        keys = self._context.serialize(save_secret_key=False, save_relin_keys=False)
+        self.bytes_keys = len(keys)
+        # The vendor: the head in plaintext, and the public context.
+        self._public: Any = tenseal.context_from(keys, n_threads=1)
+        self._weight = head.weight.T.tolist()
+        self._bias = head.bias.tolist()
 
-    def evaluation_keys(self) -> bytes:
-        """The public context with the Galois keys, as it goes to the service."""
-        keys: bytes = self._context.serialize(save_secret_key=False, save_relin_keys=False)
-        return keys
+    def encrypt(self, embeddings: NDArray[np.float64]) -> Messages:
+        """An encrypted vector [d] for each row."""
+        return tuple(
+            tenseal.ckks_vector(self._context, row.tolist()).serialize() for row in embeddings
+        )
 
-    def encrypt(self, embedding: NDArray[np.float64]) -> bytes:
-        """The encrypted embedding [d]."""
-        query: bytes = tenseal.ckks_vector(self._context, embedding.tolist()).serialize()
-        return query
+    def evaluate(self, requests: Messages) -> Messages:
+        """An encrypted vector [C] for each request."""
+        return tuple(map(self._evaluate, requests))
 
-    def decrypt(self, reply: bytes) -> NDArray[np.float64]:
-        """Logits [C]."""
-        return np.array(tenseal.ckks_vector_from(self._context, reply).decrypt())
-
-
-class TensealService:
-    """The vendor: the head [C, d] in plaintext, and the client's evaluation keys."""
-
-    def __init__(self, keys: bytes, weight: NDArray[np.float64], bias: NDArray[np.float64]) -> None:
-        self._context: Any = tenseal.context_from(keys, n_threads=1)
-        self._weight = weight.T.tolist()
-        self._bias = bias.tolist()
-
-    def evaluate(self, query: bytes) -> bytes:
-        """From the bytes of a query to those of its reply."""
-        vector = tenseal.ckks_vector_from(self._context, query)
+    def _evaluate(self, request: bytes) -> bytes:
+        vector = tenseal.ckks_vector_from(self._public, request)
         reply: bytes = (vector.mm(self._weight) + self._bias).serialize()
         return reply
+
+    def decrypt(self, replies: Messages) -> NDArray[np.float64]:
+        """Logits [batch, C]."""
+        return np.array(
+            [tenseal.ckks_vector_from(self._context, reply).decrypt() for reply in replies]
+        )

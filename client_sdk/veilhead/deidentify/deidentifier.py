@@ -48,6 +48,22 @@ class Deidentified:
     text: str = field(repr=False)
     spans: tuple[Span, ...]
 
+    def in_original(self, start: int, end: int) -> tuple[int, int]:
+        """Where the characters start to end - 1 of `text` come from; placeholders count whole."""
+        return self._place(start, is_end=False), self._place(end, is_end=True)
+
+    def _place(self, place: int, *, is_end: bool) -> int:
+        behind = 0  # how far the original is ahead of `text`
+        for span in self.spans:
+            start = span.start - behind
+            end = start + len(span.placeholder)
+            if place < start + is_end:
+                break
+            if place < end + is_end:
+                return span.end if is_end else span.start
+            behind = span.end - end
+        return place + behind
+
 
 class Deidentifier:
     """Replaces what detectors find by placeholders, the same value by the same one.

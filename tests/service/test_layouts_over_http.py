@@ -1,0 +1,133 @@
+"""Lists of texts through the SDK and the real service: blocks, and bulk where it is allowed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.heads import artifact, unit_rows
+from support.stores import Vendor
+
+from veilhead import Client
+from veilhead.local import InProcessTransport
+from veilhead.session import Session
+from veilhead_protocol.errors import LayoutError, MessageLayoutError
+from veilhead_protocol.layout import LayoutKind
+from veilhead_protocol.manifest import PolicySection
+from veilhead_protocol.parameters import COMPACT
+from veilhead_service.app import create_app
+from veilhead_service.encrypted_head import ClientKey, EncryptedHead
+from veilhead_service.model_store import ModelStore
+from veilhead_service.settings import Settings
+
+HEAD = artifact(7, 40, name="model")
+
+
+@pytest.fixture(params=[False, True], ids=["blocks", "bulk"])
+def served(request, tmp_path):
+    """A client of a service that allows bulk, or not, and the traces of its queries."""
+    Vendor(tmp_path).publish(HEAD, allow_bulk=request.param)
+    settings = Settings(store=tmp_path / "store", workers=1, insecure_no_tenants=True)
+    transport = InProcessTransport(create_app(settings))
+    traces = []
+    with Client("http://127.0.0.1", "model", transport=transport, on_query=traces.append) as client:
+        assert client.manifest.policy.bulk is request.param
+        yield client, traces
+
+
+def test_lists_of_any_length_are_answered(served):
+    client, traces = served
+    most = COMPACT.max_wanted(client.manifest.head.exponent)
+    for rows in (1, 3, 30, 301):
+        traces.clear()
+        embeddings = unit_rows(rows, 40)
+        found = client.logits(embeddings)
+        assert np.abs(found - HEAD.logits(embeddings)).max() <= client.manifest.head.error_bound
+        sizes = [trace.texts for trace in traces]
+        assert sum(sizes) == rows
+        assert sorted(sizes) == sorted(Session(client.manifest).plan(rows))
+    assert (max(sizes) > most) is client.manifest.policy.bulk
+
+
+def test_bulk_is_another_version_that_its_policy_tells_apart(tmp_path):
+    vendor = Vendor(tmp_path)
+    strict, loose = vendor.publish(HEAD), vendor.publish(HEAD, allow_bulk=True)
+    assert strict != loose
+    assert vendor.publish(HEAD, allow_bulk=True) == loose
+    store = ModelStore(vendor.store)
+    manifests = [store.version("model", bytes.fromhex(one)).manifest for one in (strict, loose)]
+    assert [manifest.policy.bulk for manifest in manifests] == [False, True]
+    assert manifests[0].head == manifests[1].head
+    rows = unit_rows(COMPACT.max_wanted(HEAD.manifest.head.exponent) + 1, 40)
+    assert Session(manifests[1]).encrypt_batch(rows).layout.kind is LayoutKind.BULK
+    with pytest.raises(LayoutError):
+        Session(manifests[0]).encrypt_batch(rows)
+    query = Session(manifests[1]).encrypt_batch(rows)
+    head = EncryptedHead(manifests[0], HEAD.weight, HEAD.bias)
+    with pytest.raises(MessageLayoutError):
+        head.evaluate(query.data, ClientKey.from_message(query.key.message))
+
+
+def test_sending_does_not_wait_for_the_encryption_of_the_next_request(served, monkeypatch):
+    """The first request is answered while the second one is still being encrypted."""
+    client, _ = served
+    events = []
+    encrypt, ask = Session.encrypt_batch, type(client._engine)._ask
+
+    def slow(self, embeddings):
+        if events:
+            for _ in range(200):
+                if "answered" in events:
+                    break
+                time.sleep(0.05)
+        events.append("encrypted")
+        return encrypt(self, embeddings)
+
+    async def noted(self, query):
+        answer = await ask(self, query)
+        events.append("answered")
+        return answer
+
+    monkeypatch.setattr(Session, "encrypt_batch", slow)
+    monkeypatch.setattr(type(client._engine), "_ask", noted)
+    rows = 2100 if client.manifest.policy.bulk else 200
+    assert len(client._engine.session.plan(rows)) > 1
+    client.logits(unit_rows(rows, 40))
+    assert events[:2] == ["encrypted", "answered"]
+
+
+@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize(
+    ("classes", "dimensions", "texts"),
+    [(1, 1, 1), (3, 1, 31), (77, 384, 3), (2, 4096, 5), (5, 2500, 64), (9, 33, 129), (3, 7, 2048)],
+)
+def test_every_layout_gives_the_logits_of_the_plaintext_head(
+    parameters, classes, dimensions, texts
+):
+    head = replace(
+        artifact(classes, dimensions, parameters=parameters, scale=1 / np.sqrt(dimensions)),
+        policy=PolicySection(bulk=True),
+    )
+    session = Session(head.manifest)
+    rows = unit_rows(texts, dimensions)
+    query = session.encrypt_batch(rows)
+    served = EncryptedHead(head.manifest, head.weight, head.bias)
+    reply = served.evaluate(query.data, ClientKey.from_message(query.key.message))
+    assert len(reply) == query.reply_bytes
+    found = session.decrypt_batch(query, reply)
+    assert np.abs(found - head.logits(rows)).max() <= head.manifest.head.error_bound
+
+
+def test_a_head_keeps_a_bounded_number_of_block_encodings(monkeypatch):
+    head = EncryptedHead(HEAD.manifest, HEAD.weight, HEAD.bias)
+    session = Session(HEAD.manifest)
+    monkeypatch.setattr("veilhead_service.encrypted_head.BLOCK_BYTES", 10 * 2048 * 8)
+    before = head.held_bytes
+    for texts in range(2, 40):
+        query = session.encrypt_batch(unit_rows(texts, 40))
+        head.evaluate(query.data, ClientKey.from_message(query.key.message))
+        newest = query.layout.products * 2048 * 8
+        assert head.held_bytes - before <= max(newest, 10 * 2048 * 8)
+    assert list(head._blocks)[-1] == 39

@@ -15,11 +15,22 @@ from veilhead_models.artifact import HeadArtifact
 from veilhead_models.backbone import describe
 from veilhead_service.model_store import publish
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGES = {path.stem: path.read_text("utf-8") for path in sorted(DOCS.glob("*.md"))}
+ROOT = Path(__file__).parents[1]
+PAGES = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+
+#: Pages whose examples have a test of their own, which prepares what they need.
+ELSEWHERE = {
+    "deidentify": "tests/client_sdk/test_deidentify.py",
+    "light-client": "tests/end_to_end/test_light_client.py",
+    "models": "tests/test_models_page.py",
+}
+
 MARKED = re.compile(r"<!-- example: (\w+) -->\n```python\n(.*?)```", re.DOTALL)
 EXAMPLES = {
-    (page, name): source for page, text in PAGES.items() for name, source in MARKED.findall(text)
+    (page, name): source
+    for page, text in PAGES.items()
+    if page not in ELSEWHERE
+    for name, source in MARKED.findall(text)
 }
 
 #: What an example prints, as a pattern, where it says so.
@@ -46,9 +57,15 @@ def place(tmp_path_factory, tiny_directory):
         yield directory, url
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - ELSEWHERE.keys()))
 def test_every_example_is_marked(page):
     assert PAGES[page].count("```python") == sum(of == page for of, _ in EXAMPLES)
+
+
+def test_the_others_are_run_where_it_says():
+    for page, path in ELSEWHERE.items():
+        assert page in PAGES
+        assert f"{page}.md" in (ROOT / path).read_text("utf-8")
 
 
 def test_the_patterns_are_of_examples():

@@ -1,7 +1,7 @@
 """Generated records with values that point at nobody, and where they stand.
 
 Medical notes, complaints, support mail, alerts and forms are made of sentences. Some hold a value
-of one kind in one of the ways in which people write it; about one in eight is written in a way that
+of one kind in one of the ways in which people write it; about one in ten is written in a way that
 the detectors are not made for, since a generator that knows only what is found would measure
 nothing. Other sentences hold what looks like a value and is none. Names and addresses stand in
 them too: they have no kind here, and nothing finds them.

@@ -69,7 +69,12 @@ def measure_end_to_end(
                 ServiceProcess(work / "store", work / "service.log") as service,
                 TwinProcess(head, work) as twin,
                 Client(
-                    service.url, _NAME, backbone=directory, device="cpu", on_query=traces.append
+                    service.url,
+                    _NAME,
+                    backbone=directory,
+                    backbone_runtime="torch",
+                    device="cpu",
+                    on_query=traces.append,
                 ) as client,
                 TwinClient(twin.url, backbone, classes) as plaintext,
             ):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from veilhead_benchmarks.console import wide_console
@@ -260,13 +261,28 @@ def run_benchmarks(out: Path, plan: Plan = QUICK, only: Sequence[str] = ()) -> R
     for name in only:
         if name not in known:
             raise ValueError(f"no subject is called {name!r}, expected {', '.join(known)}")
-    for name, subject in known.items():
-        if only and name not in only:
-            continue
+    try:
+        _measure(run, [name for name in known if not only or name in only], console)
+    finally:  # an error costs no figures that are there
+        results = Results(
+            about | {"seconds": run.seconds, "left_out": run.left_out},
+            tuple(run.rows),
+            {"throughput": run.throughput, "memory": run.memory},
+        )
+        results.save(out)
+    print_tables(console, results)
+    console.print(f"results in {out}", highlight=False)
+    return results
+
+
+def _measure(run: _Run, names: Sequence[str], console: Console) -> None:
+    """Measure these subjects, one after the other."""
+    known = subjects(run)
+    for name in names:
         started = time.perf_counter()
         with _one_core(name in _IN_MEMORY):
             try:
-                for row in subject():
+                for row in known[name]():
                     run.rows.append(row)
             except (PeerUnavailableError, DatasetError, BackboneError) as error:
                 # What cannot be had here (no network, say) costs no other subject its figures.
@@ -274,12 +290,3 @@ def run_benchmarks(out: Path, plan: Plan = QUICK, only: Sequence[str] = ()) -> R
                 console.print(f"left out: {name}: {error}", style="yellow", markup=False)
         run.seconds[name] = round(time.perf_counter() - started, 1)
         console.print(f"{name}: {run.seconds[name]:.0f} s", highlight=False)
-    results = Results(
-        about | {"seconds": run.seconds, "left_out": run.left_out},
-        tuple(run.rows),
-        {"throughput": run.throughput, "memory": run.memory},
-    )
-    results.save(out)
-    print_tables(console, results)
-    console.print(f"results in {out}", highlight=False)
-    return results

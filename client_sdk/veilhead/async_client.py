@@ -404,10 +404,18 @@ class AsyncClient:
         self._check_task("text-classification")
         backbone, rows = await self._ready_backbone(), list(texts)
         call, size = Call(), self._engine.chunk
-        return await self._collect(
-            partial(self._infer_texts, backbone, rows[start : start + size], call)
+        # Texts of like length go together: padding costs the backbone a fifth more otherwise.
+        order = sorted(range(len(rows)), key=lambda row: _length(rows[row]), reverse=True)
+        found = await self._collect(
+            partial(
+                self._infer_texts,
+                backbone,
+                [rows[row] for row in order[start : start + size]],
+                call,
+            )
             for start in range(0, len(rows), size)
         )
+        return [answer for _, answer in sorted(zip(order, found, strict=True), key=_row_number)]
 
     async def _collect(
         self, chunks: Iterable[Callable[[], Coroutine[Any, Any, list[_Value]]]]
@@ -534,6 +542,14 @@ def reported(answers: list[Answer], progress: Callable[[int], Any] | None) -> li
 
 def _answer(row: Row, shape: Shape) -> Answer:
     return row if isinstance(row, VeilheadError) else shape.predictions(row)
+
+
+def _length(text: object) -> int:
+    return len(text) if isinstance(text, str) else 0
+
+
+def _row_number(pair: tuple[int, Row]) -> int:
+    return pair[0]
 
 
 async def _chunks(

@@ -441,6 +441,7 @@ def _write_rows(client: Client, table: TableFile, shape: Shape, out: Path) -> in
         "column": table.columns[0],
         "top_k": shape.top_k,
         "function_to_apply": shape.function,
+        "deidentify": client.deidentifier is not None,
     }
     with opened_run(out, shape, identity) as run:
         try:

@@ -34,11 +34,12 @@ from veilhead_protocol.parameters import COMPACT, STRONG, ParameterSet
 from veilhead_protocol.wire import FORMAT_VERSION, KeyMessage
 
 _PACKAGES: Final = ("veilhead", "tenseal", "numpy", "httpx2", "zstandard")
-#: What `pip install 'veilhead[...]'` brings to run a backbone; one of these sets is enough.
-_BACKBONE_PACKAGES: Final = {
-    "torch": ("torch", "transformers", "tokenizers", "safetensors"),
-    "onnx": ("onnxruntime", "tokenizers"),
-}
+#: What can run a backbone; one of these sets is enough. The first is what the advice names.
+_BACKBONE_PACKAGES: Final = (
+    ("torch", "transformers", "tokenizers", "safetensors"),
+    ("onnxruntime", "tokenizers"),
+    ("onnxruntime-gpu", "tokenizers"),
+)
 
 _TIMEOUT_SECONDS: Final = 10.0
 #: A clock that is further off breaks TLS certificates and the dates of retirements.
@@ -90,13 +91,12 @@ def examine(
 
 def _check_backbone_packages() -> list[Check]:
     """The first runtime that is whole; `Client` takes it too."""
-    missing = {}
-    for extra, packages in _BACKBONE_PACKAGES.items():
-        missing[extra] = [package for package in packages if installed(package) is None]
-        if not missing[extra]:
+    for packages in _BACKBONE_PACKAGES:
+        if all(installed(package) for package in packages):
             found = ", ".join(f"{package} {version(package)}" for package in packages)
             return [passed("backbone", found)]
-    found = f"not installed: {', '.join(missing['torch'])}"
+    missing = [package for package in _BACKBONE_PACKAGES[0] if installed(package) is None]
+    found = f"not installed: {', '.join(missing)}"
     advice = (
         "pip install 'veilhead[torch]', or 'veilhead[onnx]' where the vendor's models have an ONNX "
         "form, unless you bring embeddings of your own"

@@ -8,12 +8,10 @@ and no pickle is opened. What comes out is compared with the checkpoint's own lo
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +27,13 @@ from veilhead_models.backbone import (
     describe_files,
     read_json,
 )
+from veilhead_models.checkpoint import (
+    FLOAT_TOLERANCE,
+    Checkpoint,
+    Head,
+    open_checkpoint,
+    split_head,
+)
 from veilhead_protocol.errors import ArtifactError, CheckpointError, ScaleError
 from veilhead_protocol.manifest import (
     BackboneSection,
@@ -40,7 +45,7 @@ from veilhead_protocol.manifest import (
 from veilhead_protocol.scales import project, quantise
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 #: Digests (see `_weights_digest`) of what anybody may have without us.
 PUBLIC_BACKBONES: Final = {
@@ -53,19 +58,8 @@ CALIBRATION_QUANTILE: Final = 0.999
 MARGIN_GIVEN: Final = 1.25
 MARGIN_GENERATED: Final = 2.0
 
-#: Texts that are made up where none are given, and texts whose logits are compared at most.
-GENERATED_TEXTS: Final = 128
+#: Texts whose logits are compared at most.
 PARITY_TEXTS: Final = 200
-
-#: Logits in float32 differ by this part of the largest one, from batches and sums in other order.
-_FLOAT_TOLERANCE: Final = 2e-4
-
-_PROBLEMS: Final = {
-    None: "single_label",
-    "single_label_classification": "single_label",
-    "multi_label_classification": "multi_label",
-    "regression": "regression",
-}
 
 #: What of a configuration tells of the head or of the machine that it was trained on.
 _HEAD_SETTINGS: Final = (
@@ -77,12 +71,6 @@ _HEAD_SETTINGS: Final = (
     "problem_type",
     "task_specific_params",
 )
-
-#: Where texts are cut when neither tokenizer nor transformer has a limit, and at most.
-_USUAL_TOKENS: Final = 512
-_MOST_TOKENS: Final = 8192
-
-_SEED: Final = 20261101
 
 
 @dataclass(frozen=True)
@@ -224,12 +212,15 @@ def import_hf(
         ManifestError: when labels or name are not what a manifest may hold.
     """
     target, source = Path(out).resolve(), Path(source).resolve()
-    with _view(source) as view, tempfile.TemporaryDirectory(prefix="veilhead-import-") as made:
-        checkpoint = _Checkpoint.load(view, source)
+    with (
+        open_checkpoint(source) as view,
+        tempfile.TemporaryDirectory(prefix="veilhead-import-") as made,
+    ):
+        checkpoint = Checkpoint.load(view, source)
         given = checkpoint.generated_texts() if texts is None else list(texts)
         if not given:
             raise CheckpointError("got no text to measure the embedding scale with")
-        head = _split(checkpoint, given[0])
+        head = split_head(checkpoint, given[0])
         section = _publish(checkpoint, head, Path(made), name=target.name if name is None else name)
         backbone = Backbone.load(made, section, device="cpu")
         embeddings = _embeddings(backbone, given)  # [rows, d]
@@ -295,269 +286,7 @@ def read_texts(file: Path) -> list[str]:
         raise CheckpointError(f"{file} is not UTF-8") from error
 
 
-@contextmanager
-def _view(source: Path) -> Iterator[Path]:
-    """A directory that shows transformers the checkpoint's data, and nothing else of it.
-
-    Raises:
-        CheckpointError: when there is no checkpoint, or one that needs code or pickle.
-    """
-    config = read_json(source / CONFIG_FILE)
-    if not config:
-        raise CheckpointError(
-            f"{source} has no {CONFIG_FILE}: expected the directory of a transformers checkpoint"
-        )
-    for file in (CONFIG_FILE, "tokenizer_config.json"):
-        if "auto_map" in read_json(source / file):
-            raise CheckpointError(
-                f"{source / file} has an auto_map: the model wants code of its own to be run, "
-                "which is never done; expected an architecture of transformers itself"
-            )
-    if (source / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{source} holds an adapter: merge it into its model first (in peft, "
-            "`merge_and_unload`), and save the whole model"
-        )
-    weights = [path.name for path in source.glob("model*.safetensors*") if path.is_file()]
-    if not weights:
-        pickled = sorted(path.name for path in source.glob("*.bin"))
-        hint = (
-            f"it has {pickled[0]}, which is pickle and is never read. Where you trust the file, "
-            "convert it: `AutoModelForSequenceClassification.from_pretrained(path)"
-            ".save_pretrained(other_path)` (or ...TokenClassification), and the tokenizer likewise"
-            if pickled
-            else "expected a checkpoint that save_pretrained wrote"
-        )
-        raise CheckpointError(f"{source} has no model.safetensors: {hint}")
-    with tempfile.TemporaryDirectory(prefix="veilhead-checkpoint-") as view:
-        for file in (CONFIG_FILE, *weights, *TOKENIZER_FILES):
-            if (source / file).is_file():
-                (Path(view) / file).symlink_to(source / file)
-        yield Path(view)
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """A loaded classifier. `model` is split in place."""
-
-    model: Any
-    tokenizer: Any
-    architecture: str
-    task: str
-    labels: list[str]
-    problem_type: str
-    max_tokens: int
-    token_types: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def load(cls, view: Path, source: Path) -> _Checkpoint:
-        import transformers
-
-        from veilhead_models.embedding_module import quiet
-
-        names = read_json(view / CONFIG_FILE).get("architectures") or ["nothing"]
-        architecture = str(names[0])
-        if architecture.endswith("ForSequenceClassification"):
-            task = "text-classification"
-            loader: Any = transformers.AutoModelForSequenceClassification
-        elif architecture.endswith("ForTokenClassification"):
-            task = "token-classification"
-            loader = transformers.AutoModelForTokenClassification
-        else:
-            raise CheckpointError(
-                f"{source} holds {architecture[:80]}, expected a ...ForSequenceClassification or "
-                "...ForTokenClassification. An encoder or a sentence transformer has no head: "
-                "train one on it, `veilhead-server train DATA --backbone DIRECTORY --out DIRECTORY`"
-            )
-        try:
-            with quiet():
-                tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    view, local_files_only=True, trust_remote_code=False
-                )
-                # In the precision that it was saved in: it is published in that.
-                model, found = loader.from_pretrained(
-                    view,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    dtype="auto",
-                    output_loading_info=True,
-                )
-        except Exception as error:  # transformers raises whatever its parts raise
-            raise CheckpointError(
-                f"{source} cannot be loaded as {architecture[:80]}: {type(error).__name__}: "
-                f"{str(error)[:300]}"
-            ) from error
-        if type(model).__name__ != architecture:
-            raise CheckpointError(
-                f"{source} says that it is {architecture[:80]}, transformers loads it as "
-                f"{type(model).__name__}: expected an architecture of transformers itself"
-            )
-        absent = sorted(found["missing_keys"]) + [key for key, *_ in found["mismatched_keys"]]
-        if absent:
-            raise CheckpointError(
-                f"{source} lacks {len(absent)} tensors of {architecture}, {absent[0]} for one: "
-                "they would be random numbers; was the model trained, and saved whole?"
-            )
-        if not tokenizer.is_fast:
-            raise CheckpointError(
-                f"{source} has a tokenizer without a tokenizer.json: load it with AutoTokenizer, "
-                "and save it again with save_pretrained"
-            )
-        config = model.config
-        problem = _PROBLEMS.get(config.problem_type) if task == "text-classification" else None
-        accepted = inspect.signature(model.forward).parameters
-        return cls(
-            model=model.eval(),
-            tokenizer=tokenizer,
-            architecture=architecture,
-            task=task,
-            labels=_labels(config.id2label, config.num_labels),
-            problem_type=problem or "single_label",
-            max_tokens=_max_tokens(model, tokenizer),
-            token_types="token_type_ids" in accepted and "token_type_ids" in tokenizer("a"),
-            dtype=model.dtype,
-        )
-
-    def inputs(self, text: str) -> dict[str, torch.Tensor]:
-        """What the transformer is given for one text, as transformers' pipelines would."""
-        encoded = self._encoded(text)
-        names = ["input_ids", "attention_mask", *(["token_type_ids"] if self.token_types else [])]
-        return {name: encoded[name] for name in names if name in encoded}
-
-    def are_of_text(self, text: str) -> NDArray[np.bool_]:
-        """[tokens]: which of the text's tokens are its own, and not special ones."""
-        mask: NDArray[np.bool_] = self._encoded(text)["special_tokens_mask"][0].numpy() == 0
-        return mask
-
-    def _encoded(self, text: str) -> Any:
-        return self.tokenizer(
-            text,
-            truncation=True,
-            max_length=self.max_tokens,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-        )
-
-    def generated_texts(self) -> list[str]:
-        """Texts of random words of the vocabulary, the same ones every time, the last one long."""
-        tokenizer, generator = self.tokenizer, np.random.default_rng(_SEED)
-        reserved = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        words = np.array([i for i in range(len(tokenizer)) if i not in reserved])
-        longest = min(self.max_tokens, 256)
-        lengths = np.exp(generator.uniform(0, math.log(longest), GENERATED_TEXTS - 1)).astype(int)
-        return [
-            tokenizer.decode(generator.choice(words, size).tolist())
-            for size in (*lengths.tolist(), 2 * longest)
-        ]
-
-
-def _labels(names: dict[Any, Any], count: int) -> list[str]:
-    """C labels in order; a missing one is numbered, as transformers does.
-
-    Raises:
-        ArtifactError: when two are equal.
-    """
-    by_index = {int(index): str(label) for index, label in (names or {}).items()}
-    labels = [by_index.get(index, f"LABEL_{index}") for index in range(count)]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise ArtifactError(
-            f"the labels {', '.join(map(repr, twice[:5]))} stand for several rows of the head: "
-            "give every entry of id2label in config.json a name of its own"
-        )
-    return labels
-
-
-def _max_tokens(model: Any, tokenizer: Any) -> int:
-    """What tokenizer and transformer can take, both of them."""
-    import torch
-
-    limits = [_MOST_TOKENS]
-    if tokenizer.model_max_length <= _MOST_TOKENS:  # else a number that stands for "none"
-        limits.append(tokenizer.model_max_length)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        for path, module in model.named_modules():
-            # RoBERTa and its kin number positions from behind that of padding.
-            if path.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-                positions -= 0 if module.padding_idx is None else module.padding_idx + 1
-        limits.append(positions)
-    return min(limits) if len(limits) > 1 else _USUAL_TOKENS
-
-
-@dataclass(frozen=True, eq=False)
-class _Head:
-    """The last linear layer: what was taken out, and how large its input can get.
-
-    `bound` is on the Euclidean norm of an input; None where none follows.
-    """
-
-    path: str
-    weight: NDArray[np.float64]  # [C, d]
-    bias: NDArray[np.float64] | None  # [C]
-    bound: float | None
-    bound_reason: str
-
-
-def _split(checkpoint: _Checkpoint, text: str) -> _Head:
-    """Take the last linear layer out of the checkpoint's model.
-
-    Raises:
-        CheckpointError: naming what was found, when the layer does not make the logits.
-    """
-    import torch
-
-    from veilhead_models.embedding_module import split
-    from veilhead_models.norm_bound import norm_bound
-
-    model = checkpoint.model.float()
-    inputs = checkpoint.inputs(text)
-    called: list[str] = []
-    hooks = [
-        module.register_forward_hook(lambda *_, path=path: called.append(path))
-        for path, module in model.named_modules()
-        if not any(True for _ in module.children())
-    ]
-    try:
-        with torch.inference_mode():
-            expected = model(**inputs).logits  # [1, C] or [1, tokens, C]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    linear = [path for path in called if isinstance(model.get_submodule(path), torch.nn.Linear)]
-    last = ", ".join(f"{path} ({type(model.get_submodule(path)).__name__})" for path in called[-4:])
-    cannot = f"{checkpoint.architecture} cannot be split; its last modules are {last}: "
-    if not linear:
-        raise CheckpointError(cannot + "there is no linear layer among them")
-    path = linear[-1]
-    bound, reason = norm_bound(model, path, inputs)
-    layer = split(model, path)
-    try:
-        with torch.inference_mode():
-            embedding = model(**inputs).logits
-            difference = (layer(embedding) - expected).abs().max().item()
-    except Exception as error:  # whatever the architecture does with what it is not made for
-        raise CheckpointError(
-            cannot + f"without {path} it fails ({type(error).__name__})"
-        ) from error
-    if not difference <= _FLOAT_TOLERANCE * max(1.0, expected.abs().max().item()):
-        raise CheckpointError(
-            cannot + f"its logits are not the output of {path}, the last linear layer"
-        )
-    return _Head(
-        path=path,
-        weight=layer.weight.detach().double().numpy(),
-        bias=None if layer.bias is None else layer.bias.detach().double().numpy(),
-        bound=bound,
-        bound_reason=reason,
-    )
-
-
-def _publish(
-    checkpoint: _Checkpoint, head: _Head, directory: Path, *, name: str
-) -> BackboneSection:
+def _publish(checkpoint: Checkpoint, head: Head, directory: Path, *, name: str) -> BackboneSection:
     """Write the files of the backbone, and describe them."""
     from safetensors.torch import load_file
 
@@ -628,6 +357,11 @@ def _scale(
     if bound is not None:
         return EmbeddingSection(scale=bound, scale_origin="derived"), bound_reason
     norms = np.linalg.norm(embeddings, axis=1)  # [rows]
+    if not (np.isfinite(norms).all() and norms.any()):
+        raise CheckpointError(
+            "the embeddings of some text are not finite, or all of them are zero: give other "
+            "texts, or an embedding scale"
+        )
     calibration = CalibrationSection(
         rows=len(norms),
         quantile=CALIBRATION_QUANTILE,
@@ -653,7 +387,7 @@ def _parity(artifact: HeadArtifact, backbone: Backbone, view: Path, texts: Seque
     """
     import torch
 
-    original = _Checkpoint.load(view, view)
+    original = Checkpoint.load(view, view)
     model = original.model.float()
     rows: list[NDArray[np.float64]] = []
     for text in texts:
@@ -672,7 +406,7 @@ def _parity(artifact: HeadArtifact, backbone: Backbone, view: Path, texts: Seque
     expected, found = expected[kept], found[kept]
     error = float(np.abs(found - expected).max()) if len(found) else 0.0
     bound = scales.error_bound
-    tolerance = _FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max(initial=0.0)))
+    tolerance = FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max(initial=0.0)))
     if not error <= bound + tolerance:
         raise CheckpointError(
             f"the parts of {original.architecture} give logits that differ by up to {error:.3g} "

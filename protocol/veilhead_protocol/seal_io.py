@@ -110,6 +110,7 @@ class _Scratch(threading.local):
         self._owner = -1
         self._descriptor = -1
         self._path = ""
+        self._template: bytes | None = None
         self.decompressor = zstandard.ZstdDecompressor()
 
     def _open(self) -> None:
@@ -122,6 +123,7 @@ class _Scratch(threading.local):
         else:
             self._descriptor, self._path = tempfile.mkstemp(prefix="veilhead-public-")
         self._owner = os.getpid()
+        self._template = None
 
     def save(self, seal_object: Any) -> bytes:
         """What SEAL writes of this object."""
@@ -136,8 +138,22 @@ class _Scratch(threading.local):
         os.ftruncate(self._descriptor, len(data))
         seal_object.load(context, self._path)
 
+    def load_ending(self, seal_object: Any, context: Any, template: bytes, ending: bytes) -> None:
+        """As `load` of the template with another ending; the file keeps the rest of it.
+
+        A file that is used like this is used for nothing else.
+        """
+        self._open()
+        if self._template is not template:
+            os.pwrite(self._descriptor, template, 0)
+            os.ftruncate(self._descriptor, len(template))
+            self._template = template
+        os.pwrite(self._descriptor, ending, len(template) - len(ending))
+        seal_object.load(context, self._path)
+
 
 _SCRATCH: Final = _Scratch()
+_EXPANSIONS: Final = _Scratch()
 
 
 def _scratch() -> _Scratch:
@@ -258,24 +274,47 @@ def save_ciphertext(ciphertext: Any) -> Residues:
     return np.frombuffer(members, dtype="<u8", count=count, offset=start).reshape(2, primes, degree)
 
 
-def shifted_residues(seal: Runtime, ciphertexts: list[Any], shifts: int) -> Residues:
-    """Residues of each of m ciphertexts times X^0, ..., X^(shifts - 1): [m * shifts, 2, L, N].
+def expand_residues(
+    seal: Runtime, c0: Residues, seed: bytes, *, prng: int, ntt_form: bool, into: Residues
+) -> None:
+    """Write (c0, c1) in NTT form into `into` [2, L, N]: c0 [L, N], and c1 expanded from the seed.
 
-    All in NTT form, where X^k is a product with the k-th powers of the roots.
+    `ntt_form` says what c0 and the expansion are in, as in `load_seeded_ciphertext`.
     """
-    primes = seal.parameters.data_primes
-    shape = (len(ciphertexts), shifts, 2, len(primes), seal.parameters.poly_modulus_degree)
-    residues = np.empty(shape, dtype=np.uint64)
-    for row, ciphertext in zip(residues, ciphertexts, strict=True):
-        row[0] = save_ciphertext(ciphertext)
-    if shifts > 1:
-        roots = _roots(seal.parameters)
-        for shift in range(1, shifts):
-            for number, prime in enumerate(primes):
-                residues[:, shift, :, number] = _multiply(
-                    residues[:, shift - 1, :, number], roots[number], prime
-                )
-    return residues.reshape(-1, *shape[2:])
+    if not ntt_form:
+        into[:] = save_ciphertext(
+            load_seeded_ciphertext(seal, c0, seed, prng=prng, ntt_form=False, scale_bits=0)
+        )
+        return
+    # SEAL is given zeros in the place of the c0 that is known: it need not read them again, and
+    # compresses them fast when it gives them back.
+    ciphertext = sealapi.Ciphertext()
+    template = _expansion_template(seal.parameters)
+    _EXPANSIONS.load_ending(ciphertext, seal.context, template, bytes([prng]) + seed)
+    into[0] = c0
+    into[1] = save_ciphertext(ciphertext)[1]
+
+
+@lru_cache(maxsize=4)
+def _expansion_template(parameters: ParameterSet) -> bytes:
+    """SEAL's bytes of a ciphertext of zeros in NTT form, up to the generator and the seed."""
+    seal = runtime(parameters)
+    zeros = np.zeros((1, len(parameters.data_primes), parameters.poly_modulus_degree), np.uint64)
+    return _lay_out(
+        seal, seal.data_parms_id, zeros, seed=(0, bytes(SEED_BYTES)), ntt_form=True, scale=1.0
+    )
+
+
+def shift_residues(parameters: ParameterSet, residues: Residues) -> None:
+    """Fill residues [m, shifts, 2, L, N]: row k is row 0 times X^k, all in NTT form.
+
+    There X^k is a product with the k-th powers of the roots.
+    """
+    for shift in range(1, residues.shape[1]):
+        for number, prime in enumerate(parameters.data_primes):
+            residues[:, shift, :, number] = _multiply(
+                residues[:, shift - 1, :, number], _roots(parameters)[number], prime
+            )
 
 
 @lru_cache(maxsize=4)

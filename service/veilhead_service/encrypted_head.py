@@ -150,6 +150,8 @@ class EncryptedHead:
 
     def _products(self, query: QueryMessage) -> Iterator[Any | None]:
         """For every reply polynomial the ciphertext of query times weights; None for zeros."""
+        if query.layout.kind is LayoutKind.BULK:
+            return self._matrix_products(query)
         pieces = [
             seal_io.load_seeded_ciphertext(
                 self._seal,
@@ -161,8 +163,6 @@ class EncryptedHead:
             )
             for polynomial in query.polynomials
         ]
-        if query.layout.kind is LayoutKind.BULK:
-            return self._matrix_products(pieces, query.layout)
         weights = self._weights_of(query.layout)
         return (self._product(pieces, row) for row in weights.rows)
 
@@ -209,13 +209,26 @@ class EncryptedHead:
                 evaluator.add_inplace(total, product)
         return total
 
-    def _matrix_products(self, pieces: list[Any], layout: Layout) -> Iterator[Any | None]:
+    def _matrix_products(self, query: QueryMessage) -> Iterator[Any | None]:
         """The same sums for every class at once: integers times residues, one matrix product.
 
         In bulk a weight polynomial has at most a few coefficients, so the sum over pieces and
         coefficients of weight times (X^k times query) costs far less than products would.
         """
-        rows = seal_io.shifted_residues(self._seal, pieces, layout.block_length)  # [P t, 2, L, N]
+        layout = query.layout
+        shape = (2, len(self.parameters.data_primes), layout.degree)
+        shifted = np.empty((layout.pieces, layout.block_length, *shape), dtype=np.uint64)
+        for row, polynomial in zip(shifted, query.polynomials, strict=True):
+            seal_io.expand_residues(
+                self._seal,
+                polynomial.c0,
+                polynomial.seed,
+                prng=query.prng,
+                ntt_form=query.domain is Domain.NTT,
+                into=row[0],
+            )
+        seal_io.shift_residues(self.parameters, shifted)
+        rows = shifted.reshape(-1, *shape)  # [P t, 2, L, N]
         scale = 2.0**self._scales.weight_scale_bits
         weight = layout.pack_weight(self._weight * scale).reshape(layout.classes, -1)  # [C, P t]
         for start in range(0, layout.classes, _REPLIES_AT_ONCE):

@@ -483,3 +483,21 @@ def test_a_text_that_the_backbone_fails_on_fails_alone(connect, text_artifact, t
     assert isinstance(caught.value.errors[40], BackboneError)
     assert "RuntimeError" in str(caught.value.errors[40])
     assert [len(body) for body in service.seen("infer")] == sent
+
+
+def test_texts_of_like_length_are_embedded_together(connect, text_artifact, monkeypatch):
+    from veilhead_models.backbone import Backbone
+
+    embed, chunks = Backbone.embed, []
+
+    def recorded(self, chunk, **options):
+        chunks.append([len(text) for text in chunk])
+        return embed(self, chunk, **options)
+
+    monkeypatch.setattr(Backbone, "embed", recorded)
+    client, _ = connect(text_artifact)
+    client.classify(["pain " * (1 + number % 7) for number in range(250)])
+    lengths = [length for chunk in chunks for length in chunk]
+    assert len(chunks) > 1
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(lengths) == 250

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from veilhead.deidentify import Deidentifier, Finding, default_detectors
 from veilhead.deidentify.folding import fold
 from veilhead_protocol.errors import ClientError, DeidentifyError
+
+PAGE = Path(__file__).parents[2] / "docs" / "deidentify.md"
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +348,27 @@ def test_countries_decide_which_local_numbers_are_found():
     assert Deidentifier(default_detectors(["DE"]))(text).text == "Sekretariat [PHONE_1]"
     assert Deidentifier(default_detectors([]))(text).text == text
     assert Deidentifier(default_detectors([]))("+49 30 23125000").text == "[PHONE_1]"
+
+
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_examples_of_the_page_print_what_they_say(capsys):
+    connecting, audit, own = EXAMPLES
+    compile(connecting, str(PAGE), "exec")  # its service does not exist
+    exec(audit, {})  # noqa: S102
+    said = re.findall(r"^print\(.*?  # (.*)$", audit, re.MULTILINE)
+    assert len(said) == 2
+    assert capsys.readouterr().out.splitlines() == said
+    exec(own, {})  # noqa: S102
+    assert capsys.readouterr().out == "seen by [STAFF_1], mail [EMAIL_1]\n"
+
+
+def test_the_page_names_every_kind():
+    _, _, table = PAGE.read_text("utf-8").partition("## What is found")
+    table, _, _ = table.partition("## What is not")
+    listed = re.findall(r"^\| `([A-Z_]+)` \|", table, re.MULTILINE)
+    assert sorted(listed) == sorted(set(VALUES) | set(NEEDS_WORDS))
 
 
 HOSTILE = {

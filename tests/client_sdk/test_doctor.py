@@ -14,6 +14,7 @@ from support.services import running
 from support.tenants import add_tenant
 from typer.testing import CliRunner
 
+from veilhead import doctor
 from veilhead.cli import app
 from veilhead.doctor import examine
 from veilhead_protocol.checks import Outcome, healthy, render
@@ -35,6 +36,24 @@ def test_this_machine_passes(monkeypatch, tmp_path):
     found = outcomes(checks)
     assert {"python", "tenseal", "cache", "backbone", "parameters strong"} <= set(found)
     assert found["encryption compact"] is found["encryption strong"] is Outcome.OK
+
+
+@pytest.mark.parametrize(
+    ("absent", "outcome", "found"),
+    [
+        ((), Outcome.OK, "torch"),
+        (("torch",), Outcome.OK, "onnxruntime"),
+        (("torch", "onnxruntime"), Outcome.WARN, "not installed: torch"),
+    ],
+)
+def test_one_runtime_for_the_backbone_is_enough(monkeypatch, absent, outcome, found):
+    present = doctor.installed
+    monkeypatch.setattr(
+        doctor, "installed", lambda package: None if package in absent else present(package)
+    )
+    (check,) = doctor._check_backbone_packages()
+    assert check.outcome is outcome
+    assert check.found.startswith(found)
 
 
 def test_a_cache_that_anybody_may_write_to_fails(monkeypatch, tmp_path):

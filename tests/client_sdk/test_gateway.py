@@ -248,8 +248,7 @@ def test_a_full_gateway_says_so_and_recovers(gateway):
 
         upstream.on("infer", *[wait] * 64)
         asked = [asyncio.create_task(caller.post({"inputs": "pain"})) for _ in range(40)]
-        while not any(task.done() for task in asked):
-            await asyncio.sleep(0.01)
+        await asyncio.wait(asked, timeout=30, return_when=asyncio.FIRST_COMPLETED)
         held.set()
         answers = [await task for task in asked]
         return answers, await caller.predict("pain")
@@ -377,8 +376,9 @@ def test_a_draining_gateway_answers_what_runs_and_takes_nothing_new(gateway):
 
         upstream.on("infer", wait)
         running = asyncio.create_task(caller.post({"inputs": "pain"}))
-        while not upstream.seen("infer"):
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(30):
+            while not upstream.seen("infer"):
+                await asyncio.sleep(0.01)
         before = (await caller.http.get("/health")).status_code
         caller.gateway.stop()
         after = (await caller.http.get("/health")).status_code

@@ -136,7 +136,8 @@ def test_beside_it_are_digests_and_options_only(run, few, tmp_path, texts):
     run("--file", few, "--out", out)
     beside = json.loads((tmp_path / "out.jsonl.run.json").read_text())
     assert beside.keys() == {
-        "format", "model", "digest", "input", "column", "top_k", "function_to_apply"
+        "format", "model", "digest", "input", "column", "top_k", "function_to_apply",
+        "deidentify",
     }  # fmt: skip
     assert not any(text in json.dumps(beside) for text in texts)
 
@@ -146,6 +147,7 @@ def test_beside_it_are_digests_and_options_only(run, few, tmp_path, texts):
     [
         (lambda few, out: ["--top-k", 3], "another top_k"),
         (lambda few, out: ["--function-to-apply", "none"], "another function_to_apply"),
+        (lambda few, out: ["--deidentify"], "another deidentify"),
         (lambda few, out: few.write_text(few.read_text() + "40,pain\n"), "another input"),
         (lambda few, out: out.write_text("mine\n"), "did not write"),
         (lambda few, out: out.write_text('{"row": 1}\n{"row": 2}\n'), "did not write"),

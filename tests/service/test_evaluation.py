@@ -24,7 +24,7 @@ from veilhead_protocol.errors import (
 )
 from veilhead_protocol.parameters import COMPACT, STRONG
 from veilhead_protocol.wire import Domain, Prng, ReplyMessage, pack_bits
-from veilhead_service.encrypted_head import ClientKey, EncryptedHead, truncate
+from veilhead_service.encrypted_head import ClientKey, EncryptedHead, multiply_modulo, truncate
 
 
 def head_of(weight, bias, parameters="compact"):
@@ -401,3 +401,52 @@ def test_nothing_of_the_head_is_shown():
         assert "array" not in shown
         assert "Plaintext" not in shown
         assert not any(f"{value:.3f}" in shown for value in head.weight.ravel())
+
+
+# --- the arithmetic of many texts -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 15, 20, 27])
+@pytest.mark.parametrize("prime", [*COMPACT.data_primes, *STRONG.data_primes])
+def test_matrix_products_modulo_a_prime_are_exact(bits, prime):
+    random = np.random.default_rng(bits)
+    integers = random.integers(-(2**bits), 2**bits, size=(3, 40), endpoint=True)
+    integers[0] = 2**bits  # the largest sums
+    residues = random.integers(0, prime, size=(40, 1200), dtype=np.uint64)
+    residues[:, 0] = prime - 1
+    found = multiply_modulo(integers.astype(np.float64), residues, prime)
+    expected = (integers.astype(object) @ residues.astype(object)) % prime
+    assert (found == expected).all()
+
+
+@pytest.mark.parametrize("parameters", ["compact", "strong"])
+def test_the_flood_is_uniform_between_its_bounds(parameters):
+    served = Pair.of(artifact(3, 8, parameters=parameters)).head
+    bound = 2**served._scales.flood_bits
+    drawn = served._flood(40_000)
+    assert -bound <= drawn.min() < -0.999 * bound
+    assert 0.999 * bound < drawn.max() < bound
+    counts, _ = np.histogram(drawn, bins=16, range=(-bound, bound))
+    assert np.abs(counts - 2500).max() < 250  # five deviations
+    assert np.abs(np.bincount(drawn & 15) - 2500).max() < 250
+    assert len(set(drawn.tolist())) == 40_000 or parameters == "compact"
+
+
+@pytest.mark.parametrize("parameters", ["compact", "strong"])
+def test_shifts_in_ntt_form_are_products_with_powers_of_x(parameters):
+    made = artifact(1, 8, parameters=parameters).manifest.parameter_set
+    seal = seal_io.runtime(made)
+    shape = (2, len(made.data_primes), made.poly_modulus_degree)
+    random = np.random.default_rng(3)
+    primes = np.array(made.data_primes, dtype=np.uint64)[:, np.newaxis]
+    plain = random.integers(0, 2**60, size=shape, dtype=np.uint64) % primes
+    ciphertext = seal_io.load_ciphertext(seal, plain, scale_bits=0, ntt_form=False)
+    seal.evaluator.transform_to_ntt_inplace(ciphertext)
+    rows = np.zeros((1, 4, *shape), dtype=np.uint64)
+    rows[0, 0] = seal_io.save_ciphertext(ciphertext)
+    seal_io.shift_residues(made, rows)
+    back = seal_io.load_ciphertext(seal, rows[0, 3], scale_bits=0)
+    seal.evaluator.transform_from_ntt_inplace(back)
+    expected = np.roll(plain, 3, axis=-1)
+    expected[..., :3] = (primes - expected[..., :3]) % primes
+    assert np.array_equal(seal_io.save_ciphertext(back), expected)

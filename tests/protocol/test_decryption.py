@@ -1,0 +1,60 @@
+"""Products with the secret are exact integers, whatever the mask is."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from veilhead_protocol.decryption import DecryptionKey
+
+
+def exact(mask: list[int], secret: list[int]) -> list[int]:
+    """The negacyclic product by one multiplication of long integers."""
+    degree, bits = len(mask), 64
+    first = sum(value << (bits * place) for place, value in enumerate(mask))
+    parts = [sum((bit == sign) << (bits * i) for i, bit in enumerate(secret)) for sign in (1, -1)]
+    limbs = []
+    for part in parts:
+        data = (first * part).to_bytes(2 * degree * 8, "little")
+        limbs.append(np.frombuffer(data, dtype="<u8").astype(np.int64))
+    product = limbs[0] - limbs[1]
+    found: list[int] = (product[:degree] - product[degree:]).tolist()
+    return found
+
+
+@pytest.mark.parametrize("degree", [2048, 4096])
+@given(st.sampled_from(["random", "largest", "alternating"]), st.integers(0, 2**32))
+def test_products_are_exact(degree: int, kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    bits = 33  # the most that a reply's residues have
+    secret = rng.integers(-1, 2, size=degree)
+    masks = rng.integers(0, 2**bits, size=(1, degree), dtype=np.uint64)
+    if kind != "random":
+        masks[:] = 2**bits - 1
+        secret = (
+            np.ones(degree, dtype=int) if kind == "largest" else 1 - 2 * (np.arange(degree) % 2)
+        )
+    low, high = DecryptionKey(secret.astype(np.float64)).products(masks)
+    found = (low[0] + 2.0**17 * high[0]).astype(int).tolist()
+    assert found == exact(masks[0].tolist(), secret.tolist())
+
+
+@pytest.mark.parametrize("degree", [2048, 4096])
+def test_the_transforms_are_far_from_a_wrong_rounding(degree: int) -> None:
+    """Off by less than 2^-12 before rounding, in the worst case that the halves allow."""
+    key = DecryptionKey(np.ones(degree))
+    halves = np.full(degree, 2**17 - 1) * (1 + 1j)
+    values = np.fft.ifft(np.fft.fft(halves * key._twist) * key._spectrum) * key._back
+    for part in (values.real, values.imag):
+        assert np.abs(part - np.rint(part)).max() < 2.0**-12
+
+
+def test_a_decryption_key_stays_where_it_is() -> None:
+    key = DecryptionKey(np.ones(2048))
+    with pytest.raises(TypeError, match="decryption key"):
+        pickle.dumps(key)
+    assert repr(key) == "DecryptionKey(...)"

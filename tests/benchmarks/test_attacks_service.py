@@ -11,32 +11,29 @@ from veilhead_benchmarks.attacks import (
     crafted_ciphertext,
     crafted_messages,
     extraction,
-    key_recovery,
     traffic,
 )
+from veilhead_benchmarks.rows import SYSTEMS
 
-#: Attack, and the systems of which something is promised.
-PROMISED = {
-    crafted_ciphertext: {"tenseal", "veilhead"},
-    crafted_messages: {
-        "without re-randomisation",
-        "trusting both halves",
-        "trusting the query's",
-        "trusting the key's",
-        "veilhead",
-    },
-    extraction: {"plaintext", "veilhead"},
-    key_recovery: {"unrounded logits", "veilhead"},
-    traffic: {"veilhead", "veilhead, padded"},
+#: Key recovery has no short form; tests/client_sdk/test_key_attacks.py runs it.
+#: Attack, and what its controls say in their results: (system, part of the target).
+CONTROLS = {
+    crafted_ciphertext: ("tenseal-mm", "one query"),
+    crafted_messages: ("veilhead", "trusting both halves"),
+    extraction: ("plaintext", "100 queries"),
+    traffic: ("veilhead", "1 to 256, from sizes"),
 }
 
 
-@pytest.mark.parametrize("attack", PROMISED, ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("attack", CONTROLS, ids=lambda module: module.__name__.split(".")[-1])
 def test_an_attack_works_where_it_should_and_fails_on_the_product(attack) -> None:
     results = attack.run(short=True)
     assert [result for result in results if result.holds is False] == []
-    judged = {result.system for result in results if result.holds is not None}
-    assert judged == PROMISED[attack]
+    assert {result.system for result in results} <= set(SYSTEMS)  # as the report reads them
+    system, target = CONTROLS[attack]
+    control = [one for one in results if one.system == system and target in one.target]
+    assert any(one.holds for one in control)
+    assert any(one.holds and one not in control for one in results)
 
 
 def test_a_message_that_is_no_vector_of_tenseal_is_not_relabelled() -> None:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from veilhead_benchmarks.attacks.pair import Pair, random_head, relative_error
 from veilhead_benchmarks.attacks.results import AttackResult, above, at_most
-from veilhead_benchmarks.peers.tenseal_mm import DEGREE, TensealClient, TensealService
+from veilhead_benchmarks.heads import Head
+from veilhead_benchmarks.peers.tenseal_mm import DEGREE, TensealMmExchange
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol.errors import WireError
 from veilhead_protocol.wire import QUERY_HEADER_BYTES
@@ -52,14 +53,15 @@ def relabelled(message: bytes, size: int) -> bytes:
 
 
 def recover_from_tenseal(
-    client: TensealClient, service: TensealService, classes: int, dimensions: int
+    exchange: TensealMmExchange, classes: int, dimensions: int
 ) -> tuple[_Array, _Array]:
     """Weight [C, d] and bias [C] of a TenSEAL service, from one reply."""
     generator = np.random.default_rng(5)
     # The larger the numbers, the less noise there is beside them; the primes leave room for these.
     slots = 64 * generator.choice([-1.0, 1.0], _SLOTS)
-    query = relabelled(client.encrypt(slots), dimensions)
-    reply = client.decrypt(relabelled(service.evaluate(query), _SLOTS))  # [slots]
+    (message,) = exchange.encrypt(slots[np.newaxis])
+    (answer,) = exchange.evaluate((relabelled(message, dimensions),))
+    reply = exchange.decrypt((relabelled(answer, _SLOTS),))[0]  # [slots]
     # Slot k holds sum_i v[k + i] W[k mod C, (k + i) mod d], i < d, and in the first C the bias.
     k = np.arange(_SLOTS)
     equations = np.zeros((_SLOTS, dimensions))
@@ -138,9 +140,8 @@ def run(*, short: bool) -> list[AttackResult]:
     classes, dimensions = 4, 64 if short else 384
     artifact = random_head(classes, dimensions)
     head = np.column_stack([artifact.weight, artifact.bias])  # [C, d + 1]
-    client = TensealClient()
-    service = TensealService(client.evaluation_keys(), artifact.weight, artifact.bias)
-    stolen = np.column_stack(recover_from_tenseal(client, service, classes, dimensions))
+    exchange = TensealMmExchange(Head(artifact.weight, artifact.bias))
+    stolen = np.column_stack(recover_from_tenseal(exchange, classes, dimensions))
     pair = Pair.of(artifact)
     ours, plaintext = best_guess(pair), one_plaintext_answer(artifact)
     unknowns = head.size
@@ -159,10 +160,10 @@ def run(*, short: bool) -> list[AttackResult]:
     chance = 1 - 2 * classes / unknowns  # of C equations, with room for luck
     return [
         at_most(
-            result("tenseal", "largest error of any weight", float(np.abs(stolen - head).max())),
+            result("tenseal-mm", "largest error of any weight", float(np.abs(stolen - head).max())),
             _RECOVERED,
         ),
-        result("tenseal", relative, relative_error(stolen, head)),
+        result("tenseal-mm", relative, relative_error(stolen, head)),
         result("plaintext", relative, relative_error(plaintext, head)),
         above(result("veilhead", relative, relative_error(ours, head)), chance),
         at_most(

@@ -183,12 +183,12 @@ def run(*, short: bool) -> list[AttackResult]:
     artifact = random_head(5, 64 if short else 384)
     found = []
 
-    def result(system: str, target: str, pair: Pair, weights: NDArray[Any]) -> AttackResult:
+    def result(service: str, target: str, pair: Pair, weights: NDArray[Any]) -> AttackResult:
         wanted = integer_weights(pair)
         return AttackResult(
             attack="crafted-messages",
-            system=system,
-            target=target,
+            system="veilhead",
+            target=f"{target}, service {service}",
             metric="share of weights recovered",
             value=share_recovered(weights, wanted),
             samples=int(np.count_nonzero(wanted)),
@@ -197,20 +197,22 @@ def run(*, short: bool) -> list[AttackResult]:
 
     watched: tuple[tuple[str, type[Watched]], ...] = (
         ("without re-randomisation", WithoutZero),
-        ("veilhead", Watched),
+        ("as it is", Watched),
     )
-    for system, watching in watched:
+    for service, watching in watched:
         pair = Pair.of(artifact, watching)
-        found.append(result(system, "reply over query", pair, divide_reply_by_query(pair)))
+        found.append(result(service, "reply over query", pair, divide_reply_by_query(pair)))
     trusting: tuple[tuple[str, type[EncryptedHead], bool], ...] = (
         ("trusting both halves", TrustingC1, True),
-        ("trusting the query's", TrustingC1, False),
-        ("trusting the key's", EncryptedHead, True),
-        ("veilhead", EncryptedHead, False),
+        ("trusting the query", TrustingC1, False),
+        ("trusting the key", EncryptedHead, True),
+        ("as it is", EncryptedHead, False),
     )
-    for system, head, trusted in trusting:
+    for service, head, trusted in trusting:
         pair = Pair.of(artifact, head)
         weights = send_chosen_messages(pair, trusted=trusted)
-        found.append(result(system, "chosen key and query", pair, weights))
-    broken = {"without re-randomisation", "trusting both halves"}
-    return [above(one, 0.99) if one.system in broken else at_most(one, 0.01) for one in found]
+        found.append(result(service, "chosen key and query", pair, weights))
+    broken = ("without re-randomisation", "trusting both halves")
+    return [
+        above(one, 0.99) if one.target.endswith(broken) else at_most(one, 0.01) for one in found
+    ]

@@ -73,8 +73,8 @@ def run(*, short: bool) -> list[AttackResult]:
         random_head(classes, dimensions) for classes in (2, 4, 20, 77) for dimensions in (384, 768)
     ]
 
-    def result(system: str, target: str, metric: str, value: float, samples: int) -> AttackResult:
-        return AttackResult("traffic", system, target, metric, value, samples)
+    def result(target: str, metric: str, value: float, samples: int) -> AttackResult:
+        return AttackResult("traffic", "veilhead", target, metric, value, samples)
 
     numbers = range(1, _MOST_TEXTS + 1)
     counts = "number of texts, 1 to 256, from sizes"
@@ -87,15 +87,14 @@ def run(*, short: bool) -> list[AttackResult]:
     asked_rows = 5 if short else 50
     lengths = {len(pair.session.encrypt(row).data) for row in rows[:asked_rows]}
     found = [
-        above(result("veilhead", counts, guessed, plain, _MOST_TEXTS), 0.5),
+        above(result(counts, guessed, plain, _MOST_TEXTS), 0.5),
         at_most(
-            result("veilhead, padded", counts, guessed, padded, _MOST_TEXTS),
+            result(f"{counts}, padded", guessed, padded, _MOST_TEXTS),
             9 / _MOST_TEXTS,  # nine powers of two
         ),
-        result("veilhead", "one of eight models, from sizes", guessed, models, len(heads)),
+        result("one of eight models, from sizes", guessed, models, len(heads)),
         at_most(
             result(
-                "veilhead",
                 "the embedding, from sizes",
                 "lengths of queries",
                 len(lengths),
@@ -112,7 +111,7 @@ def run(*, short: bool) -> list[AttackResult]:
         embedded = {text: model.embed([text]) for text in ("word " * 5, "word " * 200)}
         ahead = _lengths_told(lambda text: pair.logits(embedded[text]), rounds)
         found += [
-            above(result("veilhead", "length of the text", told, asked, 2 * rounds), 0.9),
-            result("veilhead, embedded before", "length of the text", told, ahead, 2 * rounds),
+            above(result("length of the text", told, asked, 2 * rounds), 0.9),
+            result("length of the text, embedded before", told, ahead, 2 * rounds),
         ]
     return found

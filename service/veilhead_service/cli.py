@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from veilhead_protocol.policy import GUARDS, PRESETS, PolicySection, preset_policy
-from veilhead_service import access_log_cli, logs, models_cli, settings_cli
+from veilhead_service import access_log_cli, card_cli, logs, models_cli, settings_cli
 from veilhead_service.doctor import doctor
 from veilhead_service.reporting import reported
 from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
@@ -38,6 +38,7 @@ app.command("retire")(models_cli.retire_model)
 app.add_typer(tenants_app)
 app.add_typer(access_log_cli.app, name="access-log")
 app.command("settings")(settings_cli.show)
+app.command("card")(card_cli.card)
 app.command("doctor")(doctor)
 
 _console = Console(stderr=True, highlight=False)
@@ -267,6 +268,10 @@ def publish(
         str | None,
         typer.Option(metavar="DATE", help="Serve the version before this one until then; UTC."),
     ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A card, from `veilhead-server card`, to be served."),
+    ] = None,
     policy: _PolicyName = None,
     allow_bulk: Annotated[
         bool,
@@ -291,6 +296,7 @@ def publish(
     Example: veilhead-server publish artifacts/icd10-chapters --store store
     """
     with reported():
+        from veilhead_service.card_cli import read_card
         from veilhead_service.head_encryption import HeadKey
         from veilhead_service.model_store import publish as publish_artifact
         from veilhead_service.retirement import Retirement
@@ -307,6 +313,7 @@ def publish(
             retire_previous=(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
+            card=None if card is None else read_card(card),
             policy=_policy(policy),
             allow_bulk=allow_bulk,
             deidentify=deidentify,

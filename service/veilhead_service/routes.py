@@ -40,6 +40,7 @@ from veilhead_protocol.wire import (
     key_id,
 )
 from veilhead_service.access import Access
+from veilhead_service.card import to_html
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
 from veilhead_service.limits import Budget, Usage, charge, policy_budget, requested_layout
@@ -248,6 +249,40 @@ async def get_manifest(
     if _matches(if_none_match, etag):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     return Response(model.manifest_bytes, media_type="application/json", headers=headers)
+
+
+@router.get(
+    "/v1/models/{name}/card",
+    tags=["models"],
+    response_class=Response,
+    responses={
+        200: {"content": {"text/markdown": {}, "text/html": {}}, "description": "the model card"},
+    },
+)
+async def get_card(
+    name: str,
+    request: Request,
+    services: _Services,
+    digest: _VersionDigest = None,
+    accept: Annotated[str | None, Header()] = None,
+) -> Response:
+    """The model card: what the vendor published, or else what the manifest says.
+
+    HTML where `Accept` names text/html, else Markdown.
+    """
+    model = _version(services, name, digest)
+    _note_model(request, model)
+    card = model.card()
+    headers = {"Cache-Control": _REVALIDATE, "Vary": "Accept"}
+    if "text/html" not in (accept or "").lower():
+        return Response(card, media_type="text/markdown; charset=utf-8", headers=headers)
+    page = to_html(card, f"Model card: {model.manifest.name}")
+    # The card is the vendor's, but nothing in it may run or load anything.
+    headers |= {
+        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
 
 class _PublicFile(FileResponse):

@@ -34,6 +34,7 @@ from veilhead_service.tenants import KeyScope
 NEEDED = {
     "/v1/models": KeyScope.MODELS,
     "/v1/models/{name}": KeyScope.MODELS,
+    "/v1/models/{name}/card": KeyScope.MODELS,
     "/v1/models/{name}/files/{path:path}": KeyScope.MODELS,
     "/v1/keys/{id}": KeyScope.INFER,
     "/v1/models/{name}/infer": KeyScope.INFER,

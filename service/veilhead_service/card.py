@@ -46,14 +46,11 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 60rem; m
 h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #d5dae3 }
 table { border-collapse: collapse; font-size: 0.9rem; margin: 0.8rem 0 }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #e4e8ef; text-align: left }
-th { background: #f3f5f9 } td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+th { background: #f3f5f9 } td { font-variant-numeric: tabular-nums; overflow-wrap: break-word }
 code { font-size: 0.85em; overflow-wrap: anywhere }
 """.strip()
 
 _MARKS: Final = re.compile(r"([\\`*_{}\[\]<>|~&])")
-
-#: Decimals of scores.
-_DIGITS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ def _quality(sources: CardSources) -> Iterator[str]:
     )
     yield from _table(
         ("score", *(name for name, _ in heads)),
-        [(name, *(_number(head[field]) for _, head in heads)) for name, field in scores],
+        [(name, *(_score(head[field]) for _, head in heads)) for name, field in scores],
     )
     yield ""
     yield "By class:" if other is None else "By class, those that pay most for the noise first:"
@@ -199,7 +196,7 @@ def _quality(sources: CardSources) -> Iterator[str]:
         yield from _table(
             ("class", "precision", "recall", "F1", "rows"),
             [
-                (one["label"], *map(_number, _scores_of(one)), str(one["support"]))
+                (one["label"], *map(_score, _scores_of(one)), str(one["support"]))
                 for one in report["classes"]
             ],
         )
@@ -212,11 +209,11 @@ def _quality(sources: CardSources) -> Iterator[str]:
             [
                 (
                     one["label"],
-                    _number(one["recall"]),
-                    _number(old["recall"]),
-                    _number(one["f1"]),
-                    _number(old["f1"]),
-                    _number(old["f1"] - one["f1"]),
+                    _score(one["recall"]),
+                    _score(old["recall"]),
+                    _score(one["f1"]),
+                    _score(old["f1"]),
+                    _score(old["f1"] - one["f1"]),
                     str(one["support"]),
                 )
                 for one, old in pairs
@@ -231,8 +228,8 @@ def _quality(sources: CardSources) -> Iterator[str]:
             (
                 f"{one['lower']:.2f} to {one['upper']:.2f}",
                 str(one["rows"]),
-                _number(one["confidence"]),
-                _number(one["accuracy"]),
+                _score(one["confidence"]),
+                _score(one["accuracy"]),
             )
             for one in report["reliability"]
             if one["rows"]
@@ -318,6 +315,7 @@ def _encryption(sources: CardSources) -> Iterator[str]:
     manifest = sources.manifest
     found = manifest.parameter_set
     bits = found.data_modulus.bit_length()
+    key_bits = sum(prime.bit_length() for prime in found.key_primes)
     yield from _table(
         ("what", "value"),
         [
@@ -325,6 +323,7 @@ def _encryption(sources: CardSources) -> Iterator[str]:
             ("parameter set", found.name),
             ("polynomial degree", str(found.poly_modulus_degree)),
             ("ciphertext modulus", f"{bits} bits"),
+            ("modulus of keys, which the security rests on", f"{key_bits} bits"),
             ("cheapest known attack", f"2^{found.estimated_bits:g}"),
             ("promised error of a logit", f"{manifest.head.error_bound:.6f}"),
         ],
@@ -343,7 +342,7 @@ def _encryption(sources: CardSources) -> Iterator[str]:
         yield "The encrypted path was not measured for this card."
     else:
         yield (
-            f"Measured: {measured.rows} embeddings went through encryption, the encrypted head and "
+            f"Measured: {measured.rows} random embeddings went through encryption, the encrypted head and "
             f"decryption. The largest error of a logit was {measured.largest_error:.6f}; "
             f"{measured.same_label} of {measured.rows} kept their top label."
         )
@@ -396,11 +395,13 @@ def _plain(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _score(value: float) -> str:
+    return f"{float(value):.3f}"
+
+
 def _number(value: float) -> str:
-    value = float(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{_DIGITS}f}".rstrip("0").rstrip(".") or "0"
-    return f"{value:.2e}"
+    """A figure of any size."""
+    return f"{float(value):.4g}"
 
 
 def _text(text: str) -> str:

@@ -35,6 +35,9 @@ def card(
             metavar="ARTEFACT", help="The same head trained without privacy, to compare with."
         ),
     ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="A store that it is published in: who signed it.")
+    ] = None,
     rows: Annotated[
         int, typer.Option(min=0, help="Embeddings that the encrypted path is measured on.")
     ] = 50,
@@ -49,11 +52,16 @@ def card(
     with reported():
         from veilhead_models.artifact import REPORT_FILE, HeadArtifact
         from veilhead_service.encrypted_head import EncryptedHead
+        from veilhead_service.model_store import ModelStore
         from veilhead_service.self_test import measured_fidelity
 
         artifact = HeadArtifact.load(directory)
         report = directory / REPORT_FILE
         results = [] if attacks is None else read_json_file(attacks)
+        published = None
+        if store is not None:
+            found = ModelStore(store, check_heads=False)
+            published = found.version(artifact.manifest.name, artifact.manifest.digest)
         fidelity = None
         if rows:
             head = EncryptedHead(artifact.manifest, artifact.weight, artifact.bias)
@@ -67,6 +75,7 @@ def card(
                 ),
                 attacks=results.get("attacks", []) if isinstance(results, dict) else [],
                 fidelity=fidelity,
+                signatures=() if published is None else published.signatures,
             )
         )
         page = to_html(markdown, f"Model card: {artifact.manifest.name}")

@@ -342,8 +342,8 @@ def _encryption(sources: CardSources) -> Iterator[str]:
         yield "The encrypted path was not measured for this card."
     else:
         yield (
-            f"Measured: {measured.rows} random embeddings went through encryption, the encrypted head and "
-            f"decryption. The largest error of a logit was {measured.largest_error:.6f}; "
+            f"Measured: {measured.rows} random embeddings went through encryption, the encrypted "
+            f"head and decryption. The largest error of a logit was {measured.largest_error:.6f}; "
             f"{measured.same_label} of {measured.rows} kept their top label."
         )
 

@@ -441,7 +441,7 @@ class _FailingPool:
     def admit(self):
         pass
 
-    async def evaluate(self, *_):
+    async def evaluate(self, *_, **__):
         raise WorkerError("lost")
 
 
@@ -504,7 +504,7 @@ def test_no_query_is_answered_when_it_cannot_be_charged(
     evaluated = []
 
     class Counting(_FailingPool):
-        async def evaluate(self, *_):
+        async def evaluate(self, *_, **__):
             evaluated.append(1)
             raise WorkerError("lost")
 

@@ -266,5 +266,8 @@ def _size(directory: Path) -> int:
 
 def _largest(environment: Path) -> dict[str, int]:
     (packages,) = (environment / "lib").glob("python*/site-packages")
-    sizes = {path.name: _size(path) for path in packages.iterdir() if path.is_dir()}
+    sizes = {
+        path.name: _size(path) if path.is_dir() else path.stat().st_size
+        for path in packages.iterdir()
+    }
     return dict(sorted(sizes.items(), key=lambda item: item[1], reverse=True)[:_SHOWN])

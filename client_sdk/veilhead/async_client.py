@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 #: Chunks of rows under way at once: what bounds the memory of a long call.
 CHUNKS: Final = 8
 
+#: Texts of a list that are embedded together, about: enough that few differ in length.
+_TOGETHER: Final = 1024
+
 _Value = TypeVar("_Value")
 _Text = TypeVar("_Text")
 
@@ -327,7 +330,7 @@ class AsyncClient:
 
     async def classify_frame(
         self,
-        texts: pd.Series[Any],
+        texts: pd.Series,
         *,
         top_k: int = 1,
         function_to_apply: FunctionToApply | None = None,
@@ -405,6 +408,7 @@ class AsyncClient:
         backbone, rows = await self._ready_backbone(), list(texts)
         call, size = Call(), self._engine.chunk
         # Texts of like length go together: padding costs the backbone a fifth more otherwise.
+        size *= -(-_TOGETHER // size)
         order = sorted(range(len(rows)), key=lambda row: _length(rows[row]), reverse=True)
         found = await self._collect(
             partial(

@@ -359,7 +359,7 @@ class Client:
 
     def classify_frame(
         self,
-        texts: pd.Series[Any],
+        texts: pd.Series,
         *,
         top_k: int = 1,
         function_to_apply: FunctionToApply | None = None,

@@ -30,6 +30,7 @@ VALUES = {
         "o'neil+x@mail.example.co.uk",
         "jürgen@example.de",
         "x_1@sub-domain.example.museum",
+        "x" * 80 + "@example.com",
     ],
     "URL": [
         "https://example.com/a?b=c#d",

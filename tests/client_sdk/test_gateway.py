@@ -414,7 +414,9 @@ class Fails:
         return []
 
 
-@pytest.mark.parametrize("failing", [None, "upstream", "detector", "backbone", "body"])
+@pytest.mark.parametrize(
+    "failing", [None, "upstream", "detector", "backbone", "body", "client", "batcher"]
+)
 def test_texts_reach_neither_logs_nor_metrics_nor_errors(
     gateway, quick, caplog, capfd, monkeypatch, failing
 ):
@@ -430,6 +432,14 @@ def test_texts_reach_neither_logs_nor_metrics_nor_errors(
             monkeypatch.setattr(
                 "veilhead_models.backbone.Backbone.embed", lambda self, rows, **_: broken(rows)
             )
+
+        async def leaking(rows, **_):
+            raise RuntimeError(rows[0])
+
+        if failing == "client":
+            caller.gateway.client.classify = leaking
+        if failing == "batcher":
+            caller.gateway.batcher.ask = leaking
         answer = await caller.post(document)
         assert answer.is_success == (failing is None)
         return answer.text + await caller.metrics()

@@ -49,9 +49,11 @@ def test_the_answers_are_those_of_classify_in_order(connect, text_artifact, text
 def test_no_more_is_read_than_is_under_way(connect, text_artifact, texts):
     client, service = connect(text_artifact)
     read = itertools.count()
-    endless = (text for text, _ in zip(itertools.cycle(texts), read, strict=False))
-    answers = client.classify_many(endless, concurrency=2)
     chunk = client._engine.chunk
+    many = itertools.islice(itertools.cycle(texts), 20 * chunk)
+    answers = client.classify_many(
+        (text for text, _ in zip(many, read, strict=False)), concurrency=2
+    )
     taken = 5 * chunk
     for _ in itertools.islice(answers, taken):
         pass

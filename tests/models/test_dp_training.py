@@ -93,6 +93,15 @@ class TestSums:
         other = ClippedSums(embeddings[order], targets[order], 7).at(parameters)
         assert (one == other).all()
 
+    def test_logits_are_exact_since_parameters_are_on_a_grid(self) -> None:
+        embeddings, targets = rows_of(7, 3000, 48)
+        generator = np.random.default_rng(5)
+        whole = generator.integers(1, 2**17, (7, 49)).astype(np.float64)
+        sums = ClippedSums(embeddings, targets, 7)
+        on_grid = sums.at(whole / 2**16)
+        assert (sums.at((whole + 0.9 * generator.random((7, 49))) / 2**16) == on_grid).all()
+        assert (sums.at((whole + generator.integers(0, 2, (7, 49))) / 2**16) != on_grid).any()
+
 
 class TestNoise:
     @pytest.mark.parametrize("scale", [1.5, 2.0**38])

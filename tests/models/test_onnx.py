@@ -204,7 +204,7 @@ class TestExport:
                 weight.ClearField("raw_data")
             rest = model.SerializeToString()
             assert b"input_ids" in rest
-            for word in (b".py", b"/", b"Roberta", b"torch.nn"):
+            for word in (b".py", b"/tmp", b"site-packages", b"Roberta", b"torch.nn"):
                 assert word not in rest, word
             assert {node.domain for node in model.graph.node} == {""}
             assert not model.functions

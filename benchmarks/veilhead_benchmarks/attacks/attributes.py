@@ -1,9 +1,9 @@
 """Attribute inference: what an embedding tells of a person, whatever it is classified for.
 
-Generated records say a diagnosis, a date of birth, a telephone number and a given name. From other
-records' embeddings the attacker learns to tell when the person was born, where the telephone is,
-and the sex that the name suggests. Then the same after de-identification (`veilhead.deidentify`),
-which replaces dates of birth and numbers and does not know names: what it leaves stays visible.
+Generated records say a diagnosis, a given name, a date of birth and an e-mail address. From other
+records' embeddings the attacker learns to tell when the person was born, where they work, and the
+sex that the name suggests. Then the same after de-identification (`veilhead.deidentify`), which
+replaces dates of birth and addresses and does not know names: what it leaves stays visible.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from veilhead_models.training import fit_head
 # fmt: off
 _WOMEN: Final = ("Maria", "Fatima", "Aisha", "Olga", "Chloe", "Priya", "Zofia", "Emma", "Anna")
 _MEN: Final = ("James", "Jonas", "Pedro", "Ken", "Noah", "Lars", "David", "Thomas", "Peter")
-_AREAS: Final = (("212", "617", "305", "404", "202"), ("415", "213", "503", "602", "808"))
+_EMPLOYERS: Final = (
+    ("harbor-hospital", "city-clinic", "nursing-home", "st-mary-hospice", "dental-care"),
+    ("union-bank", "first-credit", "capital-invest", "mutual-savings", "trust-brokers"),
+)
 # fmt: on
 
 _Array = NDArray[np.float64]
@@ -48,7 +51,7 @@ class Person:
 
 
 #: Attribute -> whether de-identification takes it out.
-ATTRIBUTES: Final = {"born after 1970": True, "telephone in the west": True, "sex of name": False}
+ATTRIBUTES: Final = {"born after 1970": True, "works at a bank": True, "sex of name": False}
 
 
 def people(phrases: Sequence[str], seed: int) -> list[Person]:
@@ -56,14 +59,14 @@ def people(phrases: Sequence[str], seed: int) -> list[Person]:
     generator = random.Random(seed)  # noqa: S311  (not a secret)
     found = []
     for phrase in phrases:
-        young, west, man = (generator.randrange(2) for _ in range(3))
+        young, bank, man = (generator.randrange(2) for _ in range(3))
         year = generator.randint(1975, 2004) if young else generator.randint(1930, 1965)
-        area = generator.choice(_AREAS[west])
+        employer = generator.choice(_EMPLOYERS[bank])
         name = generator.choice((_WOMEN, _MEN)[man])
         date = f"{generator.randint(1, 12):02}/{generator.randint(1, 28):02}/{year}"
-        phone = f"({area}) 555-01{generator.randint(0, 99):02}"
-        values = dict(zip(ATTRIBUTES, (young, west, man), strict=True))
-        found.append(Person(f"{name}, DOB: {date}, Tel: {phone}. {phrase}", values))
+        address = f"{name.lower()}{generator.randint(10, 99)}@{employer}.example.com"
+        values = dict(zip(ATTRIBUTES, (young, bank, man), strict=True))
+        found.append(Person(f"{name}, DOB: {date}, e-mail {address}. {phrase}", values))
     return found
 
 

@@ -33,7 +33,6 @@ _LETTER: Final = r"[^\W\u0600-\U0010ffff]"
 
 _LOCAL: Final = re.compile(rf"(?:{_LETTER}|[.!#$%&'*+/=?^`{{|}}~-])")
 _DOMAIN: Final = re.compile(rf"(?:(?:{_LETTER}|-){{1,63}}\.){{1,8}}[^\W\d_]{{2,63}}")
-_MAX_LOCAL: Final = 64
 
 _URL: Final = re.compile(
     r"(?<![A-Za-z0-9])(?:(?:https?|ftps?|sftp|wss?)://|www\d?\.)[^\s<>\"`{}|\\^\u3000-\u303f]+",
@@ -180,8 +179,8 @@ class _Email:
     def find(self, text: str) -> Iterator[Finding]:
         for sign in re.finditer("@", text):
             start = sign.start()
-            first = max(0, start - _MAX_LOCAL)
-            while start > first and _LOCAL.match(text, start - 1):
+            # No further than to the @ before it: every letter is looked at once.
+            while start > 0 and _LOCAL.match(text, start - 1):
                 start -= 1
             while start < sign.start() and text[start] in ".'`/=|":
                 start += 1  # quotes and separators in front of an address

@@ -452,6 +452,18 @@ class TestBackbone:
         assert service.seen("file") == []
 
 
+def test_padding_hides_the_number_of_texts_and_changes_no_answer(connect, head_artifact):
+    rows = unit_rows(64, 32)
+    plain, _ = connect(head_artifact)
+    for count in (1, 33, 50, 64):
+        traces = []
+        padded, _ = connect(head_artifact, pad_batches=True, on_query=traces.append)
+        found = padded.logits(rows[:count])
+        assert found.shape == (count, 5)
+        assert np.abs(found - plain.logits(rows[:count])).max() < 2e-3
+        assert sum(trace.texts for trace in traces) == (1 if count == 1 else 64)
+
+
 def test_traces_hold_times_and_sizes(connect, head_artifact):
     traces = []
     client, _ = connect(head_artifact, on_query=traces.append)

@@ -366,6 +366,7 @@ class Manifest(Section):
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "manifest"
-            raise ManifestError(f"{where}: {first['msg']}") from None
+            message = first["msg"].removeprefix("Value error, ")
+            raise ManifestError(f"{where}: {message}") from None
         except (ScaleError, ParameterError) as error:
             raise ManifestError(str(error)) from error

@@ -85,7 +85,8 @@ class PolicySection(Section):
             return PolicySection.model_validate(dict(self) | clauses)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
-            raise ManifestError(f"policy: {first['msg']}") from None
+            message = first["msg"].removeprefix("Value error, ")
+            raise ManifestError(f"policy: {message}") from None
 
     def violations(self, parameters: str, about: dict[str, Any]) -> list[str]:
         """What breaks the policy in a model of this parameter set with this `about`.

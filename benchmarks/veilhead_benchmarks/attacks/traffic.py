@@ -111,7 +111,7 @@ def run(*, short: bool) -> list[AttackResult]:
         embedded = {text: model.embed([text]) for text in ("word " * 5, "word " * 200)}
         ahead = _lengths_told(lambda text: pair.logits(embedded[text]), rounds)
         found += [
-            above(result("length of the text", told, asked, 2 * rounds), 0.9),
+            above(result("length of the text", told, asked, 2 * rounds), 0.75),
             result("length of the text, embedded before", told, ahead, 2 * rounds),
         ]
     return found

@@ -116,6 +116,7 @@ _ROUTES: Final[tuple[tuple[str, re.Pattern[str], dict[str, set[int]]], ...]] = t
     for name, pattern, answers in (
         ("/v1/models", r"/v1/models", {"GET": {200}}),
         ("/v1/models/{name}", r"/v1/models/[^/]+", {"GET": {200, 304}}),
+        ("…/card", r"/v1/models/[^/]+/card", {"GET": {200}}),
         ("…/files/{path}", r"/v1/models/[^/]+/files/.*", {"GET": {200, 206, 304}}),
         ("…/infer", r"/v1/models/[^/]+/infer", {"POST": {200}}),
         (

@@ -51,6 +51,7 @@ class Client:
         vendor_key: str | Sequence[str] | None = None,
         api_key: str | None = None,
         deidentify: bool | Deidentifier | None = None,
+        pad_batches: bool = False,
         concurrency: int = 8,
         timeout: float = 30.0,
         on_query: Callable[[QueryTrace], None] | None = None,
@@ -78,6 +79,8 @@ class Client:
             deidentify: replace e-mail addresses, account numbers and the like by placeholders
                 before a text is embedded: True for the built-in detectors, or a `Deidentifier`.
                 None follows the model's policy, and False never does.
+            pad_batches: add rows of zeros until their number is a power of two, so that sizes tell
+                less of it. The service charges for them too.
             concurrency: queries in flight at once; fewer for heads of a thousand classes or more.
             timeout: seconds to wait for each connection, write and read; reads of replies of such
                 heads wait longer.
@@ -108,6 +111,7 @@ class Client:
             vendor_key=vendor_key,
             api_key=api_key,
             deidentify=deidentify,
+            pad_batches=pad_batches,
             concurrency=concurrency,
             timeout=timeout,
             on_query=on_query,

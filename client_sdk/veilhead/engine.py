@@ -88,6 +88,7 @@ class Engine:
     model: str
     concurrency: int
     on_query: Callable[[QueryTrace], None] | None
+    pad_batches: bool = False
     manifest: Manifest = field(init=False)
     session: Session = field(init=False)
     _slots: anyio.Semaphore = field(init=False)
@@ -132,8 +133,12 @@ class Engine:
         """Logits, or an error, for each row of embeddings [batch, d].
 
         The rows go out in as few requests as are cheap. One is encrypted while others are on the
-        wire.
+        wire. With `pad_batches` rows of zeros make their number a power of two.
         """
+        count = len(embeddings)
+        if self.pad_batches and count > 0:
+            padding = (1 << (count - 1).bit_length()) - count
+            embeddings = np.pad(embeddings, ((0, padding), (0, 0)))
         rows: list[Row] = [NotSentError("not sent")] * len(embeddings)
 
         async def one(start: int, size: int) -> None:
@@ -148,7 +153,7 @@ class Engine:
             for size in self.session.plan(len(embeddings)):
                 tasks.start_soon(one, start, size)
                 start += size
-        return rows
+        return rows[:count]
 
     async def _infer_rows(
         self, embeddings: NDArray[np.float64], call: Call
@@ -249,6 +254,7 @@ async def opened_engine(
     minimum_parameters: str,
     vendor_keys: Sequence[VendorKey],
     api_key: str | None,
+    pad_batches: bool,
     concurrency: int,
     timeout: float,
     on_query: Callable[[QueryTrace], None] | None,
@@ -258,7 +264,7 @@ async def opened_engine(
     async with Transport(
         url, timeout=timeout, connections=concurrency, api_key=api_key, transport=transport
     ) as connection:
-        engine = Engine(connection, model, concurrency, on_query)
+        engine = Engine(connection, model, concurrency, on_query, pad_batches)
         await engine.open(digest, minimum_parameters, vendor_keys)
         try:
             yield engine

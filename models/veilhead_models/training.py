@@ -20,8 +20,9 @@ from veilhead_models.backbone import Backbone
 from veilhead_models.datasets import Dataset
 from veilhead_models.dp_training import fit_private_head
 from veilhead_models.privacy import PrivacyBudget, PrivacyStatement
-from veilhead_protocol.errors import DatasetError, ModelError, PrivacyError
+from veilhead_protocol.errors import DatasetError, ManifestError, ModelError, PrivacyError
 from veilhead_protocol.manifest import BackboneSection
+from veilhead_protocol.policy import PolicySection
 from veilhead_protocol.scales import project
 
 #: Inverse strength of the L2 penalty (scikit-learn's C), for embeddings in the unit ball. Chosen on
@@ -294,6 +295,7 @@ def train_artifact(
     parameters: str = "compact",
     device: str = "auto",
     privacy: PrivacyBudget | None = None,
+    policy: PolicySection | None = None,
     progress: Progress | None = None,
 ) -> tuple[HeadArtifact, TrainingReport]:
     """Train a head on a data set and make it an artefact, backbone included.
@@ -309,12 +311,16 @@ def train_artifact(
         ModelError: when a package of the `train` extra is not installed.
         ParameterError: when there is no such parameter set.
         ScaleError: when the parameter set cannot carry the head.
-        ManifestError: when labels or name are not what a manifest may hold.
+        ManifestError: when labels or name are not what a manifest may hold, or the head would
+            break the policy; the clause is named.
     """
     # A head of zeros finds wrong labels, names and sets before the long work, not after it.
     HeadArtifact.from_weights(
         np.zeros((len(dataset.labels), 1)), None, dataset.labels, name=name, parameters=parameters
     )
+    promised = None if privacy is None else {"epsilon": privacy.epsilon, "delta": privacy.delta}
+    for violation in (policy or PolicySection()).violations(parameters, {"privacy": promised}):
+        raise ManifestError(f"policy.{violation}")
     backbone = Backbone.load(backbone_directory, section, device=device)
     head = train_head(dataset, backbone, privacy=privacy, progress=progress)
     about: dict[str, Any] = {}
@@ -337,6 +343,7 @@ def train_artifact(
         dataset.labels,
         name=name,
         parameters=parameters,
+        policy=policy,
         embedding_scale=head.embedding_scale,
         about=about,
     )

@@ -16,8 +16,6 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
@@ -26,6 +24,8 @@ from pydantic import (
 from veilhead_protocol.errors import ManifestError, ParameterError, ScaleError
 from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS, Layout
 from veilhead_protocol.parameters import MAX_EXPONENT, PARAMETER_SETS, ParameterSet
+from veilhead_protocol.policy import PolicySection as PolicySection
+from veilhead_protocol.policy import Section
 from veilhead_protocol.scales import BOUND_STEP, HeadScales
 
 FORMAT: Final = "veilhead-manifest/1"
@@ -71,13 +71,7 @@ def _safe_path(path: str) -> str:
     return path
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, allow_inf_nan=False
-    )
-
-
-class HeadSection(_Section):
+class HeadSection(Section):
     """The head's public numbers; `scales` holds what each of them means.
 
     `problem_type` says what the logits of a text are: `single_label` (their softmax gives the
@@ -116,7 +110,7 @@ class HeadSection(_Section):
         return self
 
 
-class CalibrationSection(_Section):
+class CalibrationSection(Section):
     """How a scale was measured: `margin` times the `quantile` of the norms of `rows` embeddings."""
 
     rows: Annotated[int, Field(ge=1)]
@@ -124,7 +118,7 @@ class CalibrationSection(_Section):
     margin: Annotated[float, Field(ge=1, le=100)]
 
 
-class EmbeddingSection(_Section):
+class EmbeddingSection(Section):
     """What the client divides an embedding by before it projects it onto the unit ball.
 
     `scale_origin` says where the scale comes from: `normalised` (the backbone's output has norm
@@ -143,7 +137,7 @@ class EmbeddingSection(_Section):
         return self
 
 
-class FileEntry(_Section):
+class FileEntry(Section):
     """One public file, by content."""
 
     path: Annotated[str, Field(max_length=256), AfterValidator(_safe_path)]
@@ -151,14 +145,14 @@ class FileEntry(_Section):
     sha256: _HexDigest
 
 
-class DenseSection(_Section):
+class DenseSection(Section):
     """A public linear layer after the pooling, and the function of its output."""
 
     file: Annotated[str, Field(max_length=256), AfterValidator(_safe_path)]
     activation: Literal["identity", "tanh", "relu", "gelu", "sigmoid"]
 
 
-class OnnxSection(_Section):
+class OnnxSection(Section):
     """A backbone in a second form, for ONNX Runtime: nothing else of it is then needed.
 
     `tokenizer` is a file of the tokenizers library that cuts and pads as the backbone wants it. The
@@ -183,7 +177,7 @@ class OnnxSection(_Section):
         return tuple(entry for entry in (self.tokenizer, self.fp32, self.fp16) if entry is not None)
 
 
-class BackboneSection(_Section):
+class BackboneSection(Section):
     """The public transformer: its files, and how a text becomes an embedding.
 
     The files are a transformers checkpoint and its tokenizer. Where `pooling` is `architecture`,
@@ -237,21 +231,7 @@ class BackboneSection(_Section):
         return self
 
 
-class PolicySection(_Section):
-    """What the vendor asks of both sides.
-
-    The client refuses parameters below `minimum_parameters`. `bulk` allows requests of more texts
-    than the hint limit of the set: they hide the head from honest keys only. With `deidentify` the
-    client replaces what points at a person before it embeds a text, unless its user says otherwise.
-    """
-
-    minimum_parameters: _ParameterName = "compact"
-    bulk: bool = False
-    # Left out where it is false, so that models without it keep the digest that clients pinned.
-    deidentify: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
-
-
-class Manifest(_Section):
+class Manifest(Section):
     """A model as the public sees it.
 
     `task` says whether an embedding stands for a text, or for a token of one.
@@ -273,8 +253,8 @@ class Manifest(_Section):
         parameters = PARAMETER_SETS[self.parameters]
         if self.parameters_id != parameters.id.hex():
             raise ValueError("parameters_id is not the id of the named parameter set")
-        if not parameters.at_least(PARAMETER_SETS[self.policy.minimum_parameters]):
-            raise ValueError("the parameter set is below the policy's minimum")
+        for violation in self.policy.violations(self.parameters, self.about):
+            raise ValueError(f"policy.{violation}")
         of_tokens = self.backbone is not None and self.backbone.pooling == "tokens"
         if of_tokens != (self.task == "token-classification"):
             raise ValueError("the task is not the one of the backbone's pooling")
@@ -386,6 +366,7 @@ class Manifest(_Section):
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "manifest"
-            raise ManifestError(f"{where}: {first['msg']}") from None
+            message = first["msg"].removeprefix("Value error, ")
+            raise ManifestError(f"{where}: {message}") from None
         except (ScaleError, ParameterError) as error:
             raise ManifestError(str(error)) from error

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -83,22 +83,30 @@ class Access(Protocol):
             StateError: when it cannot be known.
         """
 
-    def charged(self, tenant: str, model: str, units: int) -> AbstractAsyncContextManager[None]:
+    def charged(
+        self, tenant: str, model: str, units: int, default: Budget | None = None
+    ) -> AbstractAsyncContextManager[None]:
         """Charge a budget for what the block does; given back when the block fails.
+
+        `default` is the budget of the model's policy: that of a tenant that has none of its own.
 
         Raises:
             Problem: budget-exhausted, before the block.
             StateError: when it cannot be charged; the block does not run then.
         """
 
-    async def usage(self, tenant: str, models: list[str]) -> tuple[Rate | None, list[Usage]]:
+    async def usage(
+        self, tenant: str, models: Mapping[str, Budget | None]
+    ) -> tuple[Rate | None, list[Usage]]:
         """A tenant's rate (None for no limit) and its budgets: of these models, and in use.
+
+        The models come with the budgets of their policies.
 
         Raises:
             StateError: when the state cannot be read.
         """
 
-    async def usage_snapshot(self) -> list[Usage]:
+    async def usage_snapshot(self, models: Mapping[str, Budget | None]) -> list[Usage]:
         """The current period of every budget that is set or in use, of all tenants, for metrics.
 
         Raises:
@@ -194,13 +202,15 @@ class TenantAccess:
         return key.tenant
 
     @asynccontextmanager
-    async def charged(self, tenant: str, model: str, units: int) -> AsyncIterator[None]:
+    async def charged(
+        self, tenant: str, model: str, units: int, default: Budget | None = None
+    ) -> AsyncIterator[None]:
         """Charge, and give back when the block raises.
 
         Only a block that was cancelled stays charged: nobody knows how far it came.
         """
         taken = await self._in_thread(
-            lambda: self._opened().charge(tenant, model, units, self._budget)
+            lambda: self._opened().charge(tenant, model, units, default or self._budget)
         )
         if isinstance(taken, Usage):
             raise Problem(
@@ -220,18 +230,27 @@ class TenantAccess:
                 logger.error("a charge could not be given back: %s", error)
             raise
 
-    async def usage(self, tenant: str, models: list[str]) -> tuple[Rate | None, list[Usage]]:
-        """The tenant's rows, sorted by model; unused models have the default budget."""
+    async def usage(
+        self, tenant: str, models: Mapping[str, Budget | None]
+    ) -> tuple[Rate | None, list[Usage]]:
+        """The tenant's rows, sorted by model; unused models have their policy's budget."""
         directory = await self._current()
-        found = await self._in_thread(lambda: self._opened().usage(self._budget, tenant=tenant))
-        ends = self._budget.period.ends(self._clock())
-        rows = {model: Usage(tenant, model, self._budget, 0, ends) for model in models}
+        budgets = {model: budget or self._budget for model, budget in models.items()}
+        found = await self._in_thread(
+            lambda: self._opened().usage(self._budget, tenant=tenant, of_models=budgets)
+        )
+        now = self._clock()
+        rows = {
+            model: Usage(tenant, model, budget, 0, budget.period.ends(now))
+            for model, budget in budgets.items()
+        }
         rows |= {usage.model: usage for usage in found}
         return self._rate_of(directory, tenant), [rows[model] for model in sorted(rows)]
 
-    async def usage_snapshot(self) -> list[Usage]:
+    async def usage_snapshot(self, models: Mapping[str, Budget | None]) -> list[Usage]:
         """All tenants' rows."""
-        return await self._in_thread(lambda: self._opened().usage(self._budget))
+        budgets = {model: budget or self._budget for model, budget in models.items()}
+        return await self._in_thread(lambda: self._opened().usage(self._budget, of_models=budgets))
 
     def _rate_of(self, directory: _Directory, name: str) -> Rate:
         tenant = directory.tenants[name]
@@ -283,19 +302,25 @@ class InsecureAccess:
         return INSECURE_TENANT
 
     @asynccontextmanager
-    async def charged(self, tenant: str, model: str, units: int) -> AsyncIterator[None]:  # noqa: ARG002
+    async def charged(
+        self,
+        tenant: str,  # noqa: ARG002
+        model: str,  # noqa: ARG002
+        units: int,  # noqa: ARG002
+        default: Budget | None = None,  # noqa: ARG002
+    ) -> AsyncIterator[None]:
         """There are no budgets."""
         yield
 
     async def usage(
         self,
         tenant: str,  # noqa: ARG002
-        models: list[str],  # noqa: ARG002
+        models: Mapping[str, Budget | None],  # noqa: ARG002
     ) -> tuple[Rate | None, list[Usage]]:
         """Nothing is counted."""
         return None, []
 
-    async def usage_snapshot(self) -> list[Usage]:
+    async def usage_snapshot(self, models: Mapping[str, Budget | None]) -> list[Usage]:  # noqa: ARG002
         """Nothing is counted."""
         return []
 

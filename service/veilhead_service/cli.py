@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from veilhead_service import access_log_cli, logs, models_cli, settings_cli
+from veilhead_protocol.policy import GUARDS, PRESETS, PolicySection, preset_policy
+from veilhead_service import access_log_cli, card_cli, logs, models_cli, settings_cli
 from veilhead_service.doctor import doctor
 from veilhead_service.reporting import reported
 from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
@@ -36,10 +38,35 @@ app.command("retire")(models_cli.retire_model)
 app.add_typer(tenants_app)
 app.add_typer(access_log_cli.app, name="access-log")
 app.command("settings")(settings_cli.show)
+app.command("card")(card_cli.card)
 app.command("doctor")(doctor)
 
 _console = Console(stderr=True, highlight=False)
 _logger = logging.getLogger("veilhead.service")
+
+
+_PolicyName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help=f"Hold the model to a policy: {', '.join(PRESETS)}."),
+]
+
+
+def _policy(name: str | None) -> PolicySection | None:
+    try:
+        return None if name is None else preset_policy(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _policy_lines(policy: PolicySection) -> list[str]:
+    """What a named policy asks for, and who sees to each clause."""
+    if policy.preset is None:
+        return []
+    stated = policy.model_dump(mode="json", exclude={"preset"})
+    return [
+        f"policy {policy.preset}: {clause} {json.dumps(value)}: {GUARDS[clause].value}"
+        for clause, value in stated.items()
+    ]
 
 
 @app.command()
@@ -59,9 +86,13 @@ def train(
         typer.Option(help="Directory of an encoder, or of an artefact; MiniLM when absent."),
     ] = None,
     parameters: Annotated[
-        str,
-        typer.Option(help="compact (fast), or strong (for secrets that must last decades)."),
-    ] = "compact",
+        str | None,
+        typer.Option(
+            help="compact (fast), or strong (for secrets that must last decades); the policy's "
+            "minimum when absent."
+        ),
+    ] = None,
+    policy: _PolicyName = None,
     device: Annotated[str, typer.Option(help="auto, or a torch device.")] = "auto",
     dp_epsilon: Annotated[
         float | None,
@@ -96,6 +127,7 @@ def train(
         from veilhead_models.training import train_artifact
         from veilhead_protocol.errors import PrivacyError
 
+        asked = _policy(policy)
         if dp_epsilon is not None:
             delta = DEFAULT_DELTA if dp_delta is None else dp_delta
             privacy = PrivacyBudget(dp_epsilon, delta, insecure_large_epsilon)
@@ -117,7 +149,8 @@ def train(
                 dataset,
                 directory,
                 section,
-                parameters=parameters,
+                parameters=parameters or (asked or PolicySection()).minimum_parameters,
+                policy=asked,
                 device=device,
                 privacy=privacy,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
@@ -235,6 +268,11 @@ def publish(
         str | None,
         typer.Option(metavar="DATE", help="Serve the version before this one until then; UTC."),
     ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A card, from `veilhead-server card`, to be served."),
+    ] = None,
+    policy: _PolicyName = None,
     allow_bulk: Annotated[
         bool,
         typer.Option(
@@ -258,6 +296,7 @@ def publish(
     Example: veilhead-server publish artifacts/icd10-chapters --store store
     """
     with reported():
+        from veilhead_service.card_cli import read_card
         from veilhead_service.head_encryption import HeadKey
         from veilhead_service.model_store import publish as publish_artifact
         from veilhead_service.retirement import Retirement
@@ -274,9 +313,13 @@ def publish(
             retire_previous=(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
+            card=None if card is None else read_card(card),
+            policy=_policy(policy),
             allow_bulk=allow_bulk,
             deidentify=deidentify,
         )
+    for line in _policy_lines(manifest.policy):
+        typer.echo(line)
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")
 
 

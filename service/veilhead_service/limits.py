@@ -54,6 +54,12 @@ class Budget:
             raise ValueError(f"a budget is not negative, got {self.units}")
 
 
+def policy_budget(manifest: Manifest) -> Budget | None:
+    """The budget that a model's policy gives to tenants that have none of their own."""
+    clause = manifest.policy.query_budget
+    return None if clause is None else Budget(clause.units, Period(clause.period))
+
+
 @dataclass(frozen=True)
 class Charge:
     """What was taken from a budget, and from which period of it."""

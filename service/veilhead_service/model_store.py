@@ -4,6 +4,7 @@
                                         head.safetensors, or encrypted head.safetensors.enc
     STORE/<name>/<digest>.signatures    who signed its manifest, a line each
     STORE/<name>/<digest>.retired       when it stops being served
+    STORE/<name>/<digest>.card.md       what its vendor says of it
     STORE/<name>/current                the digest that the name stands for
     STORE/.lock                         held by whoever publishes or retires
 
@@ -45,11 +46,13 @@ from veilhead_protocol.errors import (
 )
 from veilhead_protocol.files import verify_files
 from veilhead_protocol.manifest import NAME_PATTERN, Manifest
+from veilhead_protocol.policy import PolicySection
 from veilhead_protocol.signatures import (
     MAX_SIGNATURES,
     ManifestSignature,
     read_signatures,
 )
+from veilhead_service.card import CardSources, to_markdown
 from veilhead_service.head_encryption import HEADER_BYTES, HeadKey, key_id_of
 from veilhead_service.retirement import Retirement
 from veilhead_service.signing import SigningKey
@@ -58,6 +61,7 @@ from veilhead_service.store_files import sync_directory, write_atomically
 _CURRENT = "current"
 _SIGNATURES = ".signatures"
 _RETIRED = ".retired"
+_CARD = ".card.md"
 _LOCK = ".lock"
 _DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 
@@ -85,6 +89,20 @@ class StoredModel:
     def manifest_bytes(self) -> bytes:
         """The canonical bytes that clients pin."""
         return self.manifest.serialize()
+
+    def card(self) -> str:
+        """The card that the vendor published with it, or else one of the manifest alone: Markdown.
+
+        Raises:
+            StoreError: when the card cannot be read.
+        """
+        content = _read_beside(self.directory, _CARD)
+        if content is None:
+            return to_markdown(CardSources(self.manifest, signatures=self.signatures))
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{self.directory}{_CARD} is not UTF-8: publish it again") from error
 
     @property
     def is_encrypted(self) -> bool:
@@ -360,6 +378,8 @@ def publish(
     signing_key: SigningKey | None = None,
     head_key: HeadKey | None = None,
     retire_previous: Retirement | None = None,
+    card: str | None = None,
+    policy: PolicySection | None = None,
     allow_bulk: bool = False,
     deidentify: bool = False,
 ) -> Manifest:
@@ -377,12 +397,15 @@ def publish(
         head_key: encrypts the head, which is then never in the store in plaintext.
         retire_previous: when the version that the name stood for stops being served; an earlier
             date that it already has stays.
+        card: Markdown that anybody who may use the model is shown; replaces an earlier one.
+        policy: replaces the artefact's.
         allow_bulk: let the manifest's policy allow bulk requests, which pass the limit of hints:
             another version than the artefact's own.
         deidentify: let the policy ask clients to de-identify texts: another version, too.
 
     Raises:
         ArtifactError: when the directory is not a whole, consistent artefact.
+        ManifestError: when the head breaks the policy; the clause is named.
         SelfTestError: when the encrypted head does not answer as the plaintext one.
         StoreError: when the store cannot be written, the version was retired, or it is damaged in a
             way that this cannot repair.
@@ -392,10 +415,12 @@ def publish(
     from veilhead_service.self_test import self_test
 
     artifact = HeadArtifact.load(directory)
+    if policy is not None:
+        artifact = replace(artifact, policy=policy)
     asked = {"bulk": allow_bulk, "deidentify": deidentify}
     if any(asked.values()):
-        policy = artifact.policy.model_copy(update={name: True for name, on in asked.items() if on})
-        artifact = replace(artifact, policy=policy)
+        changed = artifact.policy.changed(**{name: True for name, on in asked.items() if on})
+        artifact = replace(artifact, policy=changed)
     manifest = artifact.manifest
     self_test(EncryptedHead(manifest, artifact.weight, artifact.bias), artifact)
     home = store / manifest.name
@@ -414,6 +439,8 @@ def publish(
             artifact.save(version, encrypt_head=encrypt)
         else:
             _repair(version, artifact, head_key)
+        if card is not None:
+            write_atomically(home / f"{version.name}{_CARD}", card.encode("utf-8"))
         if signing_key is not None:
             _add_signature(version, signing_key.sign(manifest.digest))
         write_atomically(home / _CURRENT, f"{version.name}\n".encode())

@@ -40,9 +40,10 @@ from veilhead_protocol.wire import (
     key_id,
 )
 from veilhead_service.access import Access
+from veilhead_service.card import to_html
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
-from veilhead_service.limits import Usage, charge, requested_layout
+from veilhead_service.limits import Budget, Usage, charge, policy_budget, requested_layout
 from veilhead_service.model_store import ModelSource, StoredModel
 from veilhead_service.problems import (
     OPENAPI_RESPONSE,
@@ -105,10 +106,7 @@ def _digest(text: str) -> bytes:
 
 
 async def _body(
-    request: Request,
-    tenant: str,
-    limit: int,
-    expect: Callable[[bytes], int] | None = None,
+    request: Request, tenant: str, limit: int, expect: Callable[[bytes], int] | None = None
 ) -> bytes:
     """The body of a message: of the right type, and refused as soon as it passes the limit.
 
@@ -184,6 +182,17 @@ async def list_models(services: _Services) -> dict[str, list[dict[str, str]]]:
     return {"models": found}
 
 
+def _policy_budgets(services: Services) -> dict[str, Budget | None]:
+    """Every model, with the budget of its current version's policy."""
+    found: dict[str, Budget | None] = {}
+    for name in services.models.names():
+        model = None
+        with suppress(StoreError):  # retired or damaged: what it was asked still counts
+            model = services.models.current(name)
+        found[name] = None if model is None else policy_budget(model.manifest)
+    return found
+
+
 def _current(services: Services, name: str) -> StoredModel:
     model = services.models.current(name)
     if model is None:
@@ -240,6 +249,40 @@ async def get_manifest(
     if _matches(if_none_match, etag):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     return Response(model.manifest_bytes, media_type="application/json", headers=headers)
+
+
+@router.get(
+    "/v1/models/{name}/card",
+    tags=["models"],
+    response_class=Response,
+    responses={
+        200: {"content": {"text/markdown": {}, "text/html": {}}, "description": "the model card"},
+    },
+)
+async def get_card(
+    name: str,
+    request: Request,
+    services: _Services,
+    digest: _VersionDigest = None,
+    accept: Annotated[str | None, Header()] = None,
+) -> Response:
+    """The model card: what the vendor published, or else what the manifest says.
+
+    HTML where `Accept` names text/html, else Markdown.
+    """
+    model = _version(services, name, digest)
+    _note_model(request, model)
+    card = model.card()
+    headers = {"Cache-Control": _REVALIDATE, "Vary": "Accept"}
+    if "text/html" not in (accept or "").lower():
+        return Response(card, media_type="text/markdown; charset=utf-8", headers=headers)
+    page = to_html(card, f"Model card: {model.manifest.name}")
+    # The card is the vendor's, but nothing in it may run or load anything.
+    headers |= {
+        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
 
 class _PublicFile(FileResponse):
@@ -372,7 +415,7 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
         raise key_not_registered()
     manifest = model.manifest
     units = charge(layout, manifest.scales.exponent, manifest.parameter_set)
-    async with services.access.charged(tenant, name, units):
+    async with services.access.charged(tenant, name, units, policy_budget(manifest)):
         evaluation = await services.pool.evaluate(model, header.key_id, key, body, layout=layout)
     request.state.queue_seconds = evaluation.queue_seconds
     request.state.evaluate_seconds = evaluation.seconds
@@ -390,7 +433,7 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
 @router.get("/v1/usage", tags=["usage"])
 async def get_usage(services: _Services, tenant: _Tenant) -> dict[str, Any]:
     """The tenant's rate limit, and for each model what is used and left of the budget."""
-    rate, found = await services.access.usage(tenant, services.models.names())
+    rate, found = await services.access.usage(tenant, _policy_budgets(services))
     return {
         "tenant": tenant,
         "rate": None if rate is None else {"per_second": rate.per_second, "burst": rate.burst},
@@ -442,5 +485,5 @@ async def get_version() -> dict[str, str | int]:
 @router.get("/metrics", tags=["health"], response_class=Response)
 async def get_metrics(services: _Services) -> Response:
     """Metrics in Prometheus' text format, times in seconds and sizes in bytes."""
-    budgets = await services.access.usage_snapshot()
+    budgets = await services.access.usage_snapshot(_policy_budgets(services))
     return Response(services.telemetry.expose(budgets), headers={"Content-Type": METRICS_TYPE})

@@ -39,10 +39,26 @@ from veilhead_protocol.wire import (
     ReplyMessage,
     SeededPolynomial,
 )
+from veilhead_service.card import Fidelity
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 
 #: Every class and every dimension takes part in each; each has a key of its own.
 EMBEDDINGS: Final = 2
+
+
+def measured_fidelity(head: EncryptedHead, artifact: HeadArtifact, rows: int) -> Fidelity:
+    """How near the answers to so many random embeddings come to those of the plaintext head.
+
+    Raises:
+        WireError: when the head refuses one.
+    """
+    worst, same = 0.0, 0
+    for row in _random_rows(rows, artifact.manifest.head.dimensions):
+        expected = artifact.weight @ row + artifact.bias  # [C]
+        found = _ask(head, artifact.manifest, row)
+        worst = max(worst, float(np.abs(found - expected).max()))
+        same += int(found.argmax() == expected.argmax())
+    return Fidelity(rows, worst, same)
 
 
 def self_test(head: EncryptedHead, artifact: HeadArtifact) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -385,13 +385,21 @@ class State:
                 (charge.units, charge.tenant, charge.model, charge.start),
             )
 
-    def usage(self, default: Budget, *, tenant: str | None = None) -> list[Usage]:
+    def usage(
+        self,
+        default: Budget,
+        *,
+        tenant: str | None = None,
+        of_models: Mapping[str, Budget] | None = None,
+    ) -> list[Usage]:
         """The current period of every budget that is set or in use, by tenant and model.
 
         Args:
             default: the budget of a model that has none of its own.
             tenant: only this tenant's.
+            of_models: the budgets of models that have one by their policy.
         """
+        defaults = of_models or {}
         now = self._clock()
         with self._reported():
             pairs = self._rows(
@@ -403,7 +411,7 @@ class State:
             found = []
             for owner, model in pairs:
                 if tenant in (None, owner):
-                    budget = self._budget(owner, model, default)
+                    budget = self._budget(owner, model, defaults.get(model, default))
                     used = self._used(owner, model, budget.period.start(now))
                     found.append(Usage(owner, model, budget, used, budget.period.ends(now)))
         return found

@@ -164,7 +164,7 @@ class TestLogits:
         with pytest.raises(BatchError) as caught:
             client.logits(rows)
         assert isinstance(caught.value.errors[33], NotFiniteError)
-        assert sum(row is not None for row in caught.value.results) == 99
+        assert sum(row is not None for row in caught.value.results) == 39
         # Their order is left to chance: several are under way at once.
         sent = sorted(len(body) for body in service.seen("infer"))
         service.requests.clear()
@@ -450,6 +450,18 @@ class TestBackbone:
         with pytest.raises(BackboneError):
             client.classify("pain")
         assert service.seen("file") == []
+
+
+def test_padding_hides_the_number_of_texts_and_changes_no_answer(connect, head_artifact):
+    rows = unit_rows(64, 32)
+    plain, _ = connect(head_artifact)
+    for count in (1, 33, 50, 64):
+        traces = []
+        padded, _ = connect(head_artifact, pad_batches=True, on_query=traces.append)
+        found = padded.logits(rows[:count])
+        assert found.shape == (count, 5)
+        assert np.abs(found - plain.logits(rows[:count])).max() < 2e-3
+        assert sum(trace.texts for trace in traces) == (1 if count == 1 else 64)
 
 
 def test_traces_hold_times_and_sizes(connect, head_artifact):

@@ -13,12 +13,13 @@ import pickle
 import httpx2
 import numpy as np
 import pytest
-from support import ring
 from support.heads import Pair, artifact, unit_rows
 from tenseal import sealapi
 
 from veilhead import BatchError, Client
 from veilhead.session import SecretKey, Session
+from veilhead_benchmarks.attacks import ring
+from veilhead_benchmarks.attacks.key_recovery import recover_secret, secret_of
 from veilhead_protocol import seal_io
 from veilhead_protocol.errors import ReplyError, WireError
 from veilhead_protocol.parameters import COMPACT
@@ -35,73 +36,7 @@ from veilhead_protocol.wire import (
 DEGREE = COMPACT.poly_modulus_degree
 
 
-def secret_of(key):
-    """The secret's coefficients [N], from what the key object keeps: their transform."""
-    kept = key._decryption
-    return np.rint((np.fft.ifft(kept._spectrum) * kept._back).real).astype(int)
-
-
 # --- the secret key by linear algebra from returned logits ---------------------------------------
-
-
-def solve_binary(matrix, values):
-    """One solution of matrix x = values modulo 2, by elimination on packed rows; None if rank < N.
-
-    matrix: [equations, N] of 0 and 1, values: [equations].
-    """
-    rows = np.packbits(np.concatenate([matrix, values[:, None]], axis=1).astype(np.uint8), axis=1)
-    unknowns = matrix.shape[1]
-    for column in range(unknowns):
-        byte, bit = column // 8, 7 - column % 8
-        ones = np.flatnonzero(rows[:, byte] >> bit & 1)
-        below = ones[ones >= column]
-        if not len(below):
-            return None
-        rows[[column, below[0]]] = rows[[below[0], column]]
-        ones = np.flatnonzero(rows[:, byte] >> bit & 1)
-        rows[ones[ones != column]] ^= rows[column]
-    return np.unpackbits(rows[:unknowns], axis=1)[:, unknowns]
-
-
-def recover_secret(pair, queries):
-    """The secret from logits, as whoever sees replies and answers would compute it.
-
-    Every answer, in units of the reply, is an integer combination of the secret's coefficients:
-    solved modulo 2 for where they are not zero, and modulo 4 for their signs.
-    """
-    manifest = pair.artifact.manifest
-    scales, layout = manifest.scales, pair.head.layout
-    units = 2.0 ** (scales.reply_bits + scales.scale_bits) / COMPACT.data_modulus
-    equations, answers = [], []
-    for embedding in unit_rows(queries, manifest.head.dimensions):
-        query = pair.session.encrypt(embedding)
-        reply = pair.answer(query)
-        logits = pair.session.decrypt(query, reply)
-        message = ReplyMessage.deserialize(
-            reply,
-            COMPACT,
-            layout,
-            scales.reply_bits,
-            model_digest=manifest.digest,
-            key_id=query.key.id,
-            query_digest=query.digest,
-        )
-        found = np.rint(logits * units).astype(np.int64)
-        for index, polynomial in enumerate(message.polynomials):
-            for row, wanted in enumerate(layout.wanted(index)):
-                distance = (wanted - np.arange(DEGREE)) % DEGREE
-                signs = np.where(np.arange(DEGREE) > wanted, -1, 1)
-                c1 = np.empty(DEGREE, dtype=np.int64)  # c1 as a combination of s_0 .. s_(N-1)
-                c1[distance] = signs * polynomial.c1.astype(np.int64)
-                equations.append(c1)
-                answers.append(found[index * layout.group + row] - int(polynomial.c0[row]))
-    matrix, values = np.array(equations), np.array(answers)
-    odd = solve_binary(matrix % 2, values % 2)
-    if odd is None:
-        return None
-    halves = (values - matrix @ odd.astype(np.int64)) // 2 % 2
-    negative = solve_binary(matrix % 2, halves)
-    return odd.astype(int) - 2 * (odd & negative).astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +47,14 @@ def wide():
 def test_unrounded_logits_give_the_whole_key(wide, monkeypatch):
     monkeypatch.setattr("veilhead_protocol.decryption.round_logits", lambda logits: logits)
     pair = Pair.of(wide)
-    found = recover_secret(pair, 30)
+    found = recover_secret(pair, 30, rounded=True)
     secret = secret_of(pair.session._key)
     assert (found == secret).all()
 
 
 def test_returned_logits_do_not_give_the_key(wide):
     pair = Pair.of(wide)
-    found = recover_secret(pair, 30)
+    found = recover_secret(pair, 30, rounded=True)
     secret = secret_of(pair.session._key)
     assert found is not None
     # Guessing which coefficients are zero is right half of the time.

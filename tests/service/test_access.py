@@ -9,19 +9,23 @@ import re
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from starlette.requests import Request
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
+from support.heads import artifact
 from support.tenants import add_tenant, bearer
 
 from veilhead.session import SecretKey
 from veilhead_protocol.errors import StateError, WorkerError
+from veilhead_protocol.policy import BudgetClause, PolicySection
 from veilhead_service import access as access_module
 from veilhead_service.access import OPEN_PATHS, TenantAccess, scope_of
 from veilhead_service.app import create_app
 from veilhead_service.limits import Budget, Period, Rate
+from veilhead_service.model_store import publish
 from veilhead_service.settings import Settings
 from veilhead_service.state import STATE_FILE, State
 from veilhead_service.tenants import KeyScope
@@ -30,6 +34,7 @@ from veilhead_service.tenants import KeyScope
 NEEDED = {
     "/v1/models": KeyScope.MODELS,
     "/v1/models/{name}": KeyScope.MODELS,
+    "/v1/models/{name}/card": KeyScope.MODELS,
     "/v1/models/{name}/files/{path:path}": KeyScope.MODELS,
     "/v1/keys/{id}": KeyScope.INFER,
     "/v1/models/{name}/infer": KeyScope.INFER,
@@ -399,6 +404,35 @@ def test_usage_lists_every_model_with_its_default(make_app, api_key, artifacts):
     }
 
 
+def test_the_policys_budget_is_that_of_its_model_unless_the_operator_says_otherwise(
+    directory, api_key, tmp_path, make_service, problem
+):
+    clause = BudgetClause(units=1, period="month")
+    heads = {
+        "asked": replace(artifact(3, 32, name="asked"), policy=PolicySection(query_budget=clause)),
+        "plain": artifact(3, 32, name="plain"),
+    }
+    for name, head in heads.items():
+        head.save(tmp_path / name)
+        publish(tmp_path / name, tmp_path / "store")
+    settings = Settings(store=tmp_path / "store", state_directory=directory, workers=1)
+    with TestClient(create_app(settings), headers=bearer(api_key)) as client:
+        service = make_service(client, heads)
+        shown = usage_of(client, "asked")
+        assert (shown["budget"], shown["remaining"], shown["period"]) == (1, 1, "month")
+        assert usage_of(client, "plain")["budget"] is None
+        query = service.query("asked")
+        assert service.infer("asked", query.data).status_code == 200
+        refused = service.infer("asked", query.data)
+        problem(refused, 429, "budget-exhausted", sent=query.data, retryable=True)
+        assert (usage_of(client, "asked")["used"], usage_of(client, "asked")["remaining"]) == (1, 0)
+        plain = service.query("plain")
+        assert [service.infer("plain", plain.data).status_code for _ in range(2)] == [200, 200]
+        with State(directory) as state:
+            state.set_budget("clinic", "asked", Budget(2, Period.MONTH))
+        assert service.infer("asked", query.data).status_code == 200
+
+
 class _FailingPool:
     """Stands where the pool is when every worker is lost; the rest of the app is real."""
 
@@ -407,7 +441,7 @@ class _FailingPool:
     def admit(self):
         pass
 
-    async def evaluate(self, *_):
+    async def evaluate(self, *_, **__):
         raise WorkerError("lost")
 
 
@@ -453,7 +487,7 @@ def test_the_snapshot_is_of_all_tenants(directory, api_key):
     access = TenantAccess(directory, rate=Rate(9, 9), budget=Budget(5, Period.DAY))
 
     async def run():
-        rows = await access.usage_snapshot()
+        rows = await access.usage_snapshot({})
         await access.stop()
         return rows
 
@@ -470,7 +504,7 @@ def test_no_query_is_answered_when_it_cannot_be_charged(
     evaluated = []
 
     class Counting(_FailingPool):
-        async def evaluate(self, *_):
+        async def evaluate(self, *_, **__):
             evaluated.append(1)
             raise WorkerError("lost")
 

@@ -108,6 +108,7 @@ def test_the_openapi_document_lists_every_route(service):
     assert listed == {
         ("GET", "/v1/models"),
         ("GET", "/v1/models/{name}"),
+        ("GET", "/v1/models/{name}/card"),
         ("GET", "/v1/models/{name}/files/{path}"),
         ("POST", "/v1/models/{name}/infer"),
         ("PUT", "/v1/keys/{id}"),

@@ -12,24 +12,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support import ring
 from support.heads import Pair, artifact, unit_rows
-from tenseal import sealapi
 
+from veilhead_benchmarks.attacks import ring
+from veilhead_benchmarks.attacks.crafted_messages import (
+    TrustingC1,
+    Watched,
+    WithoutZero,
+    divide_reply_by_query,
+    integer_weights,
+    send_chosen_messages,
+    share_recovered,
+)
 from veilhead_protocol import seal_io
 from veilhead_protocol.errors import MessageLayoutError, MessageLengthError, SeedReuseError
 from veilhead_protocol.manifest import PolicySection
 from veilhead_protocol.parameters import COMPACT
 from veilhead_protocol.scales import quantise
 from veilhead_protocol.wire import (
-    Domain,
-    KeyMessage,
-    Prng,
     QueryMessage,
     ReplyMessage,
     ReplyPolynomial,
-    SeededPolynomial,
-    key_id,
 )
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 
@@ -42,24 +45,10 @@ def pair():
     return Pair.of(artifact(5, 384))
 
 
-def integer_weights(pair):
-    """What the attacker wants: the integers of the first weight polynomial, [N]."""
-    scales = pair.artifact.manifest.scales
-    return np.rint(weight_polynomials(pair)[0] * 2.0**scales.weight_scale_bits).astype(int)
-
-
 def weight_polynomials(pair):
     """The weight polynomials of one piece: [R, N]."""
     packed = pair.head.layout.pack_weight(pair.artifact.weight)[:, 0]
     return np.pad(packed, ((0, 0), (0, DEGREE - packed.shape[1])))
-
-
-def share_recovered(found, wanted):
-    """The share of the head's weights that the attacker has within a thousandth."""
-    wanted = np.asarray(wanted, dtype=float)
-    there = wanted != 0
-    close = np.abs(np.asarray(found, dtype=float) - wanted) <= 1e-3 * np.abs(wanted).max()
-    return float(close[there].mean())
 
 
 def ciphertext_of(pair, query):
@@ -98,30 +87,14 @@ def parse_reply(pair, query_bytes, key_id, reply):
 # --- dividing the reply by the query ------------------------------------------------------------
 
 
-def divide_reply_by_query(pair, monkeypatch):
-    """The weights as c1 of the reply over c1 of the query.
-
-    The attacker is given more than the wire carries: c1 of the reply before it is cut to kappa
-    bits, so that only re-randomisation stands in the way.
-    """
-    seen = []
-    truncate = pair.head._truncate
-    monkeypatch.setattr(pair.head, "_truncate", lambda value: seen.append(value) or truncate(value))
-    query = pair.session.encrypt(unit_rows(1, 384)[0])
-    pair.answer(query)
-    (reply_c1,) = [residues[0] for residues in seen if residues.shape[1] == DEGREE]
-    return ring.centred(ring.divide(reply_c1, expanded_c1(pair, query), PRIME), PRIME)
+def test_division_takes_the_head_from_a_service_that_does_not_rerandomise(pair):
+    pair = Pair.of(pair.artifact, WithoutZero)
+    assert (divide_reply_by_query(pair) == integer_weights(pair)).all()
 
 
-def test_division_takes_the_head_from_a_service_that_does_not_rerandomise(pair, monkeypatch):
-    monkeypatch.setattr(EncryptedHead, "_rerandomise", lambda self, product, key: product)
-    found = divide_reply_by_query(pair, monkeypatch)
-    assert (found == integer_weights(pair)).all()
-
-
-def test_division_finds_nothing(pair, monkeypatch):
-    found = divide_reply_by_query(pair, monkeypatch)
-    assert share_recovered(found, integer_weights(pair)) < 0.01
+def test_division_finds_nothing(pair):
+    pair = Pair.of(pair.artifact, Watched)
+    assert share_recovered(divide_reply_by_query(pair), integer_weights(pair)) < 0.01
 
 
 def test_a_zero_used_twice_gives_the_difference_of_two_weight_polynomials(monkeypatch):
@@ -214,78 +187,19 @@ def test_unwanted_coefficients_tell_nothing_as_they_are_not_sent(pair):
 
 # --- a key message whose a the client chose -------------------------------------------------------
 
-CHOSEN_BITS = 28
+
+def test_a_chosen_key_and_a_chosen_query_take_the_head_from_a_service_that_trusts_them(pair):
+    pair = Pair.of(pair.artifact, TrustingC1)
+    assert share_recovered(send_chosen_messages(pair, trusted=True), integer_weights(pair)) > 0.99
 
 
-def seal_constant(value):
-    """A constant polynomial in NTT form, [1, N]."""
-    return np.full((1, DEGREE), value, dtype=np.uint64)
-
-
-def chosen_c1_attack(pair):
-    """The query is (0, 2^28): the reply's c1 is 2^28 W plus whatever the key's a contributes.
-
-    The messages are the attacker's best: wherever the service expands a seed, it has to send one.
-    """
-    seed, other = bytes(64), bytes([1]) * 64
-    key = KeyMessage(COMPACT, Prng.BLAKE2XB, Domain.NTT, seal_constant(1), seed)
-    query = QueryMessage(
-        parameters=COMPACT,
-        model_digest=pair.artifact.manifest.digest,
-        key_id=key_id(key.serialize()),
-        layout=pair.head.layout,
-        prng=Prng.BLAKE2XB,
-        domain=Domain.NTT,
-        polynomials=(SeededPolynomial(seal_constant(1), other),),
-    )
-    sent = query.serialize()
-    reply = pair.head.evaluate(sent, ClientKey.from_message(key.serialize()))
-    message = parse_reply(pair, sent, query.key_id, reply)
-    bits = message.reply_bits
-    c1 = ring.centred(message.polynomials[0].c1, 1 << bits)
-    return np.rint(np.array(c1, dtype=float) * PRIME / 2.0 ** (bits + CHOSEN_BITS))
-
-
-def trust_chosen_c1(monkeypatch):
-    def load(seal, c0, seed, *, prng, ntt_form, scale_bits):
-        residues = np.stack([c0, seal_constant(1 << CHOSEN_BITS)])
-        return seal_io.load_ciphertext(seal, residues, scale_bits=scale_bits)
-
-    monkeypatch.setattr("veilhead_service.encrypted_head.seal_io.load_seeded_ciphertext", load)
-
-
-def trust_chosen_a(monkeypatch):
-    def load(seal, b, seed, *, prng, ntt_form):
-        data = seal_io._lay_out(
-            seal,
-            seal.key_parms_id,
-            np.stack([b, seal_constant(1)]),
-            seed=None,
-            ntt_form=True,
-            scale=1.0,
-        )
-        public_key = sealapi.PublicKey()
-        seal_io._scratch().load(public_key, seal.context, data)
-        return public_key
-
-    monkeypatch.setattr("veilhead_service.encrypted_head.seal_io.load_public_key", load)
-
-
-def test_a_chosen_key_and_a_chosen_query_take_the_head_from_a_service_that_trusts_them(
-    pair, monkeypatch
-):
-    trust_chosen_c1(monkeypatch)
-    trust_chosen_a(monkeypatch)
-    assert share_recovered(chosen_c1_attack(pair), integer_weights(pair)) > 0.99
-
-
-def test_a_chosen_query_alone_finds_nothing_while_a_is_expanded(pair, monkeypatch):
-    trust_chosen_c1(monkeypatch)
-    assert share_recovered(chosen_c1_attack(pair), integer_weights(pair)) < 0.01
+def test_a_chosen_query_alone_finds_nothing_while_a_is_expanded(pair):
+    pair = Pair.of(pair.artifact, TrustingC1)
+    assert share_recovered(send_chosen_messages(pair, trusted=False), integer_weights(pair)) < 0.01
 
 
 def test_a_chosen_key_finds_nothing(pair):
-    assert share_recovered(chosen_c1_attack(pair), integer_weights(pair)) < 0.01
+    assert share_recovered(send_chosen_messages(pair, trusted=False), integer_weights(pair)) < 0.01
 
 
 def test_there_is_no_room_for_a_chosen_a(pair):

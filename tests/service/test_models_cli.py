@@ -145,3 +145,18 @@ def test_a_policy_of_deidentification_is_set_when_published(run, vendor):
     assert model.manifest.policy.deidentify
     assert model.manifest.digest.hex() in asked
     assert model.manifest.head == FIRST.manifest.head
+
+
+def test_a_policy_is_put_on_when_published_and_says_who_sees_to_what(run, vendor):
+    directory = vendor.save(FIRST)
+    lines = run("publish", directory, "--policy", "manufacturing").stdout
+    assert "query_budget" in lines
+    assert "enforced by the service" in lines
+    assert ModelStore(vendor.store).current("model").manifest.policy.preset == "manufacturing"
+    run("publish", directory, "--policy", "military", code=2)
+
+
+def test_a_violation_of_the_policy_is_named_and_nothing_is_published(run, vendor):
+    refused = run("publish", vendor.save(FIRST), "--policy", "medical", code=1)
+    assert "policy.minimum_parameters: the policy medical asks for strong" in refused.stderr
+    assert ModelStore(vendor.store).current("model") is None

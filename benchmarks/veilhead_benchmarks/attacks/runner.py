@@ -10,10 +10,15 @@ from typing import Final
 from veilhead_benchmarks.attacks import (
     adversarial,
     attributes,
+    crafted_ciphertext,
+    crafted_messages,
     dp_audit,
+    extraction,
     inversion,
+    key_recovery,
     label_noise,
     membership,
+    traffic,
 )
 from veilhead_benchmarks.attacks.results import AttackResult, print_results, write_results
 from veilhead_benchmarks.console import wide_console
@@ -22,10 +27,15 @@ from veilhead_benchmarks.console import wide_console
 ATTACKS: Final[Mapping[str, Callable[..., list[AttackResult]]]] = {
     "adversarial-text": adversarial.run,
     "attributes": attributes.run,
+    "crafted-ciphertext": crafted_ciphertext.run,
+    "crafted-messages": crafted_messages.run,
     "dp-audit": dp_audit.run,
+    "extraction": extraction.run,
     "inversion": inversion.run,
     "label-noise": label_noise.run,
+    "key-recovery": key_recovery.run,
     "membership": membership.run,
+    "traffic": traffic.run,
 }
 
 

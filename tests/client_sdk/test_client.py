@@ -168,7 +168,7 @@ class TestLogits:
         # Their order is left to chance: several are under way at once.
         sent = sorted(len(body) for body in service.seen("infer"))
         service.requests.clear()
-        client.logits(unit_rows(100, 32))
+        client.logits(unit_rows(40, 32))
         assert sent == sorted(len(body) for body in service.seen("infer"))
 
     def test_float32_and_long_embeddings_are_projected_as_in_plaintext(

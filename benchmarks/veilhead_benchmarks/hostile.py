@@ -783,7 +783,10 @@ def _broken_success(
         return "a key that is not the tenant's was found"
     if route == "…/infer":
         sent = request.body
-        if answer.body[REPLY_HEADER_BYTES - 32 : REPLY_HEADER_BYTES] != hashlib.sha256(sent).digest():
+        if (
+            answer.body[REPLY_HEADER_BYTES - 32 : REPLY_HEADER_BYTES]
+            != hashlib.sha256(sent).digest()
+        ):
             return "the reply does not belong to the query"
         if sent[72:104].hex() not in caller.key_ids:
             return "a query under a key that is not the tenant's was answered"

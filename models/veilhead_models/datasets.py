@@ -13,6 +13,7 @@ import json
 import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import unescape
@@ -28,6 +29,9 @@ from veilhead_protocol.errors import DatasetError
 
 #: The seed of every split unless another is given.
 SPLIT_SEED: Final = 20261101
+
+#: Rows of each label that a sample has, where there are so many.
+_SAMPLED_OF_EACH: Final = 3
 
 #: Share of each label's rows that is held out for testing.
 TEST_SHARE: Final = 0.2
@@ -112,11 +116,18 @@ class Dataset:
     license: str | None
 
     def sample(self, train: int, test: int, *, seed: int = SPLIT_SEED) -> Dataset:
-        """At most so many rows of each split, drawn without regard to their labels."""
+        """At most so many rows of each split, a few of every label among them."""
 
         def drawn(split: Split, most: int) -> Split:
             ranked = sorted(range(len(split.texts)), key=lambda row: _rank(seed, "sample", row))
-            rows = sorted(ranked[:most])
+            seen: Counter[int] = Counter()
+            rare = []
+            for row in ranked:
+                target = int(split.targets[row])
+                seen[target] += 1
+                if seen[target] <= _SAMPLED_OF_EACH:
+                    rare.append(row)
+            rows = sorted(list(dict.fromkeys([*rare, *ranked]))[:most])
             return Split(tuple(split.texts[row] for row in rows), split.targets[rows])
 
         return replace(self, train=drawn(self.train, train), test=drawn(self.test, test))

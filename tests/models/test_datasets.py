@@ -123,6 +123,9 @@ class TestPublished:
         rows = set(zip(dataset.train.texts, dataset.train.targets.tolist(), strict=True))
         assert set(zip(sample.train.texts, sample.train.targets.tolist(), strict=True)) <= rows
         assert dataset.sample(10**6, 10**6).test.texts == dataset.test.texts
+        chapters = published("icd10-chapters").sample(70, 70)
+        for split in (chapters.train, chapters.test):
+            assert np.bincount(split.targets, minlength=22).min() == 3
 
     def test_valence_decides_the_label(self) -> None:
         dataset = load_dataset("vader-movies")

@@ -86,7 +86,7 @@ class Plan:
     end_to_end: tuple[Case, ...] = (
         *(Case(1, classes, 25) for classes in (8, 22, 77)),
         *(Case(32, classes, 4) for classes in (8, 22, 77)),
-        Case(256, 8, 2),
+        Case(2048, 8, 1),
     )
     loads: tuple[Loads, ...] = (
         Loads(2, two_workers=False),

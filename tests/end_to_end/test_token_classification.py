@@ -24,10 +24,10 @@ LONG = "Anna severely mild arms in Oslo, broken fevers. acute pains Anna Oslo " 
 class Pair:
     """The encrypted model and transformers' own pipeline."""
 
-    def __init__(self, directory, architecture, words):
+    def __init__(self, directory, architecture, words, seed):
         source = directory / "source"
         save_checkpoint(
-            source, architecture, task="TokenClassification", labels=LABELS, words=words
+            source, architecture, task="TokenClassification", labels=LABELS, words=words, seed=seed
         )
         self.manifest, self.report = import_hf(source, directory / "tagger", texts=TEXTS)
         self.client = Client.local(directory / "tagger", device="cpu")
@@ -40,8 +40,10 @@ class Pair:
             return self.pipeline(texts, aggregation_strategy=strategy, **options)
 
 
+#: With these seeds no label of the texts hangs on less than an answer's error: at a near tie both
+#: labels are right.
 @pytest.fixture(
-    scope="module", params=[("Bert", "pieces"), ("Roberta", "bytes")], ids=["Bert", "Roberta"]
+    scope="module", params=[("Bert", "pieces", 1), ("Roberta", "bytes", 4)], ids=["Bert", "Roberta"]
 )
 def pair(request, tmp_path_factory):
     made = Pair(tmp_path_factory.mktemp("tagger"), *request.param)

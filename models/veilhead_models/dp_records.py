@@ -49,14 +49,14 @@ _GRADIENT_BITS: Final = 24
 MAX_TOKENS: Final = 2**13
 
 #: Embeddings [tokens, d] of a record's tokens, and their classes by number [tokens].
-EmbeddedRecord = tuple[NDArray[np.floating[Any]], NDArray[np.intp]]
+TokenRows = tuple[NDArray[np.floating[Any]], NDArray[np.intp]]
 
 #: Records whose gradients are held at once.
 _CHUNK: Final = 256
 
 
 def fit_private_tagger(
-    records: Sequence[EmbeddedRecord],
+    records: Sequence[TokenRows],
     classes: int,
     budget: PrivacyBudget,
     *,
@@ -91,7 +91,7 @@ class ClippedRecords:
     clip_norm: Final = RECORD_CLIP_NORM
     step_per_class: Final = RECORD_STEP_PER_CLASS
 
-    def __init__(self, records: Sequence[EmbeddedRecord], classes: int) -> None:
+    def __init__(self, records: Sequence[TokenRows], classes: int) -> None:
         if not records:
             raise DatasetError("got no records to train on, expected at least one")
         for number, (embeddings, targets) in enumerate(records, start=1):

@@ -7,7 +7,7 @@ clients would get, from the plaintext logits that the encrypted ones approach.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,7 @@ from veilhead_models.artifact import HeadArtifact
 from veilhead_models.backbone import Backbone, token_section
 from veilhead_models.checkpoint import generated_texts
 from veilhead_models.dp_records import fit_private_tagger
+from veilhead_models.dp_training import Noise
 from veilhead_models.embedder import Token
 from veilhead_models.entity_report import EntityReport
 from veilhead_models.privacy import PrivacyBudget, PrivacyStatement
@@ -42,116 +43,109 @@ SCALE_QUANTILE: Final = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedTagger:
+class EmbeddedRecord:
+    """A record's tokens, their embeddings [tokens, d] in the unit ball, and its entities."""
+
+    tokens: tuple[Token, ...]
+    embeddings: NDArray[np.float32]
+    entities: tuple[Entity, ...]
+
+    def __repr__(self) -> str:  # tokens are the text
+        return f"EmbeddedRecord(tokens={len(self.tokens)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Tagger:
     """A trained head for tokens.
 
     Attributes:
-        weight: [C, d], private.
+        weight: [C, d], private, for embeddings in the unit ball.
         bias: [C], private.
         tags: the C tags.
-        embedding: what embeddings are divided by before they are projected.
-        report: what it scores.
         privacy: what is guaranteed to whoever was trained on; None without a privacy budget.
     """
 
     weight: NDArray[np.float64]
     bias: NDArray[np.float64]
     tags: tuple[str, ...]
-    embedding: EmbeddingSection
-    report: EntityReport
     privacy: PrivacyStatement | None = None
 
     def __repr__(self) -> str:
         classes, dimensions = self.weight.shape
-        return f"TrainedTagger(classes={classes}, dimensions={dimensions})"
+        return f"Tagger(classes={classes}, dimensions={dimensions})"
+
+    def entities(self, record: EmbeddedRecord) -> list[Entity]:
+        """What clients would get for a record, from plaintext logits."""
+        logits = record.embeddings @ self.weight.T + self.bias  # [tokens, C]
+        answers = [self.tags[number] for number in logits.argmax(axis=1)]
+        return list(tagged_entities(record.tokens, answers))
+
+    def report(
+        self, records: Sequence[EmbeddedRecord], labels: Sequence[str], *, train_records: int
+    ) -> EntityReport:
+        """What it scores on records that it was not trained on."""
+        return EntityReport.of_entities(
+            [record.entities for record in records],
+            [self.entities(record) for record in records],
+            labels,
+            train_records=train_records,
+        )
 
 
-@dataclass(frozen=True, eq=False)
-class _Embedded:
-    """A record's tokens, and their embeddings [tokens, d] in the unit ball."""
-
-    tokens: tuple[Token, ...]
-    embeddings: NDArray[np.float32]
-    entities: tuple[Entity, ...]
-
-
-def train_tagger(
-    dataset: RecordDataset,
+def embed_records(
+    records: Sequence[Record],
     backbone: Backbone,
+    scale: float,
     *,
-    privacy: PrivacyBudget | None = None,
-    progress: Progress | None = None,
-) -> TrainedTagger:
-    """Train a linear head on the tokens of a training split and judge it by the test split.
+    progress: Callable[[int], None] | None = None,
+) -> list[EmbeddedRecord]:
+    """Records with the embeddings of their tokens; texts are cut at the backbone's `max_tokens`.
 
-    Long texts are cut at the backbone's `max_tokens`; entities behind that count as missed. The
-    same data, backbone and machine give the same head, unless there is a privacy budget.
+    Raises:
+        BackboneError: when the backbone embeds whole texts.
+    """
+    found = []
+    for place, record in enumerate(records, start=1):
+        [[window]] = backbone.embed_tokens([record.text])
+        embeddings = project(window.embeddings, scale).astype(np.float32)  # [tokens, d]
+        found.append(EmbeddedRecord(window.tokens, embeddings, record.entities))
+        if progress is not None:
+            progress(place)
+    return found
+
+
+def fit_tagger(
+    records: Sequence[EmbeddedRecord],
+    labels: Sequence[str],
+    privacy: PrivacyBudget | None = None,
+    *,
+    insecure_noise: Noise | None = None,
+) -> Tagger:
+    """Train a head on the tokens of records.
 
     Args:
-        dataset: every kind of entity must occur in its training split.
-        backbone: embeds tokens, and stays as it is.
-        privacy: train under this budget of differential privacy, for records (`dp_records`).
-        progress: called with the texts embedded so far, and the texts of both splits.
+        records: what it is trained on.
+        labels: every kind of entity, public.
+        privacy: a budget of differential privacy, for records (`dp_records`).
+        insecure_noise: as in `fit_private_tagger`.
 
     Raises:
         DatasetError: when a kind has no entity to be trained on.
         PrivacyError: when there are too few records for the budget.
         ModelError: when a package of the `train` extra is not installed.
     """
-    seen = {entity.label for record in dataset.train for entity in record.entities}
-    missing = set(dataset.labels) - seen
-    if missing:
-        raise DatasetError(
-            f"{len(missing)} of {len(dataset.labels)} kinds of entities have none in the training "
-            "split, expected one of each"
-        )
-    tags = tags_of(dataset.labels)
+    _check_trainable(records, labels, privacy)
+    tags = tags_of(labels)
+    targets = [tag_tokens(one.tokens, one.entities, tags) for one in records]  # [tokens] each
     if privacy is not None:
-        privacy.check_rows(len(dataset.train), len(tags))
-    embedding = calibrated_scale(backbone)
-    total = len(dataset.train) + len(dataset.test)
-
-    def embed(records: Sequence[Record], before: int) -> list[_Embedded]:
-        found = []
-        for place, record in enumerate(records, start=1):
-            [[window]] = backbone.embed_tokens([record.text])
-            embeddings = project(window.embeddings, embedding.scale).astype(np.float32)
-            found.append(_Embedded(window.tokens, embeddings, record.entities))
-            if progress is not None:
-                progress(before + place, total)
-        return found
-
-    train = embed(dataset.train, 0)
-    test = embed(dataset.test, len(train))
-    targets = [tag_tokens(one.tokens, one.entities, tags) for one in train]  # [tokens] each
-    statement = None
-    if privacy is None:
-        stacked = np.concatenate(targets)  # [tokens]
-        # A kind whose entities are all of one token has no tag that goes on.
-        present, numbers = np.unique(stacked, return_inverse=True)
-        tags = tuple(tags[number] for number in present)
-        embeddings = np.concatenate([one.embeddings for one in train])  # [tokens, d]
-        weight, bias = fit_head(embeddings, numbers.astype(np.intp), len(tags))
-    else:
-        pairs = [(one.embeddings, found) for one, found in zip(train, targets, strict=True)]
-        fit = fit_private_tagger(pairs, len(tags), privacy)
-        weight, bias, statement = fit.weight, fit.bias, fit.statement
-    answered = []
-    for one in test:
-        logits = one.embeddings @ weight.T + bias  # [tokens, C]
-        answers = [tags[number] for number in logits.argmax(axis=1)]
-        answered.append(list(tagged_entities(one.tokens, answers)))
-    report = EntityReport.of_entities(
-        [one.entities for one in test], answered, dataset.labels, train_records=len(train)
-    )
-    return TrainedTagger(
-        weight=weight / embedding.scale,
-        bias=bias,
-        tags=tags,
-        embedding=embedding,
-        report=report,
-        privacy=statement,
-    )
+        pairs = [(one.embeddings, found) for one, found in zip(records, targets, strict=True)]
+        fit = fit_private_tagger(pairs, len(tags), privacy, insecure_noise=insecure_noise)
+        return Tagger(fit.weight, fit.bias, tags, fit.statement)
+    # A kind whose entities are all of one token has no tag that goes on.
+    present, numbers = np.unique(np.concatenate(targets), return_inverse=True)
+    embeddings = np.concatenate([one.embeddings for one in records])  # [tokens, d]
+    weight, bias = fit_head(embeddings, numbers.astype(np.intp), len(present))
+    return Tagger(weight, bias, tuple(tags[number] for number in present))
 
 
 def calibrated_scale(backbone: Backbone) -> EmbeddingSection:
@@ -191,21 +185,22 @@ def train_tagger_artifact(
     policy: PolicySection | None = None,
     progress: Progress | None = None,
 ) -> tuple[HeadArtifact, EntityReport]:
-    """Train a head for tokens and make it an artefact, backbone included.
+    """Train a head for the tokens of a training split and make it an artefact, backbone included.
 
-    Under a privacy budget the manifest says what is guaranteed, in `about.privacy`. It never says
-    anything else of the records.
+    The report is of the test split. Entities behind the backbone's `max_tokens` count as missed.
+    The same data, backbone and machine give the same head, unless there is a privacy budget; then
+    the manifest says what is guaranteed, in `about.privacy`. It says nothing else of the records.
 
     Args:
-        dataset: as `train_tagger` takes it.
+        dataset: every kind of entity must occur in its training split.
         backbone_directory: holds the files of the backbone.
         section: of an encoder, whose tokens are embedded (`token_section`).
         name: the model's name; by default the directory's it is saved to.
         parameters: `compact` or `strong`.
         device: where the backbone runs.
-        privacy: as `train_tagger` takes it.
+        privacy: train under this budget of differential privacy, for records (`dp_records`).
         policy: what the vendor asks of both sides.
-        progress: as `train_tagger` calls it.
+        progress: called with the texts embedded so far, and the texts of both splits.
 
     Raises:
         BackboneError: when the backbone cannot be loaded, or embeds no tokens.
@@ -218,17 +213,42 @@ def train_tagger_artifact(
             break the policy; the clause is named.
     """
     check_promises(tags_of(dataset.labels), name, parameters, privacy, policy)
+    _check_trainable(dataset.train, dataset.labels, privacy)
     of_tokens = token_section(backbone_directory, section)
     backbone = Backbone.load(backbone_directory, of_tokens, device=device)
-    head = train_tagger(dataset, backbone, privacy=privacy, progress=progress)
+    embedding = calibrated_scale(backbone)
+    rows = len(dataset.train)
+    total = rows + len(dataset.test)
+
+    def embed(records: Sequence[Record], before: int) -> list[EmbeddedRecord]:
+        report = None if progress is None else lambda done: progress(before + done, total)
+        return embed_records(records, backbone, embedding.scale, progress=report)
+
+    head = fit_tagger(embed(dataset.train, 0), dataset.labels, privacy)
     artifact = HeadArtifact.from_weights(
-        head.weight,
+        head.weight / embedding.scale,
         head.bias,
         head.tags,
         name=name,
         parameters=parameters,
         policy=policy,
-        embedding_scale=head.embedding,
+        embedding_scale=embedding,
         about={} if head.privacy is None else {"privacy": head.privacy.to_json()},
     )
-    return artifact.with_backbone(Path(backbone_directory), of_tokens), head.report
+    report = head.report(embed(dataset.test, rows), dataset.labels, train_records=rows)
+    return artifact.with_backbone(Path(backbone_directory), of_tokens), report
+
+
+def _check_trainable(
+    records: Sequence[Record] | Sequence[EmbeddedRecord],
+    labels: Sequence[str],
+    privacy: PrivacyBudget | None,
+) -> None:
+    missing = set(labels) - {entity.label for record in records for entity in record.entities}
+    if missing:
+        raise DatasetError(
+            f"{len(missing)} of {len(labels)} kinds of entities have none in the training split, "
+            "expected one of each"
+        )
+    if privacy is not None:
+        privacy.check_rows(len(records), len(tags_of(labels)))

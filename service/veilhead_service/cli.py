@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -151,7 +152,7 @@ def train(
         if of_tokens:
             if text is not None or label is not None:
                 raise DatasetError("--text and --label are for tables; records have no columns")
-            training = partial(train_tagger_artifact, load_records(source))
+            training: Callable[..., Any] = partial(train_tagger_artifact, load_records(source))
         else:
             training = partial(train_artifact, load_dataset(source, text=text, label=label))
         directory, section = minilm() if backbone is None else open_backbone(backbone)
@@ -162,7 +163,7 @@ def train(
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=_console, disable=not _console.is_terminal) as progress:
-            task = progress.add_task("embedding", total=None)
+            bar = progress.add_task("embedding", total=None)
             artifact, report = training(
                 directory,
                 section,
@@ -170,7 +171,7 @@ def train(
                 policy=asked,
                 device=device,
                 privacy=privacy,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                progress=lambda done, total: progress.update(bar, completed=done, total=total),
             )
         manifest = artifact.save(out, report=report.to_json())
     typer.echo(report.render())

@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 
+from veilhead_benchmarks.attacks.dp_audit import no_noise
 from veilhead_benchmarks.console import wide_console
 from veilhead_benchmarks.deidentify_records import records
 from veilhead_models.backbone import Backbone, minilm, token_section
@@ -72,10 +71,6 @@ def _values(record: Record) -> list[str]:
     return [record.text[one.start : one.end].casefold() for one in record.entities]
 
 
-def _no_noise(scale: float, count: int) -> NDArray[np.int64]:  # noqa: ARG001
-    return np.zeros(count, dtype=np.int64)
-
-
 def measure_tags(
     train: int, test: int, *, runs: int = 3, kinds: Sequence[str] | None = None
 ) -> list[Measured]:
@@ -100,7 +95,7 @@ def measure_tags(
     results: list[Measured] = []
 
     def judge(name: str, run: int, budget: PrivacyBudget | None, *, noise: bool = True) -> None:
-        head = fit_tagger(embedded, labels, budget, insecure_noise=None if noise else _no_noise)
+        head = fit_tagger(embedded, labels, budget, insecure_noise=None if noise else no_noise)
         for of_test, found in tests.items():
             report = head.report(found, labels, train_records=train)
             results.append(Measured(name, run, of_test, report))

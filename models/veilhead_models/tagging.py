@@ -91,6 +91,34 @@ class Tagger:
             train_records=train_records,
         )
 
+    def artifact(
+        self,
+        embedding: EmbeddingSection,
+        backbone_directory: str | Path,
+        section: BackboneSection,
+        *,
+        name: str | None = None,
+        parameters: str = "compact",
+        policy: PolicySection | None = None,
+    ) -> HeadArtifact:
+        """The head with the backbone of tokens that it was trained on, at this embedding scale.
+
+        Raises:
+            ArtifactError, BackboneError, ParameterError, ScaleError, ManifestError: as
+                `HeadArtifact.from_weights` and `HeadArtifact.with_backbone` do.
+        """
+        artifact = HeadArtifact.from_weights(
+            self.weight / embedding.scale,
+            self.bias,
+            self.tags,
+            name=name,
+            parameters=parameters,
+            policy=policy,
+            embedding_scale=embedding,
+            about={} if self.privacy is None else {"privacy": self.privacy.to_json()},
+        )
+        return artifact.with_backbone(Path(backbone_directory), section)
+
 
 def embed_records(
     records: Sequence[Record],
@@ -225,18 +253,11 @@ def train_tagger_artifact(
         return embed_records(records, backbone, embedding.scale, progress=report)
 
     head = fit_tagger(embed(dataset.train, 0), dataset.labels, privacy)
-    artifact = HeadArtifact.from_weights(
-        head.weight / embedding.scale,
-        head.bias,
-        head.tags,
-        name=name,
-        parameters=parameters,
-        policy=policy,
-        embedding_scale=embedding,
-        about={} if head.privacy is None else {"privacy": head.privacy.to_json()},
-    )
     report = head.report(embed(dataset.test, rows), dataset.labels, train_records=rows)
-    return artifact.with_backbone(Path(backbone_directory), of_tokens), report
+    artifact = head.artifact(
+        embedding, backbone_directory, of_tokens, name=name, parameters=parameters, policy=policy
+    )
+    return artifact, report
 
 
 def _check_trainable(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from veilhead import Client
 from veilhead_benchmarks.pii_tags import tagged_records, with_new_values
-from veilhead_models.backbone import Backbone, minilm, token_section
+from veilhead_models.backbone import Backbone, minilm, token_backbone
 from veilhead_models.privacy import PrivacyBudget
 from veilhead_models.tagging import calibrated_scale, embed_records, fit_tagger
 
@@ -24,8 +24,7 @@ test = with_new_values(tagged_records(80, seed=2, unseen=True, kinds=KINDS), tra
 
 # What `veilhead-server train FILE --task token-classification` does of a file of records, but the
 # records are embedded once for all heads.
-directory, section = minilm()
-section = token_section(directory, section)
+directory, section = token_backbone(*minilm())
 backbone = Backbone.load(directory, section)
 embedding = calibrated_scale(backbone)
 embedded_train = embed_records(train, backbone, embedding.scale)
@@ -46,7 +45,7 @@ note = "Please write to ada.ortiz@example.net about the refund."
 with tempfile.TemporaryDirectory() as place:
     served.save(Path(place) / "pii")
     with Client.local(Path(place) / "pii") as hospital:  # the real service, run in this process
-        found = hospital.classify_tokens(note, aggregation_strategy="simple")
+        found = hospital.classify_tokens(note, aggregation_strategy="average")
 
 print(f"records               {len(train)} to train on, {len(test)} to judge by, generated")
 print(f"found in a note       {[(one['entity_group'], one['word']) for one in found]}")

@@ -211,8 +211,8 @@ def generated_records(
 
 @app.command("pii-tags")
 def pii_tags(
-    train: Annotated[int, typer.Option(min=1, help="Records to train on.")] = 6_000,
-    test: Annotated[int, typer.Option(min=1, help="Records to judge by, of each kind.")] = 1_000,
+    train: Annotated[int, typer.Option(min=1, help="Records to train on.")] = 3_000,
+    test: Annotated[int, typer.Option(min=1, help="Records to judge by, of each kind.")] = 300,
     runs: Annotated[int, typer.Option(min=1, help="Private runs for each epsilon.")] = 3,
     out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
         "benchmarks/results/pii-tags.json"

@@ -18,7 +18,7 @@ from rich.table import Table
 from veilhead_benchmarks.attacks.dp_audit import no_noise
 from veilhead_benchmarks.console import wide_console
 from veilhead_benchmarks.deidentify_records import records
-from veilhead_models.backbone import Backbone, minilm, token_section
+from veilhead_models.backbone import Backbone, minilm, token_backbone
 from veilhead_models.entity_report import EntityReport
 from veilhead_models.privacy import DEFAULT_DELTA, PrivacyBudget
 from veilhead_models.records import Entity, Record
@@ -76,8 +76,7 @@ def measure_tags(
 ) -> list[Measured]:
     """Train heads on so many records, privately and not, and judge each by so many others."""
     trained_on = tagged_records(train, _TRAIN_SEED, unseen=False, kinds=kinds)
-    directory, section = minilm()
-    backbone = Backbone.load(directory, token_section(directory, section))
+    backbone = Backbone.load(*token_backbone(*minilm()))
     scale = calibrated_scale(backbone).scale
     embedded = embed_records(trained_on, backbone, scale)
     labels = sorted({entity.label for record in trained_on for entity in record.entities})

@@ -8,9 +8,12 @@ Importing this module is cheap: torch and transformers are imported when a backb
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import importlib.util
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -361,64 +364,107 @@ def describe(
     )
 
 
-def token_section(directory: str | Path, section: BackboneSection) -> BackboneSection:
-    """The section of the same files as the backbone of a token classifier.
+def token_backbone(directory: str | Path, section: BackboneSection) -> tuple[Path, BackboneSection]:
+    """Directory and section of a backbone for the tokens of texts, out of an encoder for texts.
 
-    Its embeddings are what the architecture hands to the last layer of its token classifier. Dense
-    layers and the ONNX form, which are of whole texts, are left out.
+    It is the first half of the encoder's layers: the last ones of an encoder of whole texts mix
+    its tokens until they are hard to tell apart. The embedding of a token is what the architecture
+    hands to the last layer of its token classifier. The files are written to the cache, the same
+    ones for the same encoder.
 
     Args:
         directory: holds the section's files, which are checked.
-        section: of an encoder, or of a token classifier, which is returned as it is.
+        section: of an encoder; of a token classifier, it is returned as it is.
 
     Raises:
         BackboneError: when the files are wrong, or transformers has no token classifier of the
             architecture that ends in one linear layer.
     """
+    source = Path(directory).resolve()
     if section.pooling == "tokens":
-        return section
+        return source, section
     if section.pooling == "architecture":
         raise BackboneError(
             f"the backbone {section.name!r} is a classifier of texts without its last layer: "
             "expected an encoder, or the backbone of a token classifier"
         )
-    with _loading(directory, section) as view:
-        import torch
+    content = "".join(entry.sha256 for entry in section.files)
+    number = hashlib.sha256(content.encode()).hexdigest()[:32]
+    target = cache_directory() / "backbones" / f"tokens-{number}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        _loading(source, section) as view,
+        tempfile.TemporaryDirectory(prefix=".tokens-", dir=target.parent) as staging,
+    ):
         import transformers
 
         from veilhead_models.embedding_module import quiet
 
         config = transformers.AutoConfig.from_pretrained(
-            view, local_files_only=True, trust_remote_code=False, num_labels=_LABELS_TO_FIND
+            view, local_files_only=True, trust_remote_code=False
         )
-        if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
-            raise BackboneError(
-                f"the backbone {section.name!r} is a {config.model_type}, of which transformers "
-                "has no token classifier"
-            )
-        with quiet(), torch.device("meta"):  # the form alone, without numbers
-            loader: Any = transformers.AutoModelForTokenClassification
-            model = loader.from_config(config)
-        last = [
-            path
-            for path, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module.out_features == _LABELS_TO_FIND
-        ]
+        split = _last_of_token_classifier(section.name, config)
+        config.num_hidden_layers = max(1, config.num_hidden_layers // 2)
+        made = Path(staging) / "made"
+        with quiet():
+            transformers.AutoModel.from_pretrained(
+                view,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype="auto",
+            ).save_pretrained(made)
+        for file in TOKENIZER_FILES:
+            if (view / file).is_file():
+                shutil.copyfile(view / file, made / file)
+        halved = describe_files(
+            made,
+            [path.name for path in made.iterdir()],
+            name=f"{section.name}-tokens"[:128],
+            pooling="tokens",
+            split=split,
+            normalise=False,
+            max_tokens=section.max_tokens,
+            token_types=section.token_types,
+        )
+        if not _holds(target, halved):
+            shutil.rmtree(target, ignore_errors=True)
+            made.rename(target)
+    return target, halved
+
+
+def _last_of_token_classifier(name: str, config: Any) -> str:
+    """The module of an architecture's token classifier that makes the logits.
+
+    Raises:
+        BackboneError: when there is no such classifier, or it does not end in one linear layer.
+    """
+    import torch
+    import transformers
+
+    from veilhead_models.embedding_module import quiet
+
+    if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        raise BackboneError(
+            f"the backbone {name!r} is a {config.model_type}, of which transformers has no token "
+            "classifier"
+        )
+    labelled = copy.deepcopy(config)
+    labelled.num_labels = _LABELS_TO_FIND
+    loader: Any = transformers.AutoModelForTokenClassification
+    with quiet(), torch.device("meta"):  # the form alone, without numbers
+        model = loader.from_config(labelled)
+    last = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == _LABELS_TO_FIND
+    ]
     if len(last) != 1:
         raise BackboneError(
             f"a {type(model).__name__} does not end in one linear layer: expected another backbone"
         )
-    dense = {layer.file for layer in section.dense}
-    return describe_files(
-        Path(directory).resolve(),
-        [entry.path for entry in section.files if entry.path not in dense],
-        name=section.name,
-        pooling="tokens",
-        split=last[0],
-        normalise=False,
-        max_tokens=section.max_tokens,
-        token_types=section.token_types,
-    )
+    return last[0]
 
 
 def describe_files(directory: Path, paths: Sequence[str], **fields: Any) -> BackboneSection:

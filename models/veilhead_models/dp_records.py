@@ -10,7 +10,7 @@ sum over a record's tokens is one, in whatever order it is computed. The mean is
 after the point, of which its squared norm is an exact integer, too. Clipping is then done number by
 number, rounds towards zero and is checked on the integers.
 
-The two constants were fixed on generated records (`veilhead_benchmarks.deidentify_records`).
+The constants were fixed on generated records (`veilhead_benchmarks.deidentify_records`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from veilhead_models.dp_training import (
     FEATURE_BITS,
     GRID,
     RESIDUAL_BITS,
+    STEPS,
+    Descent,
     Noise,
     PrivateFit,
     descend,
@@ -36,10 +38,17 @@ from veilhead_models.privacy import PrivacyBudget
 from veilhead_protocol.errors import DatasetError
 
 #: Largest Euclidean norm of a record's gradient.
-RECORD_CLIP_NORM: Final = 0.25
+RECORD_CLIP_NORM: Final = 0.1
 
-#: As `STEP_PER_CLASS`: means over tokens, of which most are of no entity, are small.
-RECORD_STEP_PER_CLASS: Final = 8.0
+#: Kinds have few of a record's tokens, and small gradients: larger steps than those for rows, with
+#: momentum, and a mean over the second half of them, which undoes what large steps swing by.
+RECORD_DESCENT: Final = Descent(
+    step_per_class=80.0, logit_noise=2.0, momentum=0.8, averaged=STEPS // 2
+)
+
+#: What a token outside of every entity weighs in the gradient of its record; others weigh one. Most
+#: tokens are outside, and would drown the others.
+OUTSIDE_WEIGHT: Final = 0.5
 
 #: Bits after the point of a record's gradient. Its entries are below 2, and their squares add up to
 #: less than 2^53, where 64-bit floats are exact integers.
@@ -77,7 +86,9 @@ def fit_private_tagger(
         ModelError: when OpenDP or dp-accounting is not installed.
     """
     sums = ClippedRecords(records, classes)
-    return descend(sums, budget, unit="record", insecure_noise=insecure_noise)
+    return descend(
+        sums, budget, descent=RECORD_DESCENT, unit="record", insecure_noise=insecure_noise
+    )
 
 
 class ClippedRecords:
@@ -89,7 +100,6 @@ class ClippedRecords:
     """
 
     clip_norm: Final = RECORD_CLIP_NORM
-    step_per_class: Final = RECORD_STEP_PER_CLASS
 
     def __init__(self, records: Sequence[TokenRows], classes: int) -> None:
         if not records:
@@ -129,14 +139,15 @@ class ClippedRecords:
         counts = [len(of_one) for of_one in targets]
         inputs = np.concatenate(self._inputs[chosen]).astype(np.float64)  # [tokens, d + 1]
         residuals = softmax_residuals(inputs, parameters, np.concatenate(targets))  # [tokens, C]
-        residuals = np.trunc(residuals * 2.0**RESIDUAL_BITS)
+        weights = np.where(np.concatenate(targets) == 0, OUTSIDE_WEIGHT, 1.0)  # [tokens]
+        residuals = np.trunc(residuals * (weights[:, np.newaxis] * 2.0**RESIDUAL_BITS))
         means = np.zeros((len(counts), *self.shape))
         end = 0
         for place, tokens in enumerate(counts):
             start, end = end, end + tokens
             # Integers in floats: below 2^(13 + 16 + 21), whatever the order of the sum.
             summed = residuals[start:end].T @ inputs[start:end]  # [C, d + 1]
-            means[place] = summed / max(1, tokens)
+            means[place] = summed / max(OUTSIDE_WEIGHT, weights[start:end].sum())
         shift = FEATURE_BITS + RESIDUAL_BITS - _GRADIENT_BITS
         return np.trunc(means / 2.0**shift)
 

@@ -87,6 +87,23 @@ class PrivateFit:
         return f"PrivateFit(epsilon={self.statement.epsilon:g}, delta={self.statement.delta:g})"
 
 
+@dataclass(frozen=True)
+class Descent:
+    """How noised sums become a head. It sees nothing else, and costs no privacy.
+
+    Attributes:
+        step_per_class: the step by number of classes, ...
+        logit_noise: ... unless noise of a larger standard deviation than this would be in a logit.
+        momentum: share of a step that the next one repeats.
+        averaged: last steps whose parameters are averaged.
+    """
+
+    step_per_class: float = STEP_PER_CLASS
+    logit_noise: float = LOGIT_NOISE
+    momentum: float = 0.0
+    averaged: int = 1
+
+
 class GradientSums(Protocol):
     """Sums of clipped gradients as exact integers, whose units are 1 by `GRID`.
 
@@ -105,10 +122,6 @@ class GradientSums(Protocol):
     @property
     def clip_norm(self) -> float:
         """Largest Euclidean norm of what one unit adds."""
-
-    @property
-    def step_per_class(self) -> float:
-        """The step without noise, by number of classes."""
 
     def at(self, parameters: NDArray[np.float64]) -> NDArray[np.int64]:
         """The sum [C, d + 1] at parameters [C, d + 1]."""
@@ -162,6 +175,7 @@ def descend(
     sums: GradientSums,
     budget: PrivacyBudget,
     *,
+    descent: Descent | None = None,
     unit: Unit = "row",
     insecure_noise: Noise | None = None,
 ) -> PrivateFit:
@@ -170,6 +184,7 @@ def descend(
     Args:
         sums: of clipped gradients, one for each unit of privacy.
         budget: as in `fit_private_head`.
+        descent: how to go along them; `Descent()` when it is None.
         unit: what a unit of privacy is.
         insecure_noise: as in `fit_private_head`.
 
@@ -178,6 +193,7 @@ def descend(
         ModelError: when OpenDP or dp-accounting is not installed.
     """
     noise = discrete_gaussian if insecure_noise is None else insecure_noise
+    descent = Descent() if descent is None else descent
     count = Release(1 / (COUNT_SHARE * budget.mu))
     step = Release(math.sqrt(STEPS / (1 - COUNT_SHARE**2)) / budget.mu, STEPS)
     # Before the noise is drawn: a run that breaks its budget must not end in a head.
@@ -190,16 +206,21 @@ def descend(
         units,
         budget.mu,
         clip_norm=sums.clip_norm,
-        step_per_class=sums.step_per_class,
+        step_per_class=descent.step_per_class,
+        logit_noise=descent.logit_noise,
     )
     parameters = np.zeros(sums.shape)  # [C, d + 1]
+    direction, mean = np.zeros(sums.shape), np.zeros(sums.shape)  # [C, d + 1] each
     scale = step.noise_multiplier * sums.clip_norm * GRID
-    for _ in range(STEPS):
+    for number in range(STEPS):
         noised = sums.at(parameters) + noise(scale, parameters.size).reshape(sums.shape)
-        parameters -= rate / units * (noised / GRID)
+        direction = descent.momentum * direction + (1 - descent.momentum) * (noised / GRID)
+        parameters -= rate / units * direction
+        if number >= STEPS - descent.averaged:
+            mean += parameters / descent.averaged
     return PrivateFit(
-        weight=parameters[:, :-1].copy(),
-        bias=parameters[:, -1] * BIAS_INPUT,
+        weight=mean[:, :-1].copy(),
+        bias=mean[:, -1] * BIAS_INPUT,
         statement=statement,
     )
 
@@ -211,13 +232,14 @@ def step_size(
     *,
     clip_norm: float = CLIP_NORM,
     step_per_class: float = STEP_PER_CLASS,
+    logit_noise: float = LOGIT_NOISE,
 ) -> float:
     """The step, by public figures and the noised number of units of privacy.
 
     After all steps, the noise in a weight has the standard deviation steps * step * clip norm /
     (mu * units), and so has the one in the logit of an embedding of norm one.
     """
-    return min(step_per_class * classes, LOGIT_NOISE * mu * units / (clip_norm * STEPS))
+    return min(step_per_class * classes, logit_noise * mu * units / (clip_norm * STEPS))
 
 
 def grid_inputs(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -255,7 +277,6 @@ class ClippedSums:
     """
 
     clip_norm: Final = CLIP_NORM
-    step_per_class: Final = STEP_PER_CLASS
 
     def __init__(
         self, embeddings: NDArray[np.float64], targets: NDArray[np.intp], classes: int

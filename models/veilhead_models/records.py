@@ -1,8 +1,9 @@
 """Records: texts in which values of known kinds are marked, and what tokens say of them.
 
 A file has one JSON object a line: `{"text": ..., "entities": [{"start", "end", "label"}, ...]}`,
-with places in characters. Tokens are tagged `B-label` where an entity begins, `I-label` where it
-goes on, and `O` elsewhere.
+with places in characters. Tokens of an entity are tagged `I-label`, and others `O`. First tokens
+have no tag of their own, as there are few of them to learn from; two entities of one label are one
+where no token stands between them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -159,7 +160,7 @@ def write_records(path: str | Path, records: Sequence[Record]) -> None:
 
 def tags_of(labels: Sequence[str]) -> tuple[str, ...]:
     """The tags of tokens, in the order of a head's rows."""
-    return (OUTSIDE, *(f"{prefix}-{label}" for label in labels for prefix in "BI"))
+    return (OUTSIDE, *(f"I-{label}" for label in labels))
 
 
 def tag_tokens(
@@ -171,34 +172,35 @@ def tag_tokens(
     """
     number = {tag: index for index, tag in enumerate(tags)}
     found = np.zeros(len(tokens), dtype=np.intp)
-    before: Entity | None = None
     for place, token in enumerate(tokens):
-        entity = next(
-            (one for one in entities if token.start < one.end and one.start < token.end), None
-        )
-        if entity is not None:
-            found[place] = number[f"{'I' if entity is before else 'B'}-{entity.label}"]
-        before = entity
+        for entity in entities:
+            if token.start < entity.end and entity.start < token.end:
+                found[place] = number[f"I-{entity.label}"]
     return found
 
 
-def tagged_entities(tokens: Sequence[Token], tags: Sequence[str]) -> Iterator[Entity]:
-    """The entities that tags of tokens stand for, as clients read them (`simple`).
+def tagged_entities(
+    tokens: Sequence[Token], logits: NDArray[np.float64], tags: Sequence[str]
+) -> Iterator[Entity]:
+    """The entities that logits [tokens, C] stand for, as clients read them (`average`).
 
-    Neighbours with one label are one entity, unless the second one is tagged `B-`.
+    A word has the tag of its tokens' mean probabilities. Neighbours with one tag are one entity.
     """
-    group: list[Token] = []
-    label = ""
-    for token, tag in zip(tokens, tags, strict=True):
-        prefix, _, found = tag.partition("-")
-        if group and (prefix != "I" or found != label):
-            yield Entity(group[0].start, group[-1].end, label)
-            group = []
+    if not tokens:
+        return
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)  # [tokens, C]
+    starts = [place for place, token in enumerate(tokens) if not (place and token.continues)]
+    ends = [*starts[1:], len(tokens)]
+    words = zip(starts, ends, strict=True)
+    found = [
+        (tags[probabilities[start:end].mean(axis=0).argmax()], start, end) for start, end in words
+    ]
+    for tag, group in groupby(found, key=lambda word: word[0]):
         if tag != OUTSIDE:
-            group.append(token)
-            label = found
-    if group:
-        yield Entity(group[0].start, group[-1].end, label)
+            places = list(group)
+            first, last = tokens[places[0][1]], tokens[places[-1][2] - 1]
+            yield Entity(first.start, last.end, tag.partition("-")[2])
 
 
 def _record(line: str, where: str) -> Record:

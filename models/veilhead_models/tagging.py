@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veilhead_models.artifact import HeadArtifact
-from veilhead_models.backbone import Backbone, token_section
+from veilhead_models.backbone import Backbone, token_backbone
 from veilhead_models.checkpoint import generated_texts
 from veilhead_models.dp_records import fit_private_tagger
 from veilhead_models.dp_training import Noise
@@ -77,8 +77,7 @@ class Tagger:
     def entities(self, record: EmbeddedRecord) -> list[Entity]:
         """What clients would get for a record, from plaintext logits."""
         logits = record.embeddings @ self.weight.T + self.bias  # [tokens, C]
-        answers = [self.tags[number] for number in logits.argmax(axis=1)]
-        return list(tagged_entities(record.tokens, answers))
+        return list(tagged_entities(record.tokens, logits, self.tags))
 
     def report(
         self, records: Sequence[EmbeddedRecord], labels: Sequence[str], *, train_records: int
@@ -169,7 +168,7 @@ def fit_tagger(
         pairs = [(one.embeddings, found) for one, found in zip(records, targets, strict=True)]
         fit = fit_private_tagger(pairs, len(tags), privacy, insecure_noise=insecure_noise)
         return Tagger(fit.weight, fit.bias, tags, fit.statement)
-    # A kind whose entities are all of one token has no tag that goes on.
+    # A kind that stands only beyond where texts are cut has no token.
     present, numbers = np.unique(np.concatenate(targets), return_inverse=True)
     embeddings = np.concatenate([one.embeddings for one in records])  # [tokens, d]
     weight, bias = fit_head(embeddings, numbers.astype(np.intp), len(present))
@@ -222,7 +221,7 @@ def train_tagger_artifact(
     Args:
         dataset: every kind of entity must occur in its training split.
         backbone_directory: holds the files of the backbone.
-        section: of an encoder, whose tokens are embedded (`token_section`).
+        section: of an encoder, whose tokens are embedded (`token_backbone`).
         name: the model's name; by default the directory's it is saved to.
         parameters: `compact` or `strong`.
         device: where the backbone runs.
@@ -242,8 +241,8 @@ def train_tagger_artifact(
     """
     check_promises(tags_of(dataset.labels), name, parameters, privacy, policy)
     _check_trainable(dataset.train, dataset.labels, privacy)
-    of_tokens = token_section(backbone_directory, section)
-    backbone = Backbone.load(backbone_directory, of_tokens, device=device)
+    directory, of_tokens = token_backbone(backbone_directory, section)
+    backbone = Backbone.load(directory, of_tokens, device=device)
     embedding = calibrated_scale(backbone)
     rows = len(dataset.train)
     total = rows + len(dataset.test)
@@ -255,7 +254,7 @@ def train_tagger_artifact(
     head = fit_tagger(embed(dataset.train, 0), dataset.labels, privacy)
     report = head.report(embed(dataset.test, rows), dataset.labels, train_records=rows)
     artifact = head.artifact(
-        embedding, backbone_directory, of_tokens, name=name, parameters=parameters, policy=policy
+        embedding, directory, of_tokens, name=name, parameters=parameters, policy=policy
     )
     return artifact, report
 

@@ -13,7 +13,7 @@ from support.checkpoints import save_checkpoint
 from typer.testing import CliRunner
 
 from veilhead_models.artifact import HeadArtifact
-from veilhead_models.backbone import Backbone, describe, token_section
+from veilhead_models.backbone import Backbone, describe, token_backbone
 from veilhead_models.hf_import import import_hf
 from veilhead_models.privacy import PrivacyBudget
 from veilhead_models.records import Entity, Record, RecordDataset, write_records
@@ -48,45 +48,58 @@ def dataset(train: int = 250, test: int = 60) -> RecordDataset:
     return RecordDataset.of(generated(train), generated(test, seed=1))
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path / "cache"))
+
+
 class TestBackbone:
-    def test_its_embeddings_are_the_last_states(self, tiny_directory: Path) -> None:
-        section = token_section(tiny_directory, describe(tiny_directory))
+    def test_its_embeddings_are_the_states_after_half_of_the_layers(self, tmp_path: Path) -> None:
+        save_checkpoint(tmp_path / "texts", "Bert", num_hidden_layers=4)
+        encoder = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "texts"
+        ).bert.eval()
+        encoder.save_pretrained(tmp_path / "encoder")
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "texts").save_pretrained(
+            tmp_path / "encoder"
+        )
+        whole = describe(tmp_path / "encoder")
+        directory, section = token_backbone(tmp_path / "encoder", whole)
         assert (section.pooling, section.split, section.normalise) == (
             "tokens",
             "classifier",
             False,
         )
-        assert token_section(tiny_directory, section) is section
-        backbone = Backbone.load(tiny_directory, section, device="cpu")
-        [[window]] = backbone.embed_tokens(["mild fever"])
-        model = transformers.AutoModel.from_pretrained(tiny_directory).eval()
+        assert section.max_tokens == whole.max_tokens
+        assert section.public_parameters < 0.7 * whole.public_parameters
+        backbone = Backbone.load(directory, section, device="cpu")
+        [[window]] = backbone.embed_tokens(["Anna in Oslo, mildly"])
+        inputs = backbone.tokenizer("Anna in Oslo, mildly", return_tensors="pt")
         with torch.inference_mode():
-            places = [4 + WORDS.index(word) for word in ("mild", "fever")]
-            states = model(torch.tensor([[2, *places, 3]]))
-        expected = states.last_hidden_state[0, 1:-1].numpy()
-        np.testing.assert_allclose(window.embeddings, expected, atol=1e-5)
+            states = encoder(**inputs, output_hidden_states=True).hidden_states
+        assert len(states) == 5
+        np.testing.assert_allclose(window.embeddings, states[2][0, 1:-1].numpy(), atol=1e-5)
 
-    def test_dense_layers_and_onnx_forms_of_texts_are_left_out(self, tiny_directory: Path) -> None:
-        section = describe(tiny_directory).model_copy(update={"max_tokens": 9})
-        made = token_section(tiny_directory, section)
-        assert made.max_tokens == 9
-        assert made.onnx is None
-        assert made.public_parameters == section.public_parameters
+    def test_the_same_encoder_gives_the_same_files(self, tiny_directory: Path) -> None:
+        first, one = token_backbone(tiny_directory, describe(tiny_directory))
+        second, other = token_backbone(tiny_directory, describe(tiny_directory))
+        assert (first, one) == (second, other)
+        assert token_backbone(first, one) == (first, one)
+        (first / "config.json").write_text("{}")  # damaged: made again
+        third, again = token_backbone(tiny_directory, describe(tiny_directory))
+        assert (third, again) == (first, one)
+        assert Backbone.load(third, again, device="cpu").dimensions == 16
 
     def test_what_has_no_token_classifier_is_refused(self, tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "texts", "Bert")
         manifest, _ = import_hf(tmp_path / "texts", tmp_path / "made")
         with pytest.raises(BackboneError, match="is a classifier of texts"):
-            token_section(tmp_path / "made" / "backbone", manifest.backbone)
-        # Its token classifier has a dense layer between the states and the last one.
-        save_checkpoint(tmp_path / "tokens", "ModernBert", task="TokenClassification")
-        manifest, _ = import_hf(tmp_path / "tokens", tmp_path / "other")
-        assert token_section(tmp_path / "other" / "backbone", manifest.backbone).split
+            token_backbone(tmp_path / "made" / "backbone", manifest.backbone)
 
     def test_the_scale_follows_from_the_backbone_alone(self, tiny_directory: Path) -> None:
-        section = token_section(tiny_directory, describe(tiny_directory))
+        directory, section = token_backbone(tiny_directory, describe(tiny_directory))
         one, other = (
-            calibrated_scale(Backbone.load(tiny_directory, section, device="cpu")) for _ in range(2)
+            calibrated_scale(Backbone.load(directory, section, device="cpu")) for _ in range(2)
         )
         assert one == other
         assert one.scale_origin == "calibrated"
@@ -108,7 +121,7 @@ class TestArtifact:
         )
         manifest = artifact.save(tmp_path / "private", report=report.to_json())
         assert manifest.task == "token-classification"
-        assert manifest.head.labels == ("O", "B-INJURY", "I-INJURY", "B-SIGN", "I-SIGN")
+        assert manifest.head.labels == ("O", "I-INJURY", "I-SIGN")
         privacy = manifest.about["privacy"]
         assert (privacy["epsilon"], privacy["delta"]) == (4.0, 1e-6)
         assert privacy["unit"] == "one record (all of its tokens) of the training split"
@@ -127,8 +140,6 @@ class TestArtifact:
             )
             for _ in range(2)
         )
-        # No sign is of two tokens: there is no tag for one that goes on.
-        assert one[0].labels == ("O", "B-INJURY", "I-INJURY", "B-SIGN")
         assert one[1] == other[1]
         np.testing.assert_array_equal(one[0].weight, other[0].weight)
         assert one[1].micro_relaxed.f1 > 0.15  # random weights: they mix up what stands where

@@ -1,6 +1,6 @@
 """Differentially private training of a token head: the unit of privacy is a record.
 
-A record is a text with all of its tokens. Its gradient is the mean over its tokens of
+A record is a text with all of its tokens. Its gradient is a weighted mean over its tokens of
 (p - y) (x, b), no outer product any more, and it is clipped as a whole: what a record may change
 does not depend on how many tokens it has, and neither does anything that is published. How many
 tokens there are in all is never used.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from veilhead_models.dp_records import (
     MAX_TOKENS,
+    OUTSIDE_WEIGHT,
     RECORD_CLIP_NORM,
     ClippedRecords,
     fit_private_tagger,
@@ -47,7 +48,8 @@ class TestSums:
         parameters = np.random.default_rng(2).normal(size=(5, 13))
 
         def loss(weights: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.cross_entropy(rows @ weights.T, targets)  # a mean
+            weight = torch.tensor([OUTSIDE_WEIGHT, 1, 1, 1, 1], dtype=torch.float64)
+            return torch.nn.functional.cross_entropy(rows @ weights.T, targets, weight)  # a mean
 
         expected = torch.zeros(5, 13, dtype=torch.float64)
         clipped = 0

@@ -464,7 +464,7 @@ def _last_of_token_classifier(name: str, config: Any) -> str:
         raise BackboneError(
             f"a {type(model).__name__} does not end in one linear layer: expected another backbone"
         )
-    return last[0]
+    return str(last[0])
 
 
 def describe_files(directory: Path, paths: Sequence[str], **fields: Any) -> BackboneSection:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from typer.testing import CliRunner
 
 from veilhead_benchmarks.attacks.dp_audit import Canaries, audit_training, no_noise
@@ -64,7 +65,10 @@ def test_the_command_writes_what_training_reads(tmp_path: Path) -> None:
     assert {*dataset.train, *dataset.test} == set(tagged_records(60, 3))
 
 
-def test_noise_costs_entities_and_every_head_is_judged_twice() -> None:
+def test_noise_costs_entities_and_every_head_is_judged_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path))
     measured = measure_tags(190, 12, runs=1, kinds=("EMAIL", "IP"))
     found = {(one.head, one.test): one.report.micro.f1 for one in measured}
     assert len(found) == 10

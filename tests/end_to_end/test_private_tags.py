@@ -25,7 +25,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_records(directory / "pii.jsonl", tagged_records(160, 1, kinds=KINDS))
     arguments = ["train", str(directory / "pii.jsonl"), "--task", "token-classification"]
     arguments += ["--out", str(directory / "pii"), "--dp-epsilon", "12", "--device", "cpu"]
-    done = CliRunner().invoke(app, arguments)
+    cache = {"VEILHEAD_CACHE": str(directory / "cache")}
+    done = CliRunner().invoke(app, arguments, env=cache)
     assert done.exit_code == 0, done.output
     return directory / "pii"
 

@@ -89,8 +89,8 @@ def test_pii_tags() -> None:
     scores = re.findall(r"^micro +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)", printed, re.M)
     assert len(scores) == 3
     plain, looser, tighter = (float(score[2]) for score in scores)
-    assert plain > 0.5
-    assert looser > 0.2
+    assert plain > 0.3
+    assert looser > 0.1
     assert plain > tighter
     assert all(float(score[3]) >= float(score[2]) for score in scores)
 

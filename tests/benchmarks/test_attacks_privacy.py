@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from veilhead_benchmarks.attacks.label_noise import compare
 from veilhead_benchmarks.attacks.membership import (
+    FALSE_POSITIVES,
+    JUDGED_MEMBERS,
+    Membership,
     attack_heads,
     attack_training,
     confidences,
@@ -50,6 +54,39 @@ class TestMembership:
         found = attack_heads(answers, inside)
         assert found.auc == pytest.approx(auc, abs=0.02)
         assert found.true_positives == pytest.approx(rate, abs=0.1 if shift else 0.002)
+
+    @pytest.mark.parametrize(
+        ("true_rate", "least", "most"), [(0.001, 0.95, 0.999), (0.003, 0.01, 0.1)]
+    )
+    def test_the_interval_holds_chance_where_there_is_nothing_and_notices_three_times_that(
+        self, true_rate: float, least: float, most: float
+    ) -> None:
+        generator = np.random.default_rng(3)
+        shift = norm.ppf(true_rate) - norm.ppf(FALSE_POSITIVES)
+        held = 0
+        for _ in range(200):
+            members, others = generator.normal(size=(2, JUDGED_MEMBERS))
+            low, high = Membership.of_ratios(members + shift, others).interval
+            held += low <= FALSE_POSITIVES <= high
+        assert least < held / 200 < most
+
+    def test_the_interval_is_about_the_rate_and_knows_no_more_than_few_answers_tell(self) -> None:
+        found = Membership(auc=0.6, found=60, members=20_000, mistaken=20, others=20_000)
+        low, high = found.interval
+        assert FALSE_POSITIVES < low < found.true_positives < high
+        assert Membership(0.5, 0, 200, 0, 200).interval == (0.0, 1.0)
+        doubled = Membership(auc=0.6, found=120, members=40_000, mistaken=20, others=20_000)
+        assert doubled.interval[0] == pytest.approx(low, rel=0.1)  # shares, not numbers
+
+    def test_only_as_many_heads_are_judged_as_are_asked_for(self) -> None:
+        generator = np.random.default_rng(4)
+        inside = generator.random((20, 300)) < 0.5
+        answers = generator.normal(size=(20, 300))
+        answers[:2] += 6.0 * inside[:2]  # the first two betray everybody
+        answers[2:] -= 6.0 * inside[2:]  # the others say the opposite, and teach the attacker that
+        assert attack_heads(answers, inside, 2).auc < 0.2
+        assert attack_heads(answers, inside, 2).members == int(inside[:2].sum())
+        assert attack_heads(answers, inside).auc > 0.8
 
     def test_members_of_a_small_head_are_visible_and_privacy_hides_them(self) -> None:
         embeddings, targets = unit_rows(160, 64, 2)

@@ -88,6 +88,18 @@ def at_chance(result: AttackResult, deviation: float) -> AttackResult:
     )
 
 
+def contains_chance(result: AttackResult, interval: tuple[float, float]) -> AttackResult:
+    """The result, expected to have chance within the interval that goes with it."""
+    if result.chance is None:
+        raise ValueError("a result without a chance cannot be at it")
+    low, high = interval
+    return _judged(
+        result,
+        f"{result.chance:.4g} within {low:.2g} to {high:.2g}, its 95 % interval",
+        low <= result.chance <= high,
+    )
+
+
 def _judged(result: AttackResult, expected: str, holds: bool) -> AttackResult:
     return AttackResult(**asdict(result) | {"expected": expected, "holds": bool(holds)})
 

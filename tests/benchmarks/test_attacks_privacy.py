@@ -14,8 +14,10 @@ from veilhead_benchmarks.attacks.membership import (
     attack_heads,
     attack_training,
     confidences,
+    largest_rate,
     private_training,
 )
+from veilhead_models.privacy import PrivacyBudget
 from veilhead_models.training import fit_head
 
 
@@ -96,13 +98,42 @@ class TestMembership:
 
         auc, rate = attack_training(
             plainly, "plain", embeddings, targets,
-            rows=80, heads=20, classes=2, private=False, visible=True,
+            rows=80, heads=20, classes=2, budget=None, visible=True,
         )  # fmt: skip
         assert auc.value > 0.8
         assert rate.holds
+        budget = PrivacyBudget(1.0)
         hidden, hidden_rate = attack_training(
-            private_training(2, 1.0, seed=1), "private", embeddings, targets,
-            rows=80, heads=20, classes=2, private=True, visible=False,
+            private_training(2, budget, seed=1), "private", embeddings, targets,
+            rows=80, heads=20, classes=2, budget=budget, visible=False,
         )  # fmt: skip
         assert hidden.value < auc.value - 0.15
+        assert "95 % interval" in hidden_rate.expected
         assert hidden_rate.holds
+
+    @pytest.mark.parametrize(
+        ("epsilon", "expected"), [(1.0, "its 95 % interval"), (2.0, "at most")]
+    )
+    def test_usual_training_breaks_the_promise_of_any_epsilon_that_it_claims(
+        self, epsilon: float, expected: str
+    ) -> None:
+        embeddings, targets = unit_rows(160, 64, 2)
+
+        def impostor(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return fit_head(x, y, 2)
+
+        _, rate = attack_training(
+            impostor, "impostor", embeddings, targets,
+            rows=80, heads=20, classes=2, budget=PrivacyBudget(epsilon), visible=False,
+        )  # fmt: skip
+        assert expected in rate.expected
+        assert rate.holds is False
+
+    def test_no_attack_on_a_gaussian_mechanism_finds_more_than_the_guarantee_says(self) -> None:
+        assert largest_rate(0.0) == pytest.approx(FALSE_POSITIVES)
+        mu = PrivacyBudget(4.0).mu
+        generator = np.random.default_rng(6)
+        others, members = generator.normal(size=(2, 10**6))  # the best attack there is
+        found = Membership.of_ratios(members + mu, others).true_positives
+        assert found == pytest.approx(largest_rate(mu), rel=0.06)
+        assert largest_rate(mu) == pytest.approx(0.0151, abs=0.0002)

@@ -19,6 +19,9 @@ where nothing can be told, that is a binomial share, however often a row is aske
 is a member is drawn anew for every head. A head that tells nothing fails once in 40 times. A rate
 of 0.3 % is noticed with probability 0.95, one of 0.2 % with 0.61. All heads are pooled too, where
 there are more: that figure is sharper, and has no promise.
+
+Epsilon 4 did not pass. There the promise is what the guarantee itself says: the mechanism is
+Gaussian, of parameter mu, so that no attack on any row finds more than Phi(Phi^-1(0.001) + mu).
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veilhead_benchmarks.attacks.data import embedded
-from veilhead_benchmarks.attacks.results import AttackResult, above, contains_chance
+from veilhead_benchmarks.attacks.results import AttackResult, above, at_most, contains_chance
 from veilhead_models.dp_training import fit_private_head
 from veilhead_models.privacy import PrivacyBudget
 from veilhead_models.training import fit_head
@@ -42,6 +45,9 @@ FALSE_POSITIVES: Final = 0.001
 
 #: Answers about members that a rate is judged by: enough to notice one of 0.3 %.
 JUDGED_MEMBERS: Final = 16_000
+
+#: The largest epsilon whose rate is promised to be within noise.
+WITHIN_NOISE_EPSILON: Final = 1.0
 
 _CONFIDENCE: Final = 0.95
 
@@ -182,7 +188,7 @@ def attack_training(
     rows: int,
     heads: int,
     classes: int,
-    private: bool,
+    budget: PrivacyBudget | None,
     visible: bool,
 ) -> list[AttackResult]:
     """Results of the attack on heads of so many rows.
@@ -195,7 +201,7 @@ def attack_training(
         rows: rows that a head is trained on.
         heads: heads that are trained and attacked.
         classes: C.
-        private: a privacy budget is kept: the judged heads' rate should be within noise.
+        budget: what `train` keeps, if it keeps one.
         visible: members should be plain to see.
     """
     answers, inside = train_shadows(
@@ -207,7 +213,7 @@ def attack_training(
     def result(found: Membership, metric: str, value: float, chance: float) -> AttackResult:
         return AttackResult(
             attack="membership",
-            system="veilhead" if private else "plaintext",
+            system="plaintext" if budget is None else "veilhead",
             target=f"{name}, n={rows}, {heads} heads",
             metric=metric,
             value=value,
@@ -216,8 +222,10 @@ def attack_training(
         )
 
     rate = result(judged, "true positives at 0.1 %", judged.true_positives, FALSE_POSITIVES)
-    if private:
+    if budget is not None and budget.epsilon <= WITHIN_NOISE_EPSILON:
         rate = contains_chance(rate, judged.interval)
+    elif budget is not None:
+        rate = at_most(rate, largest_rate(budget.mu))
     elif visible:
         rate = above(rate, 5 * FALSE_POSITIVES)
     results = [result(everything, "AUC", everything.auc, 0.5), rate]
@@ -228,10 +236,16 @@ def attack_training(
     return results
 
 
-def private_training(classes: int, epsilon: float, seed: int) -> Training:
+def largest_rate(mu: float) -> float:
+    """What no attack's true-positive rate exceeds at `FALSE_POSITIVES`, by the guarantee."""
+    from scipy.stats import norm
+
+    return float(norm.cdf(norm.ppf(FALSE_POSITIVES) + mu))
+
+
+def private_training(classes: int, budget: PrivacyBudget, seed: int) -> Training:
     """Private training whose noise is drawn fast, for the many shadow heads."""
     generator = np.random.default_rng(seed)
-    budget = PrivacyBudget(epsilon)
 
     def noise(scale: float, count: int) -> NDArray[np.int64]:
         return np.rint(generator.normal(scale=scale, size=count)).astype(np.int64)
@@ -266,16 +280,17 @@ def run(*, short: bool) -> list[AttackResult]:
 
         results += attack_training(
             plainly, "without privacy", x, y,
-            rows=rows, heads=heads, classes=classes, private=False, visible=rows == 200,
+            rows=rows, heads=heads, classes=classes, budget=None, visible=rows == 200,
         )  # fmt: skip
-        for epsilon in (4.0, 1.0):
+        for epsilon in (4.0, 2.0, 1.0):
+            budget = PrivacyBudget(epsilon)
             try:
-                PrivacyBudget(epsilon).check_rows(rows, classes)
+                budget.check_rows(rows, classes)
             except PrivacyError:
                 continue
             results += attack_training(
-                private_training(classes, epsilon, seed=rows), f"epsilon {epsilon:g}", x, y,
-                rows=rows, heads=heads, classes=classes, private=True, visible=False,
+                private_training(classes, budget, seed=rows), f"epsilon {epsilon:g}", x, y,
+                rows=rows, heads=heads, classes=classes, budget=budget, visible=False,
             )  # fmt: skip
     return results
 

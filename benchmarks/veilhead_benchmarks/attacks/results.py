@@ -100,6 +100,16 @@ def contains_chance(result: AttackResult, interval: tuple[float, float]) -> Atta
     )
 
 
+def not_above(result: AttackResult, interval: tuple[float, float], bound: float) -> AttackResult:
+    """The result, expected to have no interval that is above a bound as a whole."""
+    low, high = interval
+    return _judged(
+        result,
+        f"at most {bound:.4g}, as far as {low:.2g} to {high:.2g} tells, its 95 % interval",
+        low <= bound,
+    )
+
+
 def _judged(result: AttackResult, expected: str, holds: bool) -> AttackResult:
     return AttackResult(**asdict(result) | {"expected": expected, "holds": bool(holds)})
 

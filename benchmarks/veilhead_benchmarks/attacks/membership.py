@@ -10,7 +10,7 @@ at 0.1 % false positives.
 The attacker here is strong: it knows the pool and the method, and reads unrounded logits. What it
 finds it would find behind any service that returns logits, encrypted or not.
 
-**What "within noise" means** was fixed before any head was attacked by it. The answers of as many
+**What "within noise" means** was fixed before any head was judged by it. The answers of as many
 heads as have `JUDGED_MEMBERS` members together are pooled, and the threshold is what one in a
 thousand of their answers about others exceeds. The rate holds if the exact 95 % interval of the
 true-positive rate contains 0.1 %. The threshold is estimated from as few answers as the rate, so

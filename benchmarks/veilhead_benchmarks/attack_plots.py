@@ -124,7 +124,7 @@ def _extraction(found: _Found) -> Plot | None:
 
 def _membership(found: _Found) -> Plot | None:
     rates, areas = found.of_metric("true positives"), found.of_metric("AUC")
-    if not rates.entries and not areas.entries:
+    if not rates.entries or not areas.entries:
         return None
     figure, (left, right) = new_figure(width=9.0, columns=2)
     for axes, part, value in ((left, rates, "true positives"), (right, areas, "AUC")):
@@ -137,8 +137,10 @@ def _membership(found: _Found) -> Plot | None:
         _bars(
             axes, groups, chances[0] if len(chances) == 1 else None, metrics[0] if metrics else ""
         )
-    if all(entry["value"] > 0 for entry in rates.entries):
+    least = min(entry["value"] for entry in rates.entries)
+    if least > 0:
         left.set_xscale("log")
+        left.set_xlim(left=least / 3)
     right.set_xlim(left=0.4)
     right.set_yticks([])
     legend_above(figure)

@@ -314,9 +314,10 @@ def fidelity_table(results: Results) -> Table:
 
 
 def attacks_table(results: Results) -> Table:
-    """What attacks found, and whether it is as it should be; what is not comes first."""
+    """What attacks found: what is not as it should be, what is, and what nothing is said of."""
+    order = (False, True, None)
     entries = sorted(
-        results.extra.get("attacks", ()), key=lambda entry: entry["holds"] is not False
+        results.extra.get("attacks", ()), key=lambda entry: order.index(entry["holds"])
     )
     broken = sum(entry["holds"] is False for entry in entries)
     promises = sum(entry["holds"] is not None for entry in entries)

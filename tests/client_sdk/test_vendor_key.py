@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -14,6 +17,7 @@ from veilhead import Client, ReplyError, SignatureError
 from veilhead.cli import app
 from veilhead.local import InProcessTransport
 from veilhead_protocol.errors import ManifestError
+from veilhead_protocol.policy import preset_policy
 from veilhead_protocol.signatures import MAX_CARD_BYTES
 from veilhead_service.app import create_app
 from veilhead_service.model_store import ModelStore
@@ -174,6 +178,44 @@ def test_an_older_signed_version_is_refused_by_its_digest_only(vendor, connect):
 def test_what_is_no_vendor_key_is_refused_before_anything_is_asked(vendor, given):
     with pytest.raises(SignatureError):
         Client("http://127.0.0.1:1", "model", vendor_key=given)
+
+
+# --- policies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stated", "instead", "clause"),
+    [
+        (b'"epsilon":4.0', b'"epsilon":4.5', "policy.privacy: the policy medical asks"),
+        (b'"max_epsilon":4.0', b'"max_epsilon":40.0', "policy: .*privacy is weaker"),
+        (b'"units":10000', b'"units":10001', "policy: .*query_budget is weaker"),
+        (b'"bulk":false', b'"bulk":true', "policy: .*bulk is weaker"),
+        (b'"deidentify":true', b'"deidentify":false', "policy: .*deidentify is weaker"),
+        (
+            b'"minimum_parameters":"strong"',
+            b'"minimum_parameters":"compact"',
+            "policy: .*is weaker",
+        ),
+    ],
+)
+def test_a_manifest_that_breaks_its_policy_is_refused_although_it_is_signed(
+    vendor, connect, stated, instead, clause
+):
+    """No vendor key and no service makes a client take less than the policy says."""
+    privacy = {"epsilon": 4.0, "delta": 1e-5}
+    careful = replace(
+        artifact(4, 32, name="model", parameters="strong"),
+        policy=preset_policy("medical"),
+        about={"privacy": privacy},
+    )
+    vendor.publish(careful, signing_key=KEY)
+    connect(vendor_key=public(KEY), deidentify=False)
+    honest = careful.manifest.serialize()
+    assert honest.count(stated) == 1
+    body = honest.replace(stated, instead)
+    signature = str(KEY.sign(hashlib.sha256(body).digest()))
+    with pytest.raises(ManifestError, match=clause):
+        connect(vendor_key=public(KEY), change=rewritten(body=body, signature=signature))
 
 
 # --- model cards ----------------------------------------------------------------------------------

@@ -199,7 +199,10 @@ def _quality(sources: CardSources) -> Iterator[str]:
         [(name, *(_score(head[field]) for _, head in heads)) for name, field in scores],
     )
     yield ""
-    yield "By class:" if other is None else "By class, those that pay most for the noise first:"
+    yield (
+        ("By class" if other is None else "By class, those that pay most for the noise first")
+        + "; recall is the accuracy on the rows of a class:"
+    )
     yield ""
     if other is None:
         yield from _table(
@@ -297,8 +300,8 @@ def _attacks(attacks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         return
     yield (
         "Measured by `veilhead-bench attack`, on heads and data of its own where a row does not "
-        "say otherwise. A system other than veilhead, or one that lacks a protection, is there to "
-        "show that the attack works."
+        "say otherwise; of a curve its end stands here. A system other than veilhead, or one that "
+        "lacks a protection, is there to show that the attack works."
     )
     yield ""
     words = {True: "holds", False: "**broken**", None: ""}
@@ -314,10 +317,21 @@ def _attacks(attacks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 one["expected"],
                 words[one["holds"]],
             )
-            for one in attacks
-            if one["expected"]
+            for one in _ends_of_curves([one for one in attacks if one["expected"]])
         ],
     )
+
+
+def _ends_of_curves(attacks: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Of the figures that are points of one curve, the last; and whatever does not hold."""
+
+    def curve(one: Mapping[str, Any]) -> tuple[Any, ...]:
+        return one["attack"], one["system"], one.get("curve"), one["metric"]
+
+    last = {curve(one): one for one in attacks}  # in the order that they were measured in
+    for one in attacks:
+        if not one.get("curve") or last[curve(one)] is one or not one["holds"]:
+            yield one
 
 
 def _encryption(sources: CardSources) -> Iterator[str]:

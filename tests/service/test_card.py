@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -107,6 +108,20 @@ def test_a_card_of_the_manifest_alone_says_what_is_missing() -> None:
     text = to_markdown(CardSources(head().manifest))
     for said in ("does not publish scores", "does not say what", "None. What the head tells"):
         assert said in text
+
+
+def test_a_card_holds_the_ends_of_curves_and_all_that_is_broken() -> None:
+    def point(at, holds=True):
+        return {
+            "attack": "extraction", "system": "veilhead", "target": f"texts, {at} queries",
+            "metric": "error", "value": 0.5, "expected": "above 0.1", "holds": holds,
+            "curve": "texts", "at": at,
+        }  # fmt: skip
+
+    points = [point(10), point(50, holds=False), point(200), point(400)]
+    text = to_markdown(CardSources(head().manifest, attacks=points))
+    shown = re.findall(r"texts, (\d+) queries", text)
+    assert shown == ["50", "400"]
 
 
 def test_a_card_says_who_signed_and_what_was_checked() -> None:

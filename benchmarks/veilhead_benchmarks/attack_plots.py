@@ -97,10 +97,12 @@ def _extraction(found: _Found) -> Plot | None:
         return None
     figure, (axes,) = new_figure()
     for colour, curve in zip(_COLOURS, curves, strict=False):
+        axes.plot([], [], color=colour, linewidth=3, label=curve)
         for system in shares.having(curve=curve).each("system"):
             at, values = shares.having(curve=curve, system=system).points()
-            style: dict[str, Any] = dict(_STYLES.get(system, _OTHER))
-            axes.plot(at, values, label=f"{curve}, {system}", color=colour, **style)
+            axes.plot(at, values, color=colour, **_style(system))
+    for system in shares.each("system"):
+        axes.plot([], [], color="black", label=system, **_style(system))
     for entry in found.of_metric("share, with a budget").entries:
         axes.axvspan(entry["at"], axes.get_xlim()[1], color="black", alpha=0.06, linewidth=0)
         axes.axvline(
@@ -115,11 +117,17 @@ def _extraction(found: _Found) -> Plot | None:
     legend_above(figure)
     return Plot(
         "Attack: copying a head",
-        "A copy made from so many answers. Ours follows what plaintext logits give. A budget cuts "
-        "every curve at its number: the star is what a thief had when a service with that budget "
-        "refused the next text, and the grey part was never answered.",
+        "A copy made from so many answers: to unit vectors (`basis`), to ordinary texts, to these "
+        "by an interface that returns probabilities (`log-ratio`) or labels. Curves of one colour lie "
+        "upon each other: ours gives what plaintext logits give, and so does a naive service. A "
+        "budget cuts every curve at its number: the star is what a thief had when a service with "
+        "that budget refused the next text, and the grey part was never answered.",
         figure,
     )
+
+
+def _style(system: str) -> dict[str, Any]:
+    return dict(_STYLES.get(system, _OTHER))
 
 
 def _membership(found: _Found) -> Plot | None:

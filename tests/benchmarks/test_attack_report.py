@@ -81,11 +81,11 @@ def test_every_attack_with_a_curve_is_drawn(file):
     assert len(plots) == 6
     (axes,) = plots["Attack: copying a head"].figure.axes
     labels = axes.get_legend_handles_labels()[1]
-    assert len(labels) == 4 * 2 + 1
-    assert "a budget of 200 texts" in labels
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-    assert drawn["texts, veilhead"] == [[10, 0.025], [100, 0.25], [400, 1.0]]
-    assert [[200, 0.5]] in drawn.values()  # where the thief was cut off
+    curves = ["basis", "texts", "log-ratio", "label-only"]
+    assert labels == [*curves, "plaintext", "veilhead", "a budget of 200 texts"]
+    drawn = [line.get_xydata().tolist() for line in axes.get_lines()]
+    assert drawn.count([[10, 0.025], [100, 0.25], [400, 1.0]]) == 4 * 2
+    assert [[200, 0.5]] in drawn  # where the thief was cut off
     (audit,) = plots["Audit of private training"].figure.axes
     assert sorted(bar.get_height() for bar in audit.patches) == [0.5, 2.0, 4.8, 4.8]
 

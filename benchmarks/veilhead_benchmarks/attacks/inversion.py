@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from veilhead.session import Session
 from veilhead_benchmarks.attacks import naive
 from veilhead_benchmarks.attacks.data import embedded
-from veilhead_benchmarks.attacks.results import AttackResult, above, at_chance
+from veilhead_benchmarks.attacks.results import AttackResult, above, at_chance, at_chance_count
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol import seal_io
 from veilhead_protocol.manifest import Manifest
@@ -229,7 +229,7 @@ def invert(
         named = result(f"retrieval among {count}: top 1", found, 1 / count)
         if target in wires:
             decoded = at_chance(decoded, word_auc_deviation(scores, truths))
-            named = at_chance(named, math.sqrt(1 / count / count))
+            named = at_chance_count(named)
         elif target in ("embedding", "query before encryption"):
             decoded, named = above(decoded, 0.7), above(named, 0.5)
         results += [decoded, named]

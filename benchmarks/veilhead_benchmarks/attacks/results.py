@@ -89,6 +89,23 @@ def at_chance(result: AttackResult, deviation: float) -> AttackResult:
     )
 
 
+def at_chance_count(result: AttackResult) -> AttackResult:
+    """The result, a share of `samples`, expected where chance alone leaves it as often.
+
+    For shares near zero, where counts are few and no normal distribution fits.
+    """
+    from scipy.stats import binom, norm
+
+    if result.chance is None:
+        raise ValueError("a result without a chance cannot be at it")
+    tail = norm.sf(AT_CHANCE_DEVIATIONS)
+    low = binom.ppf(tail, result.samples, result.chance) / result.samples
+    high = binom.isf(tail, result.samples, result.chance) / result.samples
+    return _judged(
+        result, f"{result.chance:.4g}, {low:.3g} to {high:.3g}", low <= result.value <= high
+    )
+
+
 def _judged(result: AttackResult, expected: str, holds: bool) -> AttackResult:
     return replace(result, expected=expected, holds=bool(holds))
 

@@ -119,8 +119,8 @@ def _extraction(found: _Found) -> Plot | None:
         "Attack: copying a head",
         "A copy made from so many answers: to unit vectors (`basis`), to ordinary texts, to these "
         "by an interface that returns probabilities (`log-ratio`) or labels. Curves of one colour "
-        "lie upon each other: ours gives what plaintext logits give, and so does a naive service. A "
-        "budget cuts every curve at its number: the star is what a thief had when a service with "
+        "lie upon each other: ours gives what plaintext logits give, and so does a naive service. "
+        "A budget cuts every curve at its number: the star is what a thief had when a service with "
         "that budget refused the next text, and the grey part was never answered.",
         figure,
     )

@@ -206,5 +206,6 @@ def _signer(
     found = ", ".join(item.key_id.hex() for item in signatures)
     raise SignatureError(
         f"the {what} has no valid signature by an accepted vendor key: got signatures that name "
-        f"{found}, expected {accepted}"
+        f"{found}, expected {accepted}; where the names are the same, the {what} is not the one "
+        "that was signed"
     )

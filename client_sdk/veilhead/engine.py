@@ -84,6 +84,12 @@ class Call:
 
     hopeless: VeilheadError | None = None
 
+    def not_sent(self) -> NotSentError:
+        """What becomes of a further row."""
+        return NotSentError(
+            f"not sent, since an earlier row failed for all of them: {self.hopeless}"
+        )
+
 
 @dataclass
 class Engine:
@@ -176,9 +182,7 @@ class Engine:
     ) -> list[Row] | VeilheadError:
         """Logits of the rows of one request, or why there are none for any of them."""
         if call.hopeless is not None:
-            return NotSentError(
-                f"not sent, since an earlier row failed for all of them: {call.hopeless}"
-            )
+            return call.not_sent()
         started = time.perf_counter()
         if len(embeddings) == 1:
             query = self.session.encrypt(embeddings[0])

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -227,8 +227,7 @@ def _read_prefix(data: bytes, kind: MessageType) -> tuple[Prng, Domain, Paramete
     return Prng(prng), Domain(domain), parameters
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """The layout and counts that a message states, as read; nothing is believed of them."""
 
     layout: int
@@ -256,7 +255,7 @@ class Counts:
 
     def serialize(self) -> bytes:
         """The counts as the header holds them."""
-        return _COUNTS.pack(*astuple(self))
+        return _COUNTS.pack(*self)
 
     def check(self, layout: Layout, polynomials: int) -> None:
         """Raise `MessageLayoutError` unless this states exactly that layout."""

@@ -279,19 +279,16 @@ class ModelStore:
         return model.retirement is not None and model.retirement.is_over(self._clock())
 
     def _open(self, name: str, digest: str) -> StoredModel | None:
+        # Every query comes by here: strings, since a path takes longer to make than to look up.
+        path = f"{self._root}/{name}/{digest}"
+        stamps = (_stamp(path), _stamp(path + _SIGNATURES), _stamp(path + _RETIRED))
+        known = self._opened.get((name, digest))
+        if known is not None and known[0] == stamps:
+            return known[1]
         directory = self._root / name / digest
         if not directory.is_dir():
             self._opened.pop((name, digest), None)
             return None
-        paths = (
-            directory,
-            directory.with_name(digest + _SIGNATURES),
-            directory.with_name(digest + _RETIRED),
-        )
-        stamps = tuple(map(_stamp, paths))
-        known = self._opened.get((name, digest))
-        if known is not None and known[0] == stamps:
-            return known[1]
         opened = StoredModel.open(directory)
         if opened.manifest.digest.hex() != digest or opened.manifest.name != name:
             raise StoreError(f"{directory} holds another model than its name says")
@@ -330,9 +327,9 @@ class ModelStore:
             )
 
 
-def _stamp(path: Path) -> _Stamp:
+def _stamp(path: str) -> _Stamp:
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116
     except FileNotFoundError:
         return None
     except OSError as error:

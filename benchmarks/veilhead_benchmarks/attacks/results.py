@@ -77,18 +77,6 @@ def at_most(result: AttackResult, bound: float) -> AttackResult:
     return _judged(result, f"at most {bound:.4g}", result.value <= bound)
 
 
-def at_chance(result: AttackResult, deviation: float) -> AttackResult:
-    """The result, expected within `AT_CHANCE_DEVIATIONS` standard deviations of chance."""
-    if result.chance is None:
-        raise ValueError("a result without a chance cannot be at it")
-    margin = AT_CHANCE_DEVIATIONS * deviation
-    return _judged(
-        result,
-        f"{result.chance:.4g} within {margin:.2g}",
-        abs(result.value - result.chance) <= margin,
-    )
-
-
 def at_chance_count(result: AttackResult) -> AttackResult:
     """The result, a share of `samples`, expected where chance alone leaves it as often.
 
@@ -103,6 +91,18 @@ def at_chance_count(result: AttackResult) -> AttackResult:
     high = binom.isf(tail, result.samples, result.chance) / result.samples
     return _judged(
         result, f"{result.chance:.4g}, {low:.3g} to {high:.3g}", low <= result.value <= high
+    )
+
+
+def at_chance(result: AttackResult, deviation: float) -> AttackResult:
+    """The result, expected within `AT_CHANCE_DEVIATIONS` standard deviations of chance."""
+    if result.chance is None:
+        raise ValueError("a result without a chance cannot be at it")
+    margin = AT_CHANCE_DEVIATIONS * deviation
+    return _judged(
+        result,
+        f"{result.chance:.4g} within {margin:.2g}",
+        abs(result.value - result.chance) <= margin,
     )
 
 

@@ -103,13 +103,15 @@ def _extraction(found: _Found) -> Plot | None:
             axes.plot(at, values, color=colour, **_style(system))
     for system in shares.each("system"):
         axes.plot([], [], color="black", label=system, **_style(system))
+    axes.set_xscale("log")
+    right = axes.get_xlim()[1]
+    axes.set_xlim(right=right)
     for entry in found.of_metric("share, with a budget").entries:
-        axes.axvspan(entry["at"], axes.get_xlim()[1], color="black", alpha=0.06, linewidth=0)
+        axes.axvspan(entry["at"], right, color="black", alpha=0.06, linewidth=0)
         axes.axvline(
             entry["at"], color="black", linewidth=1, label=f"a budget of {entry['at']:,.0f} texts"
         )
         axes.plot(entry["at"], entry["value"], marker="*", markersize=13, color="black")
-    axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylim(0, 1.03)
     axes.set_xlabel("queries")

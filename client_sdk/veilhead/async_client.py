@@ -366,6 +366,10 @@ class AsyncClient:
             rows = [deidentifier(text).text for text in rows]
         return await self._on_backbone_thread(lambda: backbone.embed(rows))
 
+    async def card(self) -> str:
+        """As `Client.card`."""
+        return await self._engine.card()
+
     @property
     def _engine(self) -> Engine:
         if self._connected is None:

@@ -36,7 +36,7 @@ from veilhead_protocol.errors import (
 )
 from veilhead_protocol.loopback import is_loopback
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, FileEntry
-from veilhead_protocol.signatures import SIGNATURE_HEADER
+from veilhead_protocol.signatures import MAX_CARD_BYTES, SIGNATURE_HEADER
 
 MESSAGE_TYPE: Final = "application/octet-stream"
 PROBLEM_TYPE: Final = "urn:veilhead:problem:"
@@ -63,8 +63,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class ManifestAnswer:
-    """A manifest's bytes, and the header that holds its signatures: nothing of it is checked."""
+class SignedAnswer:
+    """Bytes, and the header that holds their signatures: nothing of it is checked."""
 
     body: bytes
     signatures: str
@@ -122,15 +122,22 @@ class Transport:
     ) -> None:
         await self._connections.__aexit__(kind, error, traceback)
 
-    async def get_manifest(self, model: str, digest: str | None) -> ManifestAnswer:
+    async def get_manifest(self, model: str, digest: str | None) -> SignedAnswer:
         """A manifest, of the version with this digest or of the current one, and its signatures."""
+        url = f"/v1/models/{quote(model, safe='')}"
+        return await self._get_signed(url, digest, MAX_MANIFEST_BYTES)
 
-        async def attempt() -> ManifestAnswer:
-            url = f"/v1/models/{quote(model, safe='')}"
+    async def get_card(self, model: str, digest: str) -> SignedAnswer:
+        """The Markdown of a version's model card, and its signatures."""
+        url = f"/v1/models/{quote(model, safe='')}/card"
+        return await self._get_signed(url, digest, MAX_CARD_BYTES)
+
+    async def _get_signed(self, url: str, digest: str | None, limit: int) -> SignedAnswer:
+        async def attempt() -> SignedAnswer:
             parameters = {} if digest is None else {"digest": digest}
             async with self._request("GET", url, params=parameters) as response:
                 signatures = response.headers.get(SIGNATURE_HEADER, "")
-                return ManifestAnswer(await _read(response, MAX_MANIFEST_BYTES), signatures)
+                return SignedAnswer(await _read(response, limit), signatures)
 
         return await _retried(attempt)
 

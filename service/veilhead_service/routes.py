@@ -327,15 +327,21 @@ async def get_card(
 ) -> Response:
     """The model card: what the vendor published, or else what the manifest says.
 
-    HTML where `Accept` names text/html, else Markdown.
+    HTML where `Accept` names text/html, else Markdown. A header says who signed the Markdown.
     """
     model = _version(services, name, digest)
     _note_model(request, model)
     card = model.card()
-    headers = {"Cache-Control": _REVALIDATE, "Vary": "Accept"}
+    headers = {
+        "Cache-Control": _REVALIDATE,
+        "Vary": "Accept",
+        "X-Veilhead-Model": model.manifest.digest.hex(),
+    }
     if "text/html" not in (accept or "").lower():
-        return Response(card, media_type="text/markdown; charset=utf-8", headers=headers)
-    page = to_html(card, f"Model card: {model.manifest.name}")
+        if card.signatures:
+            headers[SIGNATURE_HEADER] = write_signatures(card.signatures)
+        return Response(card.markdown, media_type="text/markdown; charset=utf-8", headers=headers)
+    page = to_html(card.markdown, f"Model card: {model.manifest.name}")
     # The card is the vendor's, but nothing in it may run or load anything.
     headers |= {
         "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",

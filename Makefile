@@ -49,14 +49,17 @@ format: setup
 
 bench: setup
 	$(BIN)/veilhead-bench run
-	$(BIN)/veilhead-bench report benchmarks/results/latest.json
+	$(BIN)/veilhead-bench report benchmarks/results/latest.json \
+		$(wildcard benchmarks/results/attacks.json)
 
 bench-full: setup
 	$(BIN)/veilhead-bench run --full
-	$(BIN)/veilhead-bench report benchmarks/results/latest.json
+	$(BIN)/veilhead-bench report benchmarks/results/latest.json \
+		$(wildcard benchmarks/results/attacks.json)
 
 attack: setup
-	$(BIN)/veilhead-bench attack
+	$(BIN)/veilhead-bench attack; status=$$?; \
+	$(BIN)/veilhead-bench report benchmarks/results/attacks.json && exit $$status
 
 chaos: setup
 	$(BIN)/veilhead-bench chaos

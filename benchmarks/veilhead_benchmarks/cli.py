@@ -58,22 +58,32 @@ def run(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="A JSON file that `run` wrote.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; beside the results.")] = None,
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A JSON file that `run` or `attack` wrote, or both, to be shown as one."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; beside the first of the results.")
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown instead.")
     ] = False,
 ) -> None:
     """Show a run: plots and tables in one HTML file."""
     from veilhead_benchmarks.report import write_report
-    from veilhead_benchmarks.rows import Results
+    from veilhead_benchmarks.rows import Results, ResultsError
     from veilhead_benchmarks.tables import to_markdown
 
-    found = _read(Results.load, results)
+    try:
+        found = Results.joined([_read(Results.load, path) for path in results])
+    except ResultsError as error:
+        raise typer.BadParameter(str(error)) from None
     if markdown:
         typer.echo(to_markdown(found), nl=False)
         return
-    target = results.with_suffix(".html") if out is None else out
+    target = results[0].with_suffix(".html") if out is None else out
     write_report(found, target)
     typer.echo(f"report in {target}")
 

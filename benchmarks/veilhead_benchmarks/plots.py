@@ -50,7 +50,10 @@ def _label(row: Row) -> str:
     return f"veilhead {row.parameters}" if row.system == "veilhead" else row.system
 
 
-def _figure(width: float = 8.0, height: float = 4.2, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    width: float = 8.0, height: float = 4.2, columns: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure with so many axes side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -104,7 +107,7 @@ def _bars(axes: Axes, groups: dict[str, dict[str, float]], *, logarithmic: bool)
         _decades(axes)
 
 
-def _legend(figure: Figure) -> None:
+def legend_above(figure: Figure) -> None:
     """One legend above all axes: nothing of a plot lies below it."""
     found = {
         label: handle
@@ -150,7 +153,7 @@ def _latency(results: Results) -> Plot | None:
     ]
     if not rows:
         return None
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     _stacked(
         axes,
         {
@@ -175,11 +178,11 @@ def _by_classes(results: Results) -> Plot | None:
     rows = _singles(results)
     if not rows:
         return None
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     _lines(axes, rows, lambda row: row.classes, lambda row: row.server_ms)
     axes.set_xlabel("classes")
     axes.set_ylabel("server milliseconds")
-    _legend(figure)
+    legend_above(figure)
     return Plot(
         "Server time over classes",
         "One text, 384 dimensions, from request bytes to reply bytes; both axes are logarithmic.",
@@ -194,7 +197,7 @@ def _by_dimensions(results: Results) -> Plot | None:
     rows += results.find(subject="single", system="plaintext", classes=20, batch=1)
     if len({row.d for row in rows}) < 3:
         return None
-    figure, (left, right) = _figure(columns=2)
+    figure, (left, right) = new_figure(columns=2)
     _lines(left, rows, lambda row: row.d, lambda row: row.server_ms)
     left.set_ylabel("server milliseconds")
     _lines(right, rows, lambda row: row.d, lambda row: (row.bytes_up or 0) + (row.bytes_down or 0))
@@ -202,7 +205,7 @@ def _by_dimensions(results: Results) -> Plot | None:
     right.yaxis.set_major_formatter(lambda value, _: size(value))
     for axes in (left, right):
         axes.set_xlabel("dimensions")
-    _legend(figure)
+    legend_above(figure)
     return Plot("Cost over dimensions", "One text, 20 classes.", figure)
 
 
@@ -211,7 +214,7 @@ def _by_batch(results: Results) -> Plot | None:
     classes = sorted({row.classes for row in rows if row.classes is not None})
     if not rows:
         return None
-    figure, axes = _figure(columns=len(classes))
+    figure, axes = new_figure(columns=len(classes))
     for one, count in zip(axes, classes, strict=True):
         chosen = [row for row in rows if row.classes == count]
         chosen += [
@@ -228,7 +231,7 @@ def _by_batch(results: Results) -> Plot | None:
         one.set_title(f"{count} classes", fontsize=10)
         one.set_xlabel("texts in one call")
     axes[0].set_ylabel("server microseconds a text")
-    _legend(figure)
+    legend_above(figure)
     return Plot(
         "Server time a text over the batch",
         "384 dimensions. Veilhead chooses its requests itself: single queries, blocks or bulk.",
@@ -240,7 +243,7 @@ def _bytes(results: Results) -> Plot | None:
     rows = [row for row in _singles(results) if row.classes in (2, 20, 77)]
     if not rows:
         return None
-    figure, (left, right) = _figure(columns=2)
+    figure, (left, right) = new_figure(columns=2)
 
     def grouped(value: Callable[[Row], float | None]) -> dict[str, dict[str, float]]:
         groups: dict[str, dict[str, float]] = {}
@@ -257,7 +260,7 @@ def _bytes(results: Results) -> Plot | None:
     for axes in (left, right):
         axes.set_xlabel("classes")
         axes.yaxis.set_major_formatter(lambda value, _: size(value))
-    _legend(figure)
+    legend_above(figure)
     return Plot("Bytes", "Single queries, 384 dimensions; logarithmic.", figure)
 
 
@@ -270,12 +273,12 @@ def _ratios(results: Results) -> Plot | None:
             groups.setdefault(f"{row.classes}", {})[_label(row)] = found
     if not groups:
         return None
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     _bars(axes, groups, logarithmic=True)
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set_xlabel("classes")
     axes.set_ylabel("server time over Veilhead's")
-    _legend(figure)
+    legend_above(figure)
     return Plot(
         "Server time of others over Veilhead's",
         "Single queries, `compact`; below the line the other one is faster. Logarithmic.",
@@ -287,7 +290,7 @@ def _end_to_end(results: Results) -> Plot | None:
     mine = results.find(subject="end-to-end", system="veilhead")
     if not mine:
         return None
-    figure, (left, right) = _figure(columns=2)
+    figure, (left, right) = new_figure(columns=2)
     one_text = {}
     for row in sorted((row for row in mine if row.batch == 1), key=lambda row: row.classes or 0):
         plain = results.one(subject="end-to-end", system="plaintext", classes=row.classes, batch=1)
@@ -339,7 +342,7 @@ def _throughput(results: Results) -> Plot | None:
     entries = results.extra.get("throughput", ())
     if not entries:
         return None
-    figure, (left, right) = _figure(columns=2)
+    figure, (left, right) = new_figure(columns=2)
     classes = sorted({entry["classes"] for entry in entries})
     for index, workers in enumerate((1, 2)):
         found = {
@@ -387,7 +390,7 @@ def _fidelity(results: Results) -> Plot | None:
         groups.setdefault(where, {})[label] = error
     if not groups:
         return None
-    figure, (axes,) = _figure(width=9.0)
+    figure, (axes,) = new_figure(width=9.0)
     for place, found in enumerate(groups.values()):
         for label, error in found.items():
             beside = place + 0.06 * (list(_COLOURS).index(label) - len(_COLOURS) / 2)

@@ -9,9 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from veilhead_benchmarks.attack_plots import attack_plots
 from veilhead_benchmarks.plots import plots
 from veilhead_benchmarks.rows import Results
-from veilhead_benchmarks.tables import Table, describe, tables
+from veilhead_benchmarks.tables import CLAIMS, Table, describe, tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +41,8 @@ def write_report(results: Results, path: Path) -> None:
 def to_html(results: Results) -> str:
     """The report's text."""
     made = tables(results)
-    first, others = made[:1], made[1:]
+    first = [table for table in made if table.title == CLAIMS]
+    others = [table for table in made if table.title != CLAIMS]
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -51,7 +53,7 @@ def to_html(results: Results) -> str:
         *(f"<p>Left out: {escape(why)}</p>" for why in results.environment.get("left_out", ())),
         *map(_table, first),
     ]
-    for plot in plots(results):
+    for plot in (*plots(results), *attack_plots(results)):
         alternative = escape(f"{plot.title}. {plot.text}".replace("`", ""), quote=True)
         parts += [
             f"<h2>{escape(plot.title)}</h2>",

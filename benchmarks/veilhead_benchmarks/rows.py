@@ -111,6 +111,24 @@ class Results:
         """The first such row."""
         return next(iter(self.find(**values)), None)
 
+    @classmethod
+    def joined(cls, runs: Sequence[Results]) -> Results:
+        """Several runs as one, to be shown together: the first one's environment leads.
+
+        Raises:
+            ResultsError: when two of them hold the same.
+        """
+        first, *others = runs
+        cases = [row.case for run in runs for row in run.rows]
+        lists = [name for run in runs for name in run.extra]
+        if len(set(cases)) != len(cases) or len(set(lists)) != len(lists):
+            raise ResultsError("the files hold figures of the same subjects: show them one by one")
+        return cls(
+            {**first.environment, "others": [run.environment for run in others]},
+            tuple(row for run in runs for row in run.rows),
+            {name: entries for run in runs for name, entries in run.extra.items()},
+        )
+
     def to_json(self) -> str:
         """The file's text."""
         document = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,6 +11,9 @@ from rich.table import Table as RichTable
 
 from veilhead_benchmarks.claims import claims, own, ratio
 from veilhead_benchmarks.rows import Results, Row
+
+#: The title of the table that a report begins with.
+CLAIMS: Final = "Claims"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def _classes(row: Row) -> int:
 def claims_table(results: Results) -> Table:
     """What is claimed, and what was measured."""
     return Table(
-        "Claims",
+        CLAIMS,
         ("claim", "measured", "target", "met"),
         tuple(
             (
@@ -310,6 +313,33 @@ def fidelity_table(results: Results) -> Table:
     )
 
 
+def attacks_table(results: Results) -> Table:
+    """What attacks found: what is not as it should be, what is, and what nothing is said of."""
+    order = (False, True, None)
+    entries = sorted(
+        results.extra.get("attacks", ()), key=lambda entry: order.index(entry["holds"])
+    )
+    broken = sum(entry["holds"] is False for entry in entries)
+    promises = sum(entry["holds"] is not None for entry in entries)
+    return Table(
+        "Attacks",
+        ("attack", "system", "target", "figure", "value", "chance", "over", "expected", "holds"),
+        tuple(
+            (
+                *(str(entry[name]) for name in ("attack", "system", "target", "metric")),
+                number(entry["value"], ".4g"),
+                number(entry["chance"], ".4g"),
+                f"{entry['samples']:,}",
+                entry["expected"],
+                {True: "yes", False: "no", None: ""}[entry["holds"]],
+            )
+            for entry in entries
+        ),
+        f"{promises - broken} of {promises} expectations hold. Without a protection, an attack is "
+        "expected to succeed; `docs/privacy.md` says what each one is.",
+    )
+
+
 _TABLES: Final = (
     claims_table,
     single_table,
@@ -320,6 +350,7 @@ _TABLES: Final = (
     throughput_table,
     memory_table,
     fidelity_table,
+    attacks_table,
 )
 
 
@@ -342,8 +373,12 @@ def to_markdown(results: Results) -> str:
 
 
 def describe(results: Results) -> str:
-    """When and where the run took place, in one sentence."""
+    """When and where the run took place, in one sentence; others that were joined to it too."""
     about = results.environment
+    return " ".join(map(_describe, (about, *about.get("others", ()))))
+
+
+def _describe(about: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in about.get("versions", {}).items())
     return (
         f"Measured on {str(about.get('date', 'an unknown day'))[:10]} on {about.get('cores', '?')} "

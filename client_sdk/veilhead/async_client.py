@@ -14,11 +14,13 @@ from collections.abc import (
     Callable,
     Coroutine,
     Iterable,
+    Iterator,
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
@@ -32,7 +34,14 @@ from veilhead.backbone_cache import fetch_backbone
 from veilhead.deidentify import Deidentifier, chosen_deidentifier
 from veilhead.engine import Call, Engine, QueryTrace, Row, opened_engine
 from veilhead.predictions import FunctionToApply, Prediction, Shape, default_function, scores
-from veilhead.rows import as_rows, embed_rows, embed_token_rows, named, raise_errors
+from veilhead.rows import (
+    EmbeddedRow,
+    as_rows,
+    embed_token_rows,
+    embedded_rows,
+    named,
+    raise_errors,
+)
 from veilhead.runtimes import Runtime, check_runtime, plan_backbone
 from veilhead.tokens import AggregationStrategy, Entity, TokenShape
 from veilhead.transport import check_url
@@ -55,9 +64,6 @@ if TYPE_CHECKING:
 
 #: Chunks of rows under way at once: what bounds the memory of a long call.
 CHUNKS: Final = 8
-
-#: Texts of a list that are embedded together, about: enough that few differ in length.
-_TOGETHER: Final = 1024
 
 _Value = TypeVar("_Value")
 _Text = TypeVar("_Text")
@@ -360,6 +366,10 @@ class AsyncClient:
             rows = [deidentifier(text).text for text in rows]
         return await self._on_backbone_thread(lambda: backbone.embed(rows))
 
+    async def card(self) -> str:
+        """As `Client.card`."""
+        return await self._engine.card()
+
     @property
     def _engine(self) -> Engine:
         if self._connected is None:
@@ -405,21 +415,19 @@ class AsyncClient:
     async def _logits_of(self, texts: Sequence[Any]) -> list[Row]:
         """Logits or an error for every text. Everything is sent before any error is seen."""
         self._check_task("text-classification")
-        backbone, rows = await self._ready_backbone(), list(texts)
-        call, size = Call(), self._engine.chunk
-        # Texts of like length go together: padding costs the backbone a fifth more otherwise.
-        size *= -(-_TOGETHER // size)
-        order = sorted(range(len(rows)), key=lambda row: _length(rows[row]), reverse=True)
-        found = await self._collect(
-            partial(
-                self._infer_texts,
-                backbone,
-                [rows[row] for row in order[start : start + size]],
-                call,
-            )
-            for start in range(0, len(rows), size)
+        backbone, call = await self._ready_backbone(), Call()
+        texts = list(texts)
+        rows = embedded_rows(backbone, texts, self._deidentifier)
+        # A request goes out as soon as its rows are embedded.
+        size = self._engine.chunk
+        return _in_order(
+            await self._collect(
+                partial(self._infer_next, rows, min(size, len(texts) - start), call)
+                for start in range(0, len(texts), size)
+            ),
+            len(texts),
+            call,
         )
-        return [answer for _, answer in sorted(zip(order, found, strict=True), key=_row_number)]
 
     async def _collect(
         self, chunks: Iterable[Callable[[], Coroutine[Any, Any, list[_Value]]]]
@@ -437,15 +445,21 @@ class AsyncClient:
 
     async def _infer_texts(self, backbone: Embedder, texts: Sequence[Any], call: Call) -> list[Row]:
         """Logits or an error for each of the texts of one chunk."""
-        if call.hopeless is not None:  # nothing will be sent: do not embed either
-            return await self._infer(np.zeros((len(texts), backbone.dimensions)), call)
-        embeddings, errors = await self._on_backbone_thread(
-            lambda: embed_rows(backbone, texts, self._deidentifier)
-        )
-        rows = await self._infer(embeddings, call)
-        for place, error in errors.items():
-            rows[place] = error
-        return rows
+        rows = embedded_rows(backbone, texts, self._deidentifier)
+        return _in_order(await self._infer_next(rows, len(texts), call), len(texts), call)
+
+    async def _infer_next(
+        self, rows: Iterator[EmbeddedRow], count: int, call: Call
+    ) -> list[tuple[int, Row]]:
+        """The places of the next rows, and logits or an error for each; none once all is lost."""
+        if call.hopeless is not None:  # nothing would be sent: do not embed either
+            return []
+        taken = await self._on_backbone_thread(lambda: list(islice(rows, count)))
+        answers = await self._infer(np.array([row.embedding for row in taken]), call)
+        return [
+            (row.place, answer if row.error is None else row.error)
+            for row, answer in zip(taken, answers, strict=True)
+        ]
 
     async def _infer_tokens(
         self, backbone: Embedder, text: Any, row: int, shape: TokenShape, call: Call
@@ -548,12 +562,10 @@ def _answer(row: Row, shape: Shape) -> Answer:
     return row if isinstance(row, VeilheadError) else shape.predictions(row)
 
 
-def _length(text: object) -> int:
-    return len(text) if isinstance(text, str) else 0
-
-
-def _row_number(pair: tuple[int, Row]) -> int:
-    return pair[0]
+def _in_order(found: list[tuple[int, Row]], count: int, call: Call) -> list[Row]:
+    """The rows by their places, `count` of them; those that are missing were not sent."""
+    rows: dict[int, Row] = dict(found)
+    return [rows[place] if place in rows else call.not_sent() for place in range(count)]
 
 
 async def _chunks(

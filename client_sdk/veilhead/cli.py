@@ -215,6 +215,39 @@ def evaluate(
 
 
 @app.command()
+def card(
+    url: _Url,
+    model: _Model,
+    digest: _Digest = None,
+    vendor_key: _VendorKey = None,
+    api_key_file: _ApiKeyFile = None,
+) -> None:
+    """Print a model's card: data, quality, privacy, attacks, encryption, limits.
+
+    With --vendor-key a card that this key did not sign, for this very version, is refused.
+
+    Example: veilhead card --url http://127.0.0.1:8000 --model icd10-chapters
+    """
+    with (
+        _reported(),
+        _opened(
+            url, model, None, "auto", "compact", digest, vendor_key, api_key_file, deidentify=False
+        ) as client,
+    ):
+        text = client.card()
+        signed = "signed by" if vendor_key else "not checked against"
+        typer.echo(
+            f"{model}, version {client.manifest.digest.hex()}: {signed} a vendor key", err=True
+        )
+    # A card may come from anybody: nothing of it drives the terminal.
+    lines = (
+        "".join(letter if letter.isprintable() else "?" for letter in line)
+        for line in text.split("\n")
+    )
+    typer.echo("\n".join(lines), nl=False)
+
+
+@app.command()
 def gateway(
     upstream: Annotated[
         str, typer.Option(help="The vendor's service: https://..., or http:// on this machine.")

@@ -410,6 +410,18 @@ class Client:
         """
         return self._run(self._client.embed, texts)
 
+    def card(self) -> str:
+        """The model card of the pinned version, in Markdown, as the service gives it out.
+
+        With `vendor_key` it is the vendor's own, of this very version, or refused. Without, it is
+        whatever the service says.
+
+        Raises:
+            SignatureError: when no accepted vendor key signed it.
+            ReplyError: when it is not text, or too long.
+        """
+        return self._run(self._client.card)
+
     @property
     def _engine(self) -> Engine:
         return self._client._engine

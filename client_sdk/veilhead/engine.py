@@ -30,7 +30,12 @@ from veilhead_protocol.errors import (
 )
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.parameters import parameter_set
-from veilhead_protocol.signatures import VendorKey, read_signatures, require_signature
+from veilhead_protocol.signatures import (
+    VendorKey,
+    read_signatures,
+    require_card_signature,
+    require_signature,
+)
 
 #: A key may be dropped by the service between its registration and the query, but not for ever.
 _REGISTRATIONS: Final = 3
@@ -79,6 +84,12 @@ class Call:
 
     hopeless: VeilheadError | None = None
 
+    def not_sent(self) -> NotSentError:
+        """What becomes of a further row."""
+        return NotSentError(
+            f"not sent, since an earlier row failed for all of them: {self.hopeless}"
+        )
+
 
 @dataclass
 class Engine:
@@ -89,6 +100,7 @@ class Engine:
     concurrency: int
     on_query: Callable[[QueryTrace], None] | None
     pad_batches: bool = False
+    vendor_keys: Sequence[VendorKey] = ()
     manifest: Manifest = field(init=False)
     session: Session = field(init=False)
     _slots: anyio.Semaphore = field(init=False)
@@ -102,17 +114,15 @@ class Engine:
         best = self.session.plan(self.manifest.parameter_set.poly_modulus_degree)[0]
         return best * -(-_CHUNK // best)
 
-    async def open(
-        self, digest: str | None, minimum_parameters: str, vendor_keys: Sequence[VendorKey]
-    ) -> None:
+    async def open(self, digest: str | None, minimum_parameters: str) -> None:
         """Read, check and pin the manifest."""
         self._registration = anyio.Lock()
         minimum = parameter_set(minimum_parameters)
         answer = await self.transport.get_manifest(self.model, digest)
-        if vendor_keys:
+        if self.vendor_keys:
             # Before anything is parsed: the digest is that of the very bytes.
             found = hashlib.sha256(answer.body).digest()
-            require_signature(found, read_signatures(answer.signatures), vendor_keys)
+            require_signature(found, read_signatures(answer.signatures), self.vendor_keys)
         manifest = Manifest.deserialize(answer.body)
         if manifest.name != self.model:
             raise ManifestError("the service sent the manifest of another model")
@@ -128,6 +138,18 @@ class Engine:
         # More queries of a large head would only wait in line at the service.
         fitting = max(2, _COST_IN_FLIGHT // manifest.layout.cost)
         self._slots = anyio.Semaphore(min(self.concurrency, fitting))
+
+    async def card(self) -> str:
+        """The card of the pinned version; with vendor keys, one that a key of them signed."""
+        digest = self.manifest.digest
+        answer = await self.transport.get_card(self.model, digest.hex())
+        if self.vendor_keys:
+            signatures = read_signatures(answer.signatures)
+            require_card_signature(digest, answer.body, signatures, self.vendor_keys)
+        try:
+            return answer.body.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ReplyError("the model card is not UTF-8") from error
 
     async def infer(self, embeddings: NDArray[np.float64], call: Call) -> list[Row]:
         """Logits, or an error, for each row of embeddings [batch, d].
@@ -160,9 +182,7 @@ class Engine:
     ) -> list[Row] | VeilheadError:
         """Logits of the rows of one request, or why there are none for any of them."""
         if call.hopeless is not None:
-            return NotSentError(
-                f"not sent, since an earlier row failed for all of them: {call.hopeless}"
-            )
+            return call.not_sent()
         started = time.perf_counter()
         if len(embeddings) == 1:
             query = self.session.encrypt(embeddings[0])
@@ -264,8 +284,8 @@ async def opened_engine(
     async with Transport(
         url, timeout=timeout, connections=concurrency, api_key=api_key, transport=transport
     ) as connection:
-        engine = Engine(connection, model, concurrency, on_query, pad_batches)
-        await engine.open(digest, minimum_parameters, vendor_keys)
+        engine = Engine(connection, model, concurrency, on_query, pad_batches, vendor_keys)
+        await engine.open(digest, minimum_parameters)
         try:
             yield engine
         finally:

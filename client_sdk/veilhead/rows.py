@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,43 +16,52 @@ if TYPE_CHECKING:
     from veilhead_models.embedder import Embedder, TokenWindow
 
 
-def embed_rows(
-    backbone: Embedder, texts: Sequence[Any], deidentifier: Deidentifier | None = None
-) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
-    """Embeddings [len(texts), d], and the errors of the rows that have none, by place in `texts`.
+@dataclass(frozen=True)
+class EmbeddedRow:
+    """A text's embedding.
 
-    A text that cannot be embedded becomes zeros, so that the service sees no difference.
+    Attributes:
+        place: the text's place among all of them.
+        embedding: [d]; zeros when there is none, so that the service sees no difference.
+        error: why there is none.
     """
-    unusable: dict[int, VeilheadError] = {}
-    usable: list[str] = []
+
+    place: int
+    embedding: NDArray[np.float64] = field(repr=False)
+    error: VeilheadError | None = None
+
+
+def embedded_rows(
+    backbone: Embedder, texts: Sequence[Any], deidentifier: Deidentifier | None = None
+) -> Iterator[EmbeddedRow]:
+    """Every text's embedding, or the error: the longest texts first, as they are asked for."""
+    usable: dict[int, str] = {}
     for place, text in enumerate(texts):
         try:
             checked = _checked(text)
-            usable.append(checked if deidentifier is None else deidentifier(checked).text)
+            usable[place] = checked if deidentifier is None else deidentifier(checked).text
         except VeilheadError as error:
-            unusable[place] = error
-            usable.append("")
-    embeddings, failures = _embedded(backbone, usable)
-    errors: dict[int, VeilheadError] = failures | unusable
-    embeddings[list(errors)] = 0.0
-    return embeddings, errors
+            yield EmbeddedRow(place, np.zeros(backbone.dimensions), error)
+    yield from _embedded(backbone, usable)
 
 
-def _embedded(
-    backbone: Embedder, texts: list[str]
-) -> tuple[NDArray[np.float64], dict[int, VeilheadError]]:
+def _embedded(backbone: Embedder, texts: dict[int, str]) -> Iterator[EmbeddedRow]:
+    left = dict(texts)
     try:
-        return backbone.embed(texts), {}
+        order = list(texts)
+        for rows, embeddings in backbone.embed_batches(list(texts.values())):
+            for row, embedding in zip(rows, embeddings.astype(np.float64), strict=True):
+                del left[order[row]]
+                yield EmbeddedRow(order[row], embedding)
     except Exception as error:  # out of memory, say: whatever torch raises
-        if len(texts) == 1:
+        rest = list(left.items())
+        if len(rest) == 1:
             failure = BackboneError(f"the backbone failed on the text: {type(error).__name__}")
-            return np.zeros((1, backbone.dimensions)), {0: failure}
-    # In halves: those that can be embedded are, and less memory is needed.
-    half = len(texts) // 2
-    first, errors = _embedded(backbone, texts[:half])
-    second, more = _embedded(backbone, texts[half:])
-    errors |= {half + place: error for place, error in more.items()}
-    return np.concatenate((first, second)), errors
+            yield EmbeddedRow(rest[0][0], np.zeros(backbone.dimensions), failure)
+            return
+        # In halves: those that can be embedded are, and less memory is needed.
+        yield from _embedded(backbone, dict(rest[: len(rest) // 2]))
+        yield from _embedded(backbone, dict(rest[len(rest) // 2 :]))
 
 
 def embed_token_rows(

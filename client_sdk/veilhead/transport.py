@@ -12,7 +12,7 @@ import math
 import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -25,6 +25,7 @@ from urllib.parse import quote
 import anyio
 import httpx2
 
+from veilhead.connections import Connections
 from veilhead_protocol.errors import (
     AccessError,
     BudgetExhaustedError,
@@ -35,7 +36,7 @@ from veilhead_protocol.errors import (
 )
 from veilhead_protocol.loopback import is_loopback
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, FileEntry
-from veilhead_protocol.signatures import SIGNATURE_HEADER
+from veilhead_protocol.signatures import MAX_CARD_BYTES, SIGNATURE_HEADER
 
 MESSAGE_TYPE: Final = "application/octet-stream"
 PROBLEM_TYPE: Final = "urn:veilhead:problem:"
@@ -62,8 +63,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class ManifestAnswer:
-    """A manifest's bytes, and the header that holds its signatures: nothing of it is checked."""
+class SignedAnswer:
+    """Bytes, and the header that holds their signatures: nothing of it is checked."""
 
     body: bytes
     signatures: str
@@ -101,26 +102,16 @@ class Transport:
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         base = check_url(url)
+        self._base = str(base).rstrip("/")
         # Lengths are checked, and a compressed answer could grow without bound.
-        headers = {"Accept-Encoding": "identity"}
+        self._headers = httpx2.Headers({"Accept-Encoding": "identity"})
         if api_key is not None:
-            headers["Authorization"] = f"Bearer {api_key}"
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._timeout = timeout
-        self._http = httpx2.AsyncClient(
-            base_url=base,
-            headers=headers,
-            timeout=timeout,
-            limits=httpx2.Limits(
-                max_connections=connections, max_keepalive_connections=connections
-            ),
-            transport=transport,
-            # A proxy from the environment would carry loopback traffic off the machine.
-            trust_env=not is_loopback(base.host),
-            follow_redirects=False,
-        )
+        self._connections = transport or Connections(base, limit=connections)
 
     async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
+        await self._connections.__aenter__()
         return self
 
     async def __aexit__(
@@ -129,17 +120,24 @@ class Transport:
         error: BaseException | None = None,
         traceback: TracebackType | None = None,
     ) -> None:
-        await self._http.__aexit__(kind, error, traceback)
+        await self._connections.__aexit__(kind, error, traceback)
 
-    async def get_manifest(self, model: str, digest: str | None) -> ManifestAnswer:
+    async def get_manifest(self, model: str, digest: str | None) -> SignedAnswer:
         """A manifest, of the version with this digest or of the current one, and its signatures."""
+        url = f"/v1/models/{quote(model, safe='')}"
+        return await self._get_signed(url, digest, MAX_MANIFEST_BYTES)
 
-        async def attempt() -> ManifestAnswer:
-            url = f"/v1/models/{quote(model, safe='')}"
+    async def get_card(self, model: str, digest: str) -> SignedAnswer:
+        """The Markdown of a version's model card, and its signatures."""
+        url = f"/v1/models/{quote(model, safe='')}/card"
+        return await self._get_signed(url, digest, MAX_CARD_BYTES)
+
+    async def _get_signed(self, url: str, digest: str | None, limit: int) -> SignedAnswer:
+        async def attempt() -> SignedAnswer:
             parameters = {} if digest is None else {"digest": digest}
             async with self._request("GET", url, params=parameters) as response:
                 signatures = response.headers.get(SIGNATURE_HEADER, "")
-                return ManifestAnswer(await _read(response, MAX_MANIFEST_BYTES), signatures)
+                return SignedAnswer(await _read(response, limit), signatures)
 
         return await _retried(attempt)
 
@@ -193,7 +191,9 @@ class Transport:
 
     async def delete_key(self, key_id: bytes) -> None:
         """Ask once for a key to be forgotten; it expires anyway."""
-        await self._http.delete(f"/v1/keys/{key_id.hex()}")
+        with suppress(ServiceResponseError, _PauseError):
+            async with self._request("DELETE", f"/v1/keys/{key_id.hex()}"):
+                pass
 
     async def infer(
         self, model: str, query: bytes, reply_bytes: int, *, more_seconds: float = 0.0
@@ -230,17 +230,23 @@ class Transport:
         timeout: httpx2.Timeout | None = None,
     ) -> AsyncIterator[httpx2.Response]:
         """A successful response, its body unread."""
-        async with self._http.stream(
+        # Straight to the transport: there is no redirect, cookie or authentication to look after.
+        request = httpx2.Request(
             method,
-            url,
-            params=params,
+            self._base + url,
+            params=params or None,
+            headers=[*self._headers.multi_items(), *(headers or {}).items()],
             content=content,
-            headers=headers,
-            timeout=httpx2.USE_CLIENT_DEFAULT if timeout is None else timeout,
-        ) as response:
+            extensions={"timeout": (timeout or httpx2.Timeout(self._timeout)).as_dict()},
+        )
+        response = await self._connections.handle_async_request(request)
+        try:
+            response.request = request
             if not response.is_success:
                 raise await _problem(response)
             yield response
+        finally:
+            await response.aclose()
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,14 +115,33 @@ class Embedder(ABC):
         Raises:
             BackboneError: when `texts` is not a sequence of strings, or the backbone embeds tokens.
         """
+        embeddings = np.zeros((len(texts), self.dimensions))  # [texts, d]
+        done = 0
+        for rows, batch in self.embed_batches(texts, batch_size=batch_size):
+            embeddings[rows] = batch
+            done += len(rows)
+            if progress is not None:
+                progress(done)
+        return embeddings
+
+    def embed_batches(
+        self, texts: Sequence[str], *, batch_size: int = 32
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """As `embed`, batch by batch, the longest texts first.
+
+        Yields:
+            The places of a batch in `texts`, and its embeddings [batch, d].
+
+        Raises:
+            BackboneError: as `embed`.
+        """
         if self.section.pooling == "tokens":
             raise BackboneError(
                 f"the backbone {self.section.name!r} embeds the tokens of a text, not the text"
             )
         clean = _clean(texts)
-        embeddings = np.zeros((len(clean), self.dimensions))  # [texts, d]
         if not clean:
-            return embeddings
+            return
         tokens, types = self._tokens(clean)
         if self._one_by_one:
             batch_size = 1
@@ -130,15 +149,11 @@ class Embedder(ABC):
         order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            embeddings[rows] = self._run(
-                self._padded(
-                    [tokens[row] for row in rows],
-                    None if types is None else [types[row] for row in rows],
-                )
+            padded = self._padded(
+                [tokens[row] for row in rows],
+                None if types is None else [types[row] for row in rows],
             )
-            if progress is not None:
-                progress(start + len(rows))
-        return embeddings
+            yield rows, self._run(padded)
 
     def embed_tokens(
         self, texts: Sequence[str], *, stride: int | None = None

@@ -133,7 +133,8 @@ class Layout:
             raise LayoutError(f"got {classes} classes, expected 1 to {MAX_CLASSES}")
         most = most_texts(parameters, exponent, bulk=bulk)
         if not 1 <= texts <= most:
-            raise LayoutError(f"got {texts} texts in one request, expected 1 to {most}")
+            clause = "" if bulk else "; policy.bulk: this model answers no bulk requests"
+            raise LayoutError(f"got {texts} texts in one request, expected 1 to {most}{clause}")
         return _canonical(parameters, texts, dimensions, classes, exponent)
 
     @property

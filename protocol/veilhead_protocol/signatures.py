@@ -1,9 +1,11 @@
-"""Signed manifests: a vendor's Ed25519 keys, and what they sign.
+"""Signed manifests and model cards: a vendor's Ed25519 keys, and what they sign.
 
 A signature is detached: the manifest's bytes and its digest are the same with and without. What is
 signed is `veilhead-manifest-signature 1`, a newline, and the 32 bytes of the manifest's digest; the
-manifest holds the model's name, so a signature is good for one version of one name. Ed25519 is that
-of RFC 8032, by the package `cryptography`.
+manifest holds the model's name, so a signature is good for one version of one name. Of a model card
+it is `veilhead-card-signature 1`, a newline, the digest of its version's manifest, and the SHA-256
+of the card's Markdown: a card is good for one version, and neither signature can pass for the
+other. Ed25519 is that of RFC 8032, by the package `cryptography`.
 
 Written, a public key is `ed25519:` and the base64 of its 32 bytes. Several signatures, as after a
 change of keys, stand in one header separated by commas, each `ed25519:<key id>:<base64>`.
@@ -23,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from veilhead_protocol.errors import SignatureError
 
-#: The header of a manifest's answer that carries its signatures.
+#: The header of a manifest's or a card's answer that carries its signatures.
 SIGNATURE_HEADER: Final = "X-Veilhead-Signature"
 
 SCHEME: Final = "ed25519"
@@ -34,14 +36,27 @@ KEY_ID_BYTES: Final = 8
 #: A version with more signatures is refused: each costs a client a verification.
 MAX_SIGNATURES: Final = 8
 
-_DOMAIN: Final = b"veilhead-manifest-signature 1\n"
+#: A larger card is refused.
+MAX_CARD_BYTES: Final = 512 * 2**10
+
+_MANIFEST_DOMAIN: Final = b"veilhead-manifest-signature 1\n"
+_CARD_DOMAIN: Final = b"veilhead-card-signature 1\n"
 
 
 def signed_message(manifest_digest: bytes) -> bytes:
-    """What a vendor signs: the domain and the digest of a manifest, 32 bytes."""
+    """What a vendor signs of a manifest: the domain and its digest, 32 bytes."""
+    return _MANIFEST_DOMAIN + _checked(manifest_digest)
+
+
+def card_message(manifest_digest: bytes, card: bytes) -> bytes:
+    """What a vendor signs of a card: the domain, its version's digest, and its own."""
+    return _CARD_DOMAIN + _checked(manifest_digest) + hashlib.sha256(card).digest()
+
+
+def _checked(manifest_digest: bytes) -> bytes:
     if len(manifest_digest) != hashlib.sha256().digest_size:
         raise SignatureError(f"got a digest of {len(manifest_digest)} bytes, expected 32")
-    return _DOMAIN + manifest_digest
+    return manifest_digest
 
 
 def _from_base64(text: str, size: int, what: str) -> bytes:
@@ -90,8 +105,8 @@ class VendorKey:
 
 
 @dataclass(frozen=True)
-class ManifestSignature:
-    """One signature of a manifest, and the id of the key that made it."""
+class VendorSignature:
+    """One signature, of a manifest or a card, and the id of the key that made it."""
 
     key_id: bytes
     data: bytes
@@ -107,7 +122,7 @@ class ManifestSignature:
         return f"{SCHEME}:{self.key_id.hex()}:{base64.b64encode(self.data).decode()}"
 
     @classmethod
-    def parse(cls, text: str) -> ManifestSignature:
+    def parse(cls, text: str) -> VendorSignature:
         """The signature of `ed25519:<key id>:<base64>`.
 
         Raises:
@@ -125,23 +140,21 @@ class ManifestSignature:
             )
         return cls(bytes.fromhex(key_id), _from_base64(encoded, SIGNATURE_BYTES, "a signature"))
 
-    def verifies(self, key: VendorKey, manifest_digest: bytes) -> bool:
-        """Whether `key` made this signature of the manifest with this digest."""
+    def verifies(self, key: VendorKey, message: bytes) -> bool:
+        """Whether `key` made this signature of a `signed_message` or a `card_message`."""
         try:
-            Ed25519PublicKey.from_public_bytes(key.data).verify(
-                self.data, signed_message(manifest_digest)
-            )
+            Ed25519PublicKey.from_public_bytes(key.data).verify(self.data, message)
         except (InvalidSignature, ValueError):
             return False
         return True
 
 
-def write_signatures(signatures: Iterable[ManifestSignature]) -> str:
+def write_signatures(signatures: Iterable[VendorSignature]) -> str:
     """The header's value."""
     return ", ".join(map(str, signatures))
 
 
-def read_signatures(text: str) -> tuple[ManifestSignature, ...]:
+def read_signatures(text: str) -> tuple[VendorSignature, ...]:
     """The signatures of a header's value, at most `MAX_SIGNATURES`.
 
     Raises:
@@ -150,30 +163,49 @@ def read_signatures(text: str) -> tuple[ManifestSignature, ...]:
     parts = [part for part in text.split(",", MAX_SIGNATURES) if part.strip()]
     if len(parts) > MAX_SIGNATURES:
         raise SignatureError(f"expected at most {MAX_SIGNATURES} signatures")
-    return tuple(map(ManifestSignature.parse, parts))
+    return tuple(map(VendorSignature.parse, parts))
 
 
 def require_signature(
-    manifest_digest: bytes, signatures: Sequence[ManifestSignature], keys: Sequence[VendorKey]
+    manifest_digest: bytes, signatures: Sequence[VendorSignature], keys: Sequence[VendorKey]
 ) -> VendorKey:
     """The first of `keys` that signed the manifest with this digest.
 
     Raises:
         SignatureError: when none of them did.
     """
+    return _signer("manifest", signed_message(manifest_digest), signatures, keys)
+
+
+def require_card_signature(
+    manifest_digest: bytes,
+    card: bytes,
+    signatures: Sequence[VendorSignature],
+    keys: Sequence[VendorKey],
+) -> VendorKey:
+    """The first of `keys` that signed this card of the version with this digest.
+
+    Raises:
+        SignatureError: when none of them did.
+    """
+    return _signer("card", card_message(manifest_digest, card), signatures, keys)
+
+
+def _signer(
+    what: str, message: bytes, signatures: Sequence[VendorSignature], keys: Sequence[VendorKey]
+) -> VendorKey:
     for key in keys:
-        if any(
-            item.key_id == key.id and item.verifies(key, manifest_digest) for item in signatures
-        ):
+        if any(item.key_id == key.id and item.verifies(key, message) for item in signatures):
             return key
     accepted = ", ".join(key.id.hex() for key in keys)
     if not signatures:
         raise SignatureError(
-            "the manifest is not signed, and this client accepts manifests signed by the vendor "
+            f"the {what} is not signed, and this client accepts {what}s signed by the vendor "
             f"key {accepted} only: ask the vendor to publish with --sign-with"
         )
     found = ", ".join(item.key_id.hex() for item in signatures)
     raise SignatureError(
-        f"the manifest has no valid signature by an accepted vendor key: got signatures that name "
-        f"{found}, expected {accepted}"
+        f"the {what} has no valid signature by an accepted vendor key: got signatures that name "
+        f"{found}, expected {accepted}; where the names are the same, the {what} is not the one "
+        "that was signed"
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -227,8 +227,7 @@ def _read_prefix(data: bytes, kind: MessageType) -> tuple[Prng, Domain, Paramete
     return Prng(prng), Domain(domain), parameters
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """The layout and counts that a message states, as read; nothing is believed of them."""
 
     layout: int
@@ -256,7 +255,7 @@ class Counts:
 
     def serialize(self) -> bytes:
         """The counts as the header holds them."""
-        return _COUNTS.pack(*astuple(self))
+        return _COUNTS.pack(*self)
 
     def check(self, layout: Layout, polynomials: int) -> None:
         """Raise `MessageLayoutError` unless this states exactly that layout."""
@@ -489,9 +488,10 @@ class ReplyMessage:
             # The last reply polynomial may hold fewer classes than the others.
             even = [one.c0 for one in polynomials if len(one.c0) == len(polynomials[0].c0)]
             wanted = [*pack_rows(np.stack(even), self.reply_bits)]
-            wanted += [*pack_rows(polynomials[-1].c0[np.newaxis], self.reply_bits)]
+            if len(even) < len(polynomials):
+                wanted += [*pack_rows(polynomials[-1].c0[np.newaxis], self.reply_bits)]
             masks = pack_rows(np.stack([one.c1 for one in polynomials]), self.reply_bits)
-            for c0, c1 in zip(wanted, masks, strict=False):
+            for c0, c1 in zip(wanted, masks, strict=True):
                 parts += [c0.tobytes(), c1.tobytes()]
         return b"".join(parts)
 
@@ -541,7 +541,9 @@ class ReplyMessage:
         polynomials: list[ReplyPolynomial] = []
         offset = REPLY_HEADER_BYTES
         # The last polynomial may hold fewer classes than the others.
-        for rows, reply in ((layout.replies - 1, 0), (1, layout.replies - 1)):
+        last = layout.replies - 1
+        even = len(layout.wanted(last)) == len(layout.wanted(0))
+        for rows, reply in ((layout.replies, 0),) if even else ((last, 0), (1, last)):
             if rows:
                 count = len(layout.wanted(reply))
                 c0 = _unpack_rows(data, rows, count, reply_bits, offset=offset, stride=stride)

@@ -7,6 +7,7 @@ encrypted path. A part that is missing says so.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import re
@@ -20,10 +21,7 @@ from markdown_it import MarkdownIt
 from veilhead_protocol.errors import ArtifactError
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.policy import GUARDS
-from veilhead_protocol.signatures import ManifestSignature
-
-#: A larger card is refused.
-MAX_CARD_BYTES: Final = 512 * 2**10
+from veilhead_protocol.signatures import VendorKey, VendorSignature, signed_message
 
 #: What the parameter sets' security rests on. Sources, versions and dates as in `parameters.py`.
 _SOURCES: Final = (
@@ -49,6 +47,9 @@ th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #e4e8ef; text-align: 
 th { background: #f3f5f9 } td { font-variant-numeric: tabular-nums; overflow-wrap: break-word }
 code { font-size: 0.85em; overflow-wrap: anywhere }
 """.strip()
+
+#: The line of a card that says which version it is of.
+_VERSION: Final = re.compile(r"^Version `([0-9a-f]{64})`$", re.MULTILINE)
 
 _MARKS: Final = re.compile(r"([\\`*_{}\[\]<>|~&])")
 
@@ -79,6 +80,7 @@ class CardSources:
         attacks: the figures of `veilhead-bench attack`.
         fidelity: what was measured of the encrypted path.
         signatures: who signed the manifest.
+        vendor_keys: the vendor's public keys, to check these with.
     """
 
     manifest: Manifest
@@ -86,7 +88,8 @@ class CardSources:
     without_privacy: Mapping[str, Any] | None = None
     attacks: Sequence[Mapping[str, Any]] = ()
     fidelity: Fidelity | None = None
-    signatures: tuple[ManifestSignature, ...] = ()
+    signatures: tuple[VendorSignature, ...] = ()
+    vendor_keys: tuple[VendorKey, ...] = ()
 
 
 def to_markdown(sources: CardSources) -> str:
@@ -113,6 +116,12 @@ def to_html(markdown: str, title: str) -> str:
         f'<meta name="viewport" content="width=device-width">\n<title>{html.escape(title)}</title>'
         f"\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n{parser.render(markdown)}</body>\n</html>\n"
     )
+
+
+def named_version(markdown: str) -> str | None:
+    """The digest of the version that a card says it is of; None when it says none."""
+    found = _VERSION.search(markdown)
+    return None if found is None else found[1]
 
 
 def read_json_file(path: Path) -> Any:
@@ -149,7 +158,7 @@ def _lines(sources: CardSources) -> Iterator[str]:
         ("Parameters", _parameters(manifest)),
         ("Policy", _policy(manifest)),
         ("Limits", (f"- {limit}" for limit in _LIMITS)),
-        ("Signature", _signature(sources.signatures)),
+        ("Signature", _signature(sources)),
     ):
         yield f"## {title}"
         yield ""
@@ -193,7 +202,10 @@ def _quality(sources: CardSources) -> Iterator[str]:
         [(name, *(_score(head[field]) for _, head in heads)) for name, field in scores],
     )
     yield ""
-    yield "By class:" if other is None else "By class, those that pay most for the noise first:"
+    yield (
+        ("By class" if other is None else "By class, those that pay most for the noise first")
+        + "; recall is the accuracy on the rows of a class:"
+    )
     yield ""
     if other is None:
         yield from _table(
@@ -340,8 +352,8 @@ def _attacks(attacks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         return
     yield (
         "Measured by `veilhead-bench attack`, on heads and data of its own where a row does not "
-        "say otherwise. A system other than veilhead, or one that lacks a protection, is there to "
-        "show that the attack works."
+        "say otherwise; of a curve its end stands here. A system other than veilhead, or one that "
+        "lacks a protection, is there to show that the attack works."
     )
     yield ""
     words = {True: "holds", False: "**broken**", None: ""}
@@ -357,10 +369,21 @@ def _attacks(attacks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 one["expected"],
                 words[one["holds"]],
             )
-            for one in attacks
-            if one["expected"]
+            for one in _ends_of_curves([one for one in attacks if one["expected"]])
         ],
     )
+
+
+def _ends_of_curves(attacks: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Of the figures that are points of one curve, the last; and whatever does not hold."""
+
+    def curve(one: Mapping[str, Any]) -> tuple[Any, ...]:
+        return one["attack"], one["system"], one.get("curve"), one["metric"]
+
+    last = {curve(one): one for one in attacks}  # in the order that they were measured in
+    for one in attacks:
+        if not one.get("curve") or last[curve(one)] is one or not one["holds"]:
+            yield one
 
 
 def _encryption(sources: CardSources) -> Iterator[str]:
@@ -429,14 +452,30 @@ def _policy(manifest: Manifest) -> Iterator[str]:
     )
 
 
-def _signature(signatures: tuple[ManifestSignature, ...]) -> Iterator[str]:
-    if not signatures:
+def _signature(sources: CardSources) -> Iterator[str]:
+    if sources.signatures:
+        yield from _table(
+            ("signature of the manifest, Ed25519", "vendor key", "checked when this card was made"),
+            [_signed_by(one, sources) for one in sources.signatures],
+        )
+    else:
         yield "The manifest was not signed when this card was made."
-        return
-    yield "The manifest (not this card) is signed under these keys, by id:"
     yield ""
-    for one in signatures:
-        yield f"- `{one.key_id.hex()}` (Ed25519)"
+    yield (
+        "What stands here proves nothing by itself: whoever changes a card can change this, too. "
+        "`veilhead card --vendor-key KEY` checks the signatures of the manifest and of this card, "
+        "with a key that the vendor gave by another way."
+    )
+
+
+def _signed_by(signature: VendorSignature, sources: CardSources) -> tuple[str, str, str]:
+    message = signed_message(sources.manifest.digest)
+    for key in sources.vendor_keys:
+        if key.id == signature.key_id:
+            fingerprint = hashlib.sha256(key.data).hexdigest()
+            found = "valid" if signature.verifies(key, message) else "not valid"
+            return f"key {key.id.hex()}", f"{key} (SHA-256 {fingerprint})", found
+    return f"key {signature.key_id.hex()}", "not given", "no: it takes the vendor's public key"
 
 
 def _plain(value: object) -> str:

@@ -8,13 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from veilhead_protocol.errors import ArtifactError
-from veilhead_service.card import (
-    MAX_CARD_BYTES,
-    CardSources,
-    read_json_file,
-    to_html,
-    to_markdown,
-)
+from veilhead_protocol.signatures import MAX_CARD_BYTES, VendorKey
+from veilhead_service.card import CardSources, read_json_file, to_html, to_markdown
 from veilhead_service.reporting import reported
 
 
@@ -37,6 +32,12 @@ def card(
     ] = None,
     store: Annotated[
         Path | None, typer.Option(help="A store that it is published in: who signed it.")
+    ] = None,
+    vendor_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="ed25519:...: check these signatures with it; repeatable."
+        ),
     ] = None,
     rows: Annotated[
         int, typer.Option(min=0, help="Embeddings that the encrypted path is measured on.")
@@ -76,6 +77,7 @@ def card(
                 attacks=results.get("attacks", []) if isinstance(results, dict) else [],
                 fidelity=fidelity,
                 signatures=() if published is None else published.signatures,
+                vendor_keys=tuple(map(VendorKey.parse, vendor_key or ())),
             )
         )
         page = to_html(markdown, f"Model card: {artifact.manifest.name}")

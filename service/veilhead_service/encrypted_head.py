@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any, Final
@@ -56,12 +56,16 @@ _COLUMNS_AT_ONCE: Final = 512
 
 @dataclass(frozen=True)
 class ClientKey:
-    """A registered key, ready to encrypt zero under. It cannot decrypt anything."""
+    """A registered key, ready to encrypt zero under. It cannot decrypt anything.
+
+    Zeros may be encrypted ahead, since that takes half the time of a query. Each is used once.
+    """
 
     parameters: ParameterSet
     id: bytes
     seed: bytes
     encryptor: Any
+    _ahead: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def from_message(cls, data: bytes) -> ClientKey:
@@ -81,6 +85,27 @@ class ClientKey:
         )
         encryptor = sealapi.Encryptor(seal.context, public_key)
         return cls(message.parameters, key_id(data), message.seed, encryptor)
+
+    def zero(self) -> Any:
+        """A fresh encryption of zero at the data level: one that was made ahead, or a new one."""
+        return self._ahead.pop() if self._ahead else self._encrypt_zero()
+
+    def prepare(self, count: int) -> bool:
+        """Encrypt one zero ahead, unless so many are ready; whether one was."""
+        if len(self._ahead) >= count:
+            return False
+        self._ahead.append(self._encrypt_zero())
+        return True
+
+    def forget_prepared(self) -> None:
+        """Drop what was made ahead."""
+        self._ahead.clear()
+
+    def _encrypt_zero(self) -> Any:
+        seal = seal_io.runtime(self.parameters)
+        zero = seal.new_ciphertext()
+        self.encryptor.encrypt_zero(seal.data_parms_id, zero)
+        return zero
 
 
 class EncryptedHead:
@@ -112,6 +137,11 @@ class EncryptedHead:
         """Bytes of the encoded weights, which are nearly all that a head holds."""
         polynomials = sum(weights.polynomials for weights in (self._single, *self._blocks.values()))
         return self._weight.nbytes + polynomials * self._polynomial_bytes
+
+    @cached_property
+    def single_query_bytes(self) -> int:
+        """The length of a query of one text, which no other query has."""
+        return QueryMessage.size(self.parameters, self.layout)
 
     @property
     def _polynomial_bytes(self) -> int:
@@ -276,8 +306,7 @@ class EncryptedHead:
         Without it, reply over query is the weights; with one used twice, two replies differ by the
         weights.
         """
-        zero = self._seal.new_ciphertext()
-        key.encryptor.encrypt_zero(self._seal.data_parms_id, zero)
+        zero = key.zero()
         if product is None:
             return zero
         zero.scale = product.scale

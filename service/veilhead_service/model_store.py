@@ -5,6 +5,7 @@
     STORE/<name>/<digest>.signatures    who signed its manifest, a line each
     STORE/<name>/<digest>.retired       when it stops being served
     STORE/<name>/<digest>.card.md       what its vendor says of it
+    STORE/<name>/<digest>.card.signatures   who signed that, a line each
     STORE/<name>/current                the digest that the name stands for
     STORE/.lock                         held by whoever publishes or retires
 
@@ -49,10 +50,10 @@ from veilhead_protocol.manifest import NAME_PATTERN, Manifest
 from veilhead_protocol.policy import PolicySection
 from veilhead_protocol.signatures import (
     MAX_SIGNATURES,
-    ManifestSignature,
+    VendorSignature,
     read_signatures,
 )
-from veilhead_service.card import CardSources, to_markdown
+from veilhead_service.card import CardSources, named_version, to_markdown
 from veilhead_service.head_encryption import HEADER_BYTES, HeadKey, key_id_of
 from veilhead_service.retirement import Retirement
 from veilhead_service.signing import SigningKey
@@ -62,11 +63,25 @@ _CURRENT = "current"
 _SIGNATURES = ".signatures"
 _RETIRED = ".retired"
 _CARD = ".card.md"
+_CARD_SIGNATURES = ".card.signatures"
 _LOCK = ".lock"
 _DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 #: Time, inode and size of a file, or None when it is absent: what tells that it was replaced.
 _Stamp = tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class ServedCard:
+    """A model card as it is handed out.
+
+    Attributes:
+        markdown: the card.
+        signatures: the vendor's, of the card; none of one that the service made itself.
+    """
+
+    markdown: str
+    signatures: tuple[VendorSignature, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ class StoredModel:
 
     manifest: Manifest
     directory: Path
-    signatures: tuple[ManifestSignature, ...] = ()
+    signatures: tuple[VendorSignature, ...] = ()
     retirement: Retirement | None = None
 
     @cached_property
@@ -90,17 +105,20 @@ class StoredModel:
         """The canonical bytes that clients pin."""
         return self.manifest.serialize()
 
-    def card(self) -> str:
-        """The card that the vendor published with it, or else one of the manifest alone: Markdown.
+    def card(self) -> ServedCard:
+        """The card that the vendor published with it, or else one of the manifest alone.
 
         Raises:
-            StoreError: when the card cannot be read.
+            StoreError: when the card or its signatures cannot be read.
         """
         content = _read_beside(self.directory, _CARD)
         if content is None:
-            return to_markdown(CardSources(self.manifest, signatures=self.signatures))
+            sources = CardSources(self.manifest, signatures=self.signatures)
+            return ServedCard(to_markdown(sources))
         try:
-            return content.decode("utf-8")
+            return ServedCard(
+                content.decode("utf-8"), _read_signatures(self.directory, _CARD_SIGNATURES)
+            )
         except UnicodeDecodeError as error:
             raise StoreError(f"{self.directory}{_CARD} is not UTF-8: publish it again") from error
 
@@ -261,19 +279,16 @@ class ModelStore:
         return model.retirement is not None and model.retirement.is_over(self._clock())
 
     def _open(self, name: str, digest: str) -> StoredModel | None:
+        # Every query comes by here: strings, since a path takes longer to make than to look up.
+        path = f"{self._root}/{name}/{digest}"
+        stamps = (_stamp(path), _stamp(path + _SIGNATURES), _stamp(path + _RETIRED))
+        known = self._opened.get((name, digest))
+        if known is not None and known[0] == stamps:
+            return known[1]
         directory = self._root / name / digest
         if not directory.is_dir():
             self._opened.pop((name, digest), None)
             return None
-        paths = (
-            directory,
-            directory.with_name(digest + _SIGNATURES),
-            directory.with_name(digest + _RETIRED),
-        )
-        stamps = tuple(map(_stamp, paths))
-        known = self._opened.get((name, digest))
-        if known is not None and known[0] == stamps:
-            return known[1]
         opened = StoredModel.open(directory)
         if opened.manifest.digest.hex() != digest or opened.manifest.name != name:
             raise StoreError(f"{directory} holds another model than its name says")
@@ -312,9 +327,9 @@ class ModelStore:
             )
 
 
-def _stamp(path: Path) -> _Stamp:
+def _stamp(path: str) -> _Stamp:
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -332,15 +347,15 @@ def _read_beside(directory: Path, suffix: str) -> bytes | None:
         raise StoreError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _read_signatures(directory: Path) -> tuple[ManifestSignature, ...]:
-    content = _read_beside(directory, _SIGNATURES)
+def _read_signatures(directory: Path, suffix: str = _SIGNATURES) -> tuple[VendorSignature, ...]:
+    content = _read_beside(directory, suffix)
     if content is None:
         return ()
     try:
         return read_signatures(",".join(content.decode("ascii").splitlines()))
     except (ValueError, ManifestError) as error:
         raise StoreError(
-            f"{directory}{_SIGNATURES} does not hold signatures: remove it and sign again"
+            f"{directory}{suffix} does not hold signatures: remove it and sign again"
         ) from error
 
 
@@ -393,7 +408,7 @@ def publish(
     Args:
         directory: the artefact.
         store: the store; it is made when it is absent.
-        signing_key: signs the manifest.
+        signing_key: signs the manifest, and the card where one is given.
         head_key: encrypts the head, which is then never in the store in plaintext.
         retire_previous: when the version that the name stood for stops being served; an earlier
             date that it already has stays.
@@ -407,8 +422,8 @@ def publish(
         ArtifactError: when the directory is not a whole, consistent artefact.
         ManifestError: when the head breaks the policy; the clause is named.
         SelfTestError: when the encrypted head does not answer as the plaintext one.
-        StoreError: when the store cannot be written, the version was retired, or it is damaged in a
-            way that this cannot repair.
+        StoreError: when the store cannot be written, the version was retired, it is damaged in a
+            way that this cannot repair, or the card is of another version.
     """
     # Lazily: they load SEAL, and the process that answers HTTP keeps clear of it.
     from veilhead_service.encrypted_head import EncryptedHead
@@ -425,6 +440,11 @@ def publish(
     self_test(EncryptedHead(manifest, artifact.weight, artifact.bias), artifact)
     home = store / manifest.name
     version = home / manifest.digest.hex()
+    if card is not None and named_version(card) not in (None, version.name):
+        raise StoreError(
+            f"the card is of the version {named_version(card)}, this one is {version.name}: "
+            "make it again, of what is published (a policy is part of the version)"
+        )
     with _changing(store):
         if _read_retirement(version) is not None:
             raise StoreError(
@@ -440,7 +460,7 @@ def publish(
         else:
             _repair(version, artifact, head_key)
         if card is not None:
-            write_atomically(home / f"{version.name}{_CARD}", card.encode("utf-8"))
+            _put_card(version, card.encode("utf-8"), manifest, signing_key)
         if signing_key is not None:
             _add_signature(version, signing_key.sign(manifest.digest))
         write_atomically(home / _CURRENT, f"{version.name}\n".encode())
@@ -556,12 +576,24 @@ def _retire_no_later(version: Path, retirement: Retirement) -> None:
         write_atomically(version.with_name(version.name + _RETIRED), retirement.serialize())
 
 
-def _add_signature(version: Path, signature: ManifestSignature) -> None:
-    others = [item for item in _read_signatures(version) if item.key_id != signature.key_id]
+def _put_card(
+    version: Path, card: bytes, manifest: Manifest, signing_key: SigningKey | None
+) -> None:
+    """Put a card beside its version, signed where there is a key."""
+    if _read_beside(version, _CARD) != card:
+        # First: what signed another card must never stand beside this one.
+        version.with_name(version.name + _CARD_SIGNATURES).unlink(missing_ok=True)
+        write_atomically(version.with_name(version.name + _CARD), card)
+    if signing_key is not None:
+        _add_signature(version, signing_key.sign_card(manifest.digest, card), _CARD_SIGNATURES)
+
+
+def _add_signature(version: Path, signature: VendorSignature, suffix: str = _SIGNATURES) -> None:
+    others = [item for item in _read_signatures(version, suffix) if item.key_id != signature.key_id]
     if len(others) >= MAX_SIGNATURES:
         raise StoreError(f"a version has at most {MAX_SIGNATURES} signatures")
     lines = "".join(f"{item}\n" for item in (*others, signature))
-    write_atomically(version.with_name(version.name + _SIGNATURES), lines.encode())
+    write_atomically(version.with_name(version.name + suffix), lines.encode())
 
 
 def _encrypt_in_place(version: Path, artifact: HeadArtifact, head_key: HeadKey) -> None:

@@ -78,7 +78,8 @@ class Services:
     telemetry: Telemetry
 
 
-def _services(request: Request) -> Services:
+# Coroutines, though they wait for nothing: plain functions would be called on a thread each.
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
@@ -86,7 +87,7 @@ def _services(request: Request) -> Services:
 _Services = Annotated[Services, Depends(_services)]
 
 
-def _tenant(request: Request) -> str:
+async def _tenant(request: Request) -> str:
     tenant: str = request.state.tenant  # set by the access gate, before any route
     return tenant
 
@@ -106,7 +107,11 @@ def _digest(text: str) -> bytes:
 
 
 async def _body(
-    request: Request, tenant: str, limit: int, expect: Callable[[bytes], int] | None = None
+    request: Request,
+    intake: Intake,
+    tenant: str,
+    limit: int,
+    expect: Callable[[bytes], int] | None = None,
 ) -> bytes:
     """The body of a message: of the right type, and refused as soon as it passes the limit.
 
@@ -130,7 +135,7 @@ async def _body(
         raise too_large
     body = bytearray()
     expected: int | None = None
-    async with _services(request).intake.body(tenant):
+    async with intake.body(tenant):
         async for piece in request.stream():
             body += piece
             if len(body) > limit:
@@ -163,6 +168,60 @@ def _quoted(digest: str) -> str:
 def _matches(if_none_match: str | None, etag: str) -> bool:
     tags = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
     return etag in tags or "*" in tags
+
+
+# First of all routes, since they are tried in order: queries come by the thousand.
+@router.post(
+    "/v1/models/{name}/infer",
+    tags=["inference"],
+    response_class=Response,
+    openapi_extra=_message_in("a query message"),
+)
+async def infer(name: str, request: Request, services: _Services, tenant: _Tenant) -> Response:
+    """Evaluate the head on encrypted embeddings and answer with a reply message."""
+    found: list[tuple[QueryHeader, StoredModel, Layout]] = []
+
+    def expect(data: bytes) -> int:
+        header = QueryHeader.deserialize(data)
+        model = services.models.version(name, header.model_digest)
+        if model is None:
+            raise ModelMismatchError(
+                "the query names a version of this model that is not published here; "
+                "read the manifest again and make a new query"
+            )
+        layout = requested_layout(header, model.manifest)
+        found.append((header, model, layout))
+        return QueryMessage.size(model.manifest.parameter_set, layout)
+
+    try:
+        services.pool.admit()  # before the body: a query that must wait too long is not even read
+        body = await _body(request, services.intake, tenant, MAX_QUERY_BYTES, expect)
+    except Exception:
+        # Which model it was about, or that there is none: only now, since it costs a look at disk.
+        with suppress(ModelRetiredError, ModelUnavailableError):  # another version may be served
+            _note_model(request, _current(services, name))
+        raise
+    ((header, model, layout),) = found
+    _note_model(request, model)
+    request.state.key_id = header.key_id
+    key = services.keys.get(tenant, header.key_id)
+    if key is None:
+        raise key_not_registered()
+    manifest = model.manifest
+    units = charge(layout, manifest.scales.exponent, manifest.parameter_set)
+    async with services.access.charged(tenant, name, units, policy_budget(manifest)):
+        evaluation = await services.pool.evaluate(model, header.key_id, key, body, layout=layout)
+    request.state.queue_seconds = evaluation.queue_seconds
+    request.state.evaluate_seconds = evaluation.seconds
+    return Response(
+        evaluation.reply,
+        media_type=MESSAGE_TYPE,
+        headers={
+            "X-Veilhead-Model": model.manifest.digest.hex(),
+            "Server-Timing": f"evaluate;dur={evaluation.seconds * 1e3:.3f}",
+            "Cache-Control": "no-store",
+        },
+    )
 
 
 @router.get("/v1/models", tags=["models"])
@@ -268,15 +327,21 @@ async def get_card(
 ) -> Response:
     """The model card: what the vendor published, or else what the manifest says.
 
-    HTML where `Accept` names text/html, else Markdown.
+    HTML where `Accept` names text/html, else Markdown. A header says who signed the Markdown.
     """
     model = _version(services, name, digest)
     _note_model(request, model)
     card = model.card()
-    headers = {"Cache-Control": _REVALIDATE, "Vary": "Accept"}
+    headers = {
+        "Cache-Control": _REVALIDATE,
+        "Vary": "Accept",
+        "X-Veilhead-Model": model.manifest.digest.hex(),
+    }
     if "text/html" not in (accept or "").lower():
-        return Response(card, media_type="text/markdown; charset=utf-8", headers=headers)
-    page = to_html(card, f"Model card: {model.manifest.name}")
+        if card.signatures:
+            headers[SIGNATURE_HEADER] = write_signatures(card.signatures)
+        return Response(card.markdown, media_type="text/markdown; charset=utf-8", headers=headers)
+    page = to_html(card.markdown, f"Model card: {model.manifest.name}")
     # The card is the vendor's, but nothing in it may run or load anything.
     headers |= {
         "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
@@ -351,7 +416,7 @@ async def register_key(
 ) -> Response:
     """Register a key message under its SHA-256: 201 when it is new, 200 when it was known."""
     expected = request.state.key_id = _digest(id)
-    body = await _body(request, tenant, MAX_KEY_BYTES)
+    body = await _body(request, services.intake, tenant, MAX_KEY_BYTES)
     if not hmac.compare_digest(key_id(body), expected):
         raise Problem(
             HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -379,55 +444,6 @@ async def forget_key(id: str, request: Request, services: _Services, tenant: _Te
     if not services.keys.discard(tenant, request.state.key_id):
         raise key_not_registered()
     return Response(status_code=HTTPStatus.NO_CONTENT)
-
-
-@router.post(
-    "/v1/models/{name}/infer",
-    tags=["inference"],
-    response_class=Response,
-    openapi_extra=_message_in("a query message"),
-)
-async def infer(name: str, request: Request, services: _Services, tenant: _Tenant) -> Response:
-    """Evaluate the head on encrypted embeddings and answer with a reply message."""
-    with suppress(ModelRetiredError, ModelUnavailableError):  # another version may be served
-        _note_model(request, _current(services, name))
-    services.pool.admit()  # before the body: a query that must wait too long is not even read
-    found: list[tuple[QueryHeader, StoredModel, Layout]] = []
-
-    def expect(data: bytes) -> int:
-        header = QueryHeader.deserialize(data)
-        model = services.models.version(name, header.model_digest)
-        if model is None:
-            raise ModelMismatchError(
-                "the query names a version of this model that is not published here; "
-                "read the manifest again and make a new query"
-            )
-        layout = requested_layout(header, model.manifest)
-        found.append((header, model, layout))
-        return QueryMessage.size(model.manifest.parameter_set, layout)
-
-    body = await _body(request, tenant, MAX_QUERY_BYTES, expect)
-    ((header, model, layout),) = found
-    _note_model(request, model)
-    request.state.key_id = header.key_id
-    key = services.keys.get(tenant, header.key_id)
-    if key is None:
-        raise key_not_registered()
-    manifest = model.manifest
-    units = charge(layout, manifest.scales.exponent, manifest.parameter_set)
-    async with services.access.charged(tenant, name, units, policy_budget(manifest)):
-        evaluation = await services.pool.evaluate(model, header.key_id, key, body, layout=layout)
-    request.state.queue_seconds = evaluation.queue_seconds
-    request.state.evaluate_seconds = evaluation.seconds
-    return Response(
-        evaluation.reply,
-        media_type=MESSAGE_TYPE,
-        headers={
-            "X-Veilhead-Model": model.manifest.digest.hex(),
-            "Server-Timing": f"evaluate;dur={evaluation.seconds * 1e3:.3f}",
-            "Cache-Control": "no-store",
-        },
-    )
 
 
 @router.get("/v1/usage", tags=["usage"])

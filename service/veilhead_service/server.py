@@ -88,6 +88,7 @@ def serve(app: FastAPI, settings: Settings, *, host: str, port: int) -> None:
         access_log=False,
         log_config=None,  # `logs.configure` did it
         http="h11",
+        proxy_headers=False,  # nothing here asks for a client's address
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )
     _Server(config, app.state.services.pool, settings).run()

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from veilhead_protocol.errors import SecretFileError
-from veilhead_protocol.signatures import ManifestSignature, VendorKey, signed_message
+from veilhead_protocol.signatures import VendorKey, VendorSignature, card_message, signed_message
 from veilhead_service.store_files import create_secret, read_secret
 
 _MAX_PEM_BYTES = 4096
@@ -69,7 +69,13 @@ class SigningKey:
             )
         return cls(private)
 
-    def sign(self, manifest_digest: bytes) -> ManifestSignature:
+    def sign(self, manifest_digest: bytes) -> VendorSignature:
         """The signature of the manifest with this digest."""
-        signature = self._private.sign(signed_message(manifest_digest))
-        return ManifestSignature(self.public.id, signature)
+        return self._sign(signed_message(manifest_digest))
+
+    def sign_card(self, manifest_digest: bytes, card: bytes) -> VendorSignature:
+        """The signature of a card, of the version whose manifest has this digest."""
+        return self._sign(card_message(manifest_digest, card))
+
+    def _sign(self, message: bytes) -> VendorSignature:
+        return VendorSignature(self.public.id, self._private.sign(message))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import socket
 import struct
 import sys
@@ -31,6 +32,11 @@ _HEAD_BYTES: Final = 2**30
 
 #: Keys that a worker has ready; the least recently used go first.
 KEYS: Final = 256
+
+#: Zeros that are encrypted ahead, while nothing else is asked for: so many for a key, for so many
+#: of the keys that asked last. A zero of the largest set takes 128 KiB.
+ZEROS_AHEAD: Final = 16
+KEYS_AHEAD: Final = 8
 
 #: Below the service's own priority: when every core evaluates, it must still answer at once.
 _NICENESS: Final = 5
@@ -68,6 +74,7 @@ class Evaluator:
         self._heads = _Recent[EncryptedHead](head_bytes, lambda head: head.held_bytes)
         self._loader = HeadLoader()
         self._keys: _Recent[ClientKey] = _Recent(KEYS)
+        self._ahead: OrderedDict[bytes, tuple[ClientKey, int]] = OrderedDict()
 
     def use_head_key(self, key: bytes) -> None:
         """Load encrypted heads with this key from now on."""
@@ -83,7 +90,23 @@ class Evaluator:
         reply = head.evaluate(query, client_key)
         if head.held_bytes != held:  # it has encoded its weights for another layout
             self._heads.trim()
+        if len(query) == head.single_query_bytes:  # keys of other queries are never used again
+            self._expect(client_key, head.layout.replies)
         return reply
+
+    def _expect(self, key: ClientKey, replies: int) -> None:
+        self._ahead[key.id] = key, min(replies, ZEROS_AHEAD)
+        self._ahead.move_to_end(key.id)
+        if len(self._ahead) > KEYS_AHEAD:
+            _, (oldest, _) = self._ahead.popitem(last=False)
+            oldest.forget_prepared()
+
+    def prepare(self) -> bool:
+        """Do a small part of the next query's work; False when there is nothing to do.
+
+        The next query is likely to be under a key that asked just now.
+        """
+        return any(key.prepare(zeros) for key, zeros in reversed(self._ahead.values()))
 
     def head(self, model_digest: bytes, directory: bytes) -> EncryptedHead:
         """The head of this version, loaded when it is not here yet."""
@@ -144,8 +167,12 @@ def main(descriptor: int, head_bytes: int = _HEAD_BYTES) -> None:
     evaluator = Evaluator(head_bytes)
     with socket.socket(fileno=descriptor) as connection:
         connection.sendall(frames.write([frames.READY]))
+        waiting = select.poll()
+        waiting.register(connection, select.POLLIN)
         try:
             while True:
+                while not waiting.poll(0) and evaluator.prepare():
+                    pass
                 connection.sendall(frames.write(_answer(evaluator, _read(connection))))
         except (EOFError, ConnectionError):
             return

@@ -6,10 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from scipy.stats import binom
 from typer.testing import CliRunner
 
 from veilhead_benchmarks.attacks import runner
-from veilhead_benchmarks.attacks.results import AttackResult, above, at_chance, at_most
+from veilhead_benchmarks.attacks.results import (
+    AttackResult,
+    above,
+    at_chance,
+    at_chance_count,
+    at_most,
+)
 from veilhead_benchmarks.cli import app
 
 
@@ -25,6 +32,20 @@ def test_promises() -> None:
     assert at_chance(found(0.53), 0.01).holds
     assert at_chance(found(0.55), 0.01).holds is False
     assert at_chance(found(0.45), 0.01).holds is False
+
+
+def test_few_hits_are_judged_as_counts() -> None:
+    def hits(count: int) -> AttackResult:
+        return AttackResult("a", "plaintext", "t", "top 1", count / 1000, 1000, chance=0.001)
+
+    assert [at_chance_count(hits(count)).holds for count in (0, 1, 6, 8)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    allowed = sum(binom.pmf(k, 1000, 0.001) for k in range(1000) if at_chance_count(hits(k)).holds)
+    assert 1 - 1 / 15_000 < allowed < 1  # as rare as four deviations of a normal distribution
 
 
 def test_a_figure_that_is_not_a_number_holds_no_promise() -> None:

@@ -268,7 +268,7 @@ def test_no_repr_shows_it(tenants, state, caplog):
     client.logits(unit_rows(1, 32))
     engine = client._engine
     shown = " ".join(
-        [repr(client), repr(engine), repr(engine.transport), repr(engine.transport._http.headers)]
+        [repr(client), repr(engine), repr(engine.transport), repr(engine.transport._headers)]
     )
     assert key not in shown
     assert key.split("_", 2)[2] not in shown

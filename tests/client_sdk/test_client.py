@@ -478,18 +478,19 @@ def test_traces_hold_times_and_sizes(connect, head_artifact):
 def test_a_text_that_the_backbone_fails_on_fails_alone(connect, text_artifact, texts, monkeypatch):
     from veilhead_models.backbone import Backbone
 
-    embed = Backbone.embed
+    embed = Backbone.embed_batches
 
-    def fails_on_a_word(self, chunk, **options):
-        if "poison" in chunk:
-            raise RuntimeError("out of memory")
-        return embed(self, chunk, **options)
+    def fails_on_a_word(self, chunk, **_):
+        for rows, embeddings in embed(self, chunk):
+            if "poison" in {chunk[row] for row in rows}:
+                raise RuntimeError("out of memory")
+            yield rows, embeddings
 
     client, service = connect(text_artifact)
     client.classify(texts)
     sent = [len(body) for body in service.seen("infer")]
     service.requests.clear()
-    monkeypatch.setattr(Backbone, "embed", fails_on_a_word)
+    monkeypatch.setattr(Backbone, "embed_batches", fails_on_a_word)
     with pytest.raises(BatchError) as caught:
         client.classify([*texts[:40], "poison", *texts[41:]])
     assert list(caught.value.errors) == [40]
@@ -498,20 +499,26 @@ def test_a_text_that_the_backbone_fails_on_fails_alone(connect, text_artifact, t
     assert [len(body) for body in service.seen("infer")] == sent
 
 
-def test_texts_of_like_length_are_embedded_together(connect, text_artifact, monkeypatch):
+def test_a_list_is_embedded_longest_first_and_sent_meanwhile(connect, text_artifact, monkeypatch):
     from veilhead_models.backbone import Backbone
 
-    embed, chunks = Backbone.embed, []
+    embed, lengths, asked = Backbone.embed_batches, [], threading.Event()
 
-    def recorded(self, chunk, **options):
-        chunks.append([len(text) for text in chunk])
-        return embed(self, chunk, **options)
+    def recorded(self, chunk, **_):
+        for rows, embeddings in embed(self, chunk):
+            lengths.extend(len(chunk[row]) for row in rows)
+            if len(lengths) == len(chunk):
+                assert asked.wait(10), "nothing was sent before the last batch"
+            yield rows, embeddings
 
-    monkeypatch.setattr(Backbone, "embed", recorded)
-    monkeypatch.setattr("veilhead.async_client._TOGETHER", 64)
-    client, _ = connect(text_artifact)
-    client.classify(["pain " * (1 + number % 7) for number in range(250)])
-    lengths = [length for chunk in chunks for length in chunk]
-    assert len(chunks) > 1
+    async def noted(inner, request):
+        asked.set()
+        return await inner.handle_async_request(request)
+
+    monkeypatch.setattr(Backbone, "embed_batches", recorded)
+    client, service = connect(text_artifact)
+    service.on("infer", noted)
+    count = 4 * client._engine.chunk
+    client.classify(["pain " * (1 + number % 7) for number in range(count)])
     assert lengths == sorted(lengths, reverse=True)
-    assert len(lengths) == 250
+    assert len(lengths) == count

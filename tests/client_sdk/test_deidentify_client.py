@@ -25,13 +25,13 @@ SAFE = "pain since 4 May, mail [EMAIL_1]"
 def seen(monkeypatch):
     """Every text that a backbone embeds."""
     texts = []
-    embed = Backbone.embed
+    embed = Backbone.embed_batches
 
     def spy(self, rows, **options):
         texts.extend(rows)
         return embed(self, rows, **options)
 
-    monkeypatch.setattr(Backbone, "embed", spy)
+    monkeypatch.setattr(Backbone, "embed_batches", spy)
     return texts
 
 

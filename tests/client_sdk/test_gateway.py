@@ -430,7 +430,8 @@ def test_texts_reach_neither_logs_nor_metrics_nor_errors(
                 raise RuntimeError(rows[0])
 
             monkeypatch.setattr(
-                "veilhead_models.backbone.Backbone.embed", lambda self, rows, **_: broken(rows)
+                "veilhead_models.backbone.Backbone.embed_batches",
+                lambda self, rows, **_: broken(rows),
             )
 
         async def leaking(rows, **_):

@@ -91,9 +91,11 @@ def test_once_the_service_refuses_nothing_more_is_embedded_or_sent(
     client, service = connect(text_artifact, concurrency=1)
     service.on("infer", None, problem(410, "retired"))
     embedded = []
-    embed = Backbone.embed
+    embed = Backbone.embed_batches
     monkeypatch.setattr(
-        Backbone, "embed", lambda self, chunk: (embedded.append(chunk), embed(self, chunk))[1]
+        Backbone,
+        "embed_batches",
+        lambda self, chunk: (embedded.append(chunk), embed(self, chunk))[1],
     )
     rows = list(client.classify_many(texts * 10, concurrency=1))
     chunk = client._engine.chunk
@@ -141,9 +143,11 @@ def test_what_the_iterable_raises_comes_out(connect, text_artifact, texts):
 def test_a_chunk_is_embedded_while_an_earlier_one_is_on_the_wire(
     connect, text_artifact, texts, monkeypatch
 ):
-    embedded, embed = [], Backbone.embed
+    embedded, embed = [], Backbone.embed_batches
     monkeypatch.setattr(
-        Backbone, "embed", lambda self, chunk: (embed(self, chunk), embedded.append(chunk))[0]
+        Backbone,
+        "embed_batches",
+        lambda self, chunk: (list(embed(self, chunk)), embedded.append(chunk))[0],
     )
     seen = []
 

@@ -23,7 +23,7 @@ from veilhead_protocol.errors import (
     WireError,
 )
 from veilhead_protocol.manifest import Manifest
-from veilhead_protocol.signatures import ManifestSignature, VendorKey, read_signatures
+from veilhead_protocol.signatures import VendorKey, VendorSignature, read_signatures
 from veilhead_protocol.wire import KeyMessage, QueryHeader, QueryMessage, ReplyMessage
 from veilhead_service import access_log
 from veilhead_service.head_encryption import HeadKey
@@ -64,7 +64,7 @@ MANIFEST = Manifest.deserialize(vectors("manifest.json")[0])
 KEY = vectors("key.bin")[0]
 REPLY = vectors("reply.bin")[0]
 HEAD_KEY = HeadKey(bytes(range(32)))
-SIGNATURE = ManifestSignature(bytes(8), bytes(64))
+SIGNATURE = VendorSignature(bytes(8), bytes(64))
 
 
 def parse_query(data):

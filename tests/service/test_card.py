@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import replace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from starlette.testclient import TestClient
 from support.heads import artifact
 from typer.testing import CliRunner
 
-from veilhead_protocol.errors import ArtifactError
+from veilhead_protocol.errors import ArtifactError, StoreError
 from veilhead_protocol.policy import preset_policy
+from veilhead_protocol.signatures import (
+    VendorSignature,
+    read_signatures,
+    require_card_signature,
+)
 from veilhead_service.app import create_app
 from veilhead_service.card import CardSources, to_html, to_markdown
 from veilhead_service.cli import app
 from veilhead_service.model_store import publish
 from veilhead_service.settings import Settings
+from veilhead_service.signing import SigningKey
+
+KEY, OTHER = (SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32)) for n in (1, 2))
 
 HOSTILE = "a | b <script>alert(1)</script> [x](javascript:1) `c`"
 
@@ -99,6 +110,37 @@ def test_a_card_of_the_manifest_alone_says_what_is_missing() -> None:
         assert said in text
 
 
+def test_a_card_holds_the_ends_of_curves_and_all_that_is_broken() -> None:
+    def point(at, holds=True):
+        return {
+            "attack": "extraction", "system": "veilhead", "target": f"texts, {at} queries",
+            "metric": "error", "value": 0.5, "expected": "above 0.1", "holds": holds,
+            "curve": "texts", "at": at,
+        }  # fmt: skip
+
+    points = [point(10), point(50, holds=False), point(200), point(400)]
+    text = to_markdown(CardSources(head().manifest, attacks=points))
+    shown = re.findall(r"texts, (\d+) queries", text)
+    assert shown == ["50", "400"]
+
+
+def test_a_card_says_who_signed_and_what_was_checked() -> None:
+    made = head()
+    manifest = made.manifest
+    signatures = (KEY.sign(manifest.digest), OTHER.sign(manifest.digest))
+    text = to_markdown(CardSources(manifest, signatures=signatures, vendor_keys=(KEY.public,)))
+    rows = [line for line in text.splitlines() if line.startswith("| key ")]
+    assert KEY.public.id.hex() in rows[0]
+    assert str(KEY.public) in rows[0]
+    assert hashlib.sha256(KEY.public.data).hexdigest() in rows[0]
+    assert rows[0].endswith("| valid |")
+    assert OTHER.public.id.hex() in rows[1]
+    assert rows[1].endswith("takes the vendor's public key |")
+    forged = VendorSignature(KEY.public.id, OTHER.sign(manifest.digest).data)
+    text = to_markdown(CardSources(manifest, signatures=(forged,), vendor_keys=(KEY.public,)))
+    assert "| not valid |" in text
+
+
 def test_nothing_in_a_card_runs_loads_or_leads_elsewhere() -> None:
     made = head(labels=(HOSTILE, "b", "c"), about={"dataset": {"name": HOSTILE}})
     page = to_html(to_markdown(CardSources(made.manifest, report(made.labels))), HOSTILE)
@@ -173,9 +215,51 @@ def test_a_private_report_is_never_served(client) -> None:
 
 def test_cards_of_versions_and_of_nothing(client, problem) -> None:
     digest = client.get("/v1/models").json()["models"][0]["digest"]
-    assert client.get(f"/v1/models/told/card?digest={digest}").status_code == 200
+    found = client.get(f"/v1/models/told/card?digest={digest}")
+    assert found.status_code == 200
+    assert found.headers["x-veilhead-model"] == digest
     problem(client.get("/v1/models/nothing/card"), 404, "model-not-found")
     problem(client.get(f"/v1/models/told/card?digest={'0' * 64}"), 404, "model-not-found")
+
+
+def signers(client, name="told"):
+    """Who signed the card that is served, by the header and by its bytes."""
+    answer = client.get(f"/v1/models/{name}/card")
+    digest = bytes.fromhex(answer.headers["x-veilhead-model"])
+    found = read_signatures(answer.headers.get("x-veilhead-signature", ""))
+    for one in found:
+        key = {key.public.id: key.public for key in (KEY, OTHER)}[one.key_id]
+        require_card_signature(digest, answer.content, [one], [key])
+    return {one.key_id for one in found}
+
+
+def test_a_card_is_served_with_the_signatures_of_that_card_alone(client, tmp_path) -> None:
+    told, store = tmp_path / "told", tmp_path / "store"
+    assert signers(client) == signers(client, "untold") == set()
+    publish(told, store, signing_key=KEY)  # of the manifest: nobody looked at the card
+    assert signers(client) == set()
+    publish(told, store, signing_key=KEY, card="# Mine <b>\n")
+    publish(told, store, signing_key=OTHER, card="# Mine <b>\n")
+    assert signers(client) == {KEY.public.id, OTHER.public.id}
+    publish(told, store, signing_key=OTHER, card="# Another\n")
+    assert signers(client) == {OTHER.public.id}
+    publish(told, store, card="# Unsigned\n")
+    assert signers(client) == set()
+    # What is signed is the Markdown: no signature comes with other bytes.
+    publish(told, store, signing_key=KEY, card="# Mine\n")
+    page = client.get("/v1/models/told/card", headers={"Accept": "text/html"})
+    assert "x-veilhead-signature" not in page.headers
+
+
+def test_a_card_of_another_version_is_not_published(tmp_path) -> None:
+    made = head()
+    made.save(tmp_path / "model")
+    card = to_markdown(CardSources(made.manifest))
+    publish(tmp_path / "model", tmp_path / "store", card=card)
+    with pytest.raises(
+        StoreError, match=f"the card is of the version {made.manifest.digest.hex()}"
+    ):
+        publish(tmp_path / "model", tmp_path / "store", card=card, allow_bulk=True)
 
 
 def test_a_later_card_replaces_the_first_and_a_damaged_one_is_an_error(client, tmp_path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 from support.heads import artifact, unit_rows
 from support.stores import Vendor
 
@@ -68,6 +69,27 @@ def test_bulk_is_another_version_that_its_policy_tells_apart(tmp_path):
     head = EncryptedHead(manifests[0], HEAD.weight, HEAD.bias)
     with pytest.raises(MessageLayoutError):
         head.evaluate(query.data, ClientKey.from_message(query.key.message))
+
+
+def test_a_forged_bulk_request_is_refused_and_the_clause_is_named(tmp_path, problem):
+    """The client's own rules are no protection: this one ignores them."""
+    strict = bytes.fromhex(Vendor(tmp_path).publish(HEAD))
+    loose = replace(HEAD, policy=PolicySection(bulk=True)).manifest
+    rows = unit_rows(COMPACT.max_wanted(loose.head.exponent) + 1, 40)
+    query = Session(loose).encrypt_batch(rows)
+    assert query.data.count(loose.digest) == 1
+    forged = query.data.replace(loose.digest, strict)
+    settings = Settings(store=tmp_path / "store", workers=1, insecure_no_tenants=True)
+    with TestClient(create_app(settings)) as client:
+        sent = {"headers": {"Content-Type": "application/octet-stream"}}
+        key = query.key.message
+        assert client.put(f"/v1/keys/{query.key.id.hex()}", content=key, **sent).status_code == 201
+        refused = client.post("/v1/models/model/infer", content=forged, **sent)
+        problem(refused, 422, "wrong-layout", sent=forged)
+        assert "policy.bulk" in refused.json()["detail"]
+        # Its own version is not published: nothing falls back on another policy.
+        unknown = client.post("/v1/models/model/infer", content=query.data, **sent)
+        problem(unknown, 409, "wrong-model", sent=query.data)
 
 
 def test_sending_does_not_wait_for_the_encryption_of_the_next_request(served, monkeypatch):

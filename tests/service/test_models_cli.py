@@ -160,3 +160,7 @@ def test_a_violation_of_the_policy_is_named_and_nothing_is_published(run, vendor
     refused = run("publish", vendor.save(FIRST), "--policy", "medical", code=1)
     assert "policy.minimum_parameters: the policy medical asks for strong" in refused.stderr
     assert ModelStore(vendor.store).current("model") is None
+    strong = vendor.save(artifact(4, 32, parameters="strong", name="strong"))
+    refused = run("publish", strong, "--policy", "finance", code=1)
+    assert "policy.privacy: the policy finance asks for a head trained with" in refused.stderr
+    assert ModelStore(vendor.store).current("strong") is None

@@ -27,9 +27,11 @@ from support.heads import artifact
 from veilhead_protocol.errors import SecretFileError, SignatureError, StoreError
 from veilhead_protocol.signatures import (
     MAX_SIGNATURES,
-    ManifestSignature,
     VendorKey,
+    VendorSignature,
+    card_message,
     read_signatures,
+    require_card_signature,
     require_signature,
     signed_message,
     write_signatures,
@@ -62,8 +64,13 @@ def test_the_message_is_separated_from_every_other_use_of_the_key():
     assert signed_message(DIGEST) == b"veilhead-manifest-signature 1\n" + DIGEST
     with pytest.raises(SignatureError):
         signed_message(DIGEST[:-1])
-    raw = ManifestSignature(KEY.public.id, KEY._private.sign(DIGEST))
-    assert not raw.verifies(KEY.public, DIGEST)
+    raw = VendorSignature(KEY.public.id, KEY._private.sign(DIGEST))
+    assert not raw.verifies(KEY.public, signed_message(DIGEST))
+    card = KEY.sign_card(DIGEST, b"# Card\n")
+    assert card.verifies(KEY.public, card_message(DIGEST, b"# Card\n"))
+    # Neither of the two can stand for the other, whatever the card is.
+    assert not card.verifies(KEY.public, signed_message(DIGEST))
+    assert not KEY.sign(DIGEST).verifies(KEY.public, card_message(DIGEST, b""))
 
 
 def test_golden_signature():
@@ -88,7 +95,7 @@ def test_texts_are_read_back():
 def test_every_flipped_bit_is_noticed(place):
     signature = bytearray(KEY.sign(DIGEST).data)
     signature[place // 8] ^= 1 << place % 8
-    changed = ManifestSignature(KEY.public.id, bytes(signature))
+    changed = VendorSignature(KEY.public.id, bytes(signature))
     with pytest.raises(SignatureError):
         require_signature(DIGEST, [changed], [KEY.public])
 
@@ -97,7 +104,7 @@ def test_only_the_signed_digest_and_an_accepted_key_will_do():
     mine = KEY.sign(DIGEST)
     assert require_signature(DIGEST, [OTHER.sign(DIGEST), mine], [KEY.public]) == KEY.public
     assert require_signature(DIGEST, [mine], [OTHER.public, KEY.public]) == KEY.public
-    relabelled = ManifestSignature(KEY.public.id, OTHER.sign(DIGEST).data)
+    relabelled = VendorSignature(KEY.public.id, OTHER.sign(DIGEST).data)
     for signatures, keys, digest in (
         ([], [KEY.public], DIGEST),
         ([mine], [OTHER.public], DIGEST),
@@ -107,6 +114,25 @@ def test_only_the_signed_digest_and_an_accepted_key_will_do():
     ):
         with pytest.raises(SignatureError):
             require_signature(digest, signatures, keys)
+
+
+def test_a_signed_card_is_that_card_of_that_version():
+    card = b"# Card\n"
+    assert card_message(DIGEST, card) == (
+        b"veilhead-card-signature 1\n" + DIGEST + hashlib.sha256(card).digest()
+    )
+    signature = KEY.sign_card(DIGEST, card)
+    assert require_card_signature(DIGEST, card, [signature], [KEY.public]) == KEY.public
+    for digest, content, found, key in (
+        (DIGEST, b"# Cord\n", [signature], KEY),
+        (DIGEST, card + b"\n", [signature], KEY),
+        (bytes(32), card, [signature], KEY),
+        (DIGEST, card, [KEY.sign(DIGEST)], KEY),
+        (DIGEST, card, [signature], OTHER),
+        (DIGEST, card, [], KEY),
+    ):
+        with pytest.raises(SignatureError, match="the card"):
+            require_card_signature(digest, content, found, [key.public])
 
 
 @pytest.mark.parametrize(
@@ -225,7 +251,8 @@ def test_a_signature_comes_with_the_manifest(vendor, client):
     for path in ("/v1/models/model", f"/v1/models/model?digest={digest}"):
         answer = client.get(path)
         (signature,) = read_signatures(answer.headers["x-veilhead-signature"])
-        assert signature.verifies(KEY.public, hashlib.sha256(answer.content).digest())
+        found = hashlib.sha256(answer.content).digest()
+        assert signature.verifies(KEY.public, signed_message(found))
         known = client.get(path, headers={"If-None-Match": f'"{digest}"'})
         assert known.status_code == 304
         assert known.headers["x-veilhead-signature"] == answer.headers["x-veilhead-signature"]
@@ -260,7 +287,7 @@ def test_a_cache_that_asks_again_learns_of_new_signatures_and_of_the_end(vendor,
     again = client.get(path, headers=held)
     assert (again.status_code, again.content) == (304, b"")
     (signature,) = read_signatures(again.headers["x-veilhead-signature"])
-    assert signature.verifies(KEY.public, bytes.fromhex(digest))
+    assert signature.verifies(KEY.public, signed_message(bytes.fromhex(digest)))
     assert again.headers["sunset"] == "Thu, 01 Jan 2099 00:00:00 GMT"
     retire(vendor.store, "model", digest, Retirement(datetime(2020, 1, 1, tzinfo=UTC)))
     assert client.get(path, headers=held).status_code == 410

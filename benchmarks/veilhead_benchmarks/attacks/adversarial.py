@@ -150,6 +150,8 @@ def compare(
                 metric=f"accuracy with {budget} words edited",
                 value=float((history[budget] > 0).mean()),
                 samples=len(attacked[0]),
+                curve=target,
+                at=budget,
             )
             if budget == max(BUDGETS) and target == "head":
                 result = at_most(result, 0.6 * untouched)

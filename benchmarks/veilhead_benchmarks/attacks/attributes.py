@@ -2,8 +2,9 @@
 
 Generated records say a diagnosis, a given name, a date of birth and an e-mail address. From other
 records' embeddings the attacker learns to tell when the person was born, where they work, and the
-sex that the name suggests. Then the same after de-identification (`veilhead.deidentify`), which
-replaces dates of birth and addresses and does not know names: what it leaves stays visible.
+sex that the name suggests. Then the same from noised embeddings; after de-identification
+(`veilhead.deidentify`), which replaces dates of birth and addresses and does not know names, so
+that what it leaves stays visible; and from what crosses the wire.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veilhead.deidentify import Deidentifier
+from veilhead_benchmarks.attacks import naive
 from veilhead_benchmarks.attacks.data import backbone, embedded
+from veilhead_benchmarks.attacks.inversion import noised, query_features
 from veilhead_benchmarks.attacks.results import AttackResult, above, at_chance
+from veilhead_models.artifact import HeadArtifact
 from veilhead_models.training import fit_head
 
 # fmt: off
@@ -70,35 +74,69 @@ def people(phrases: Sequence[str], seed: int) -> list[Person]:
     return found
 
 
-def infer(records: Sequence[Person], embed: Embed, *, train_rows: int) -> list[AttackResult]:
-    """The attack before and after de-identification; the first rows are the attacker's own."""
+#: Noise of each value of a noised embedding, relative to the root mean square of the values.
+NOISE: Final = 4.0
+
+_PLAIN: Final = "embedding of the text as it is"
+_REPLACED: Final = "embedding of the de-identified text"
+_WIRES: Final = {"query bytes (compact)": "veilhead", "query bytes (TenSEAL mm)": "tenseal-mm"}
+
+
+def infer(
+    records: Sequence[Person], embed: Embed, *, train_rows: int, wires: Sequence[str] = ()
+) -> list[AttackResult]:
+    """The attack on every kind of vector; the first rows are the attacker's own.
+
+    Args:
+        records: the records.
+        embed: the backbone.
+        train_rows: records that the attacker knows.
+        wires: of `_WIRES`, those whose queries are attacked too.
+    """
     deidentifier = Deidentifier()
     texts = [record.text for record in records]
-    kinds = {"text as it is": texts, "de-identified": [deidentifier(text).text for text in texts]}
+    embeddings = embed(texts)
+    kinds = {
+        _PLAIN: embeddings,
+        f"embedding, noise {NOISE:g} of its size": noised(embeddings, NOISE, seed=1),
+        _REPLACED: embed([deidentifier(text).text for text in texts]),
+        **{wire: _on_the_wire(wire, embeddings) for wire in wires},
+    }
     count = len(records) - train_rows
     results = []
-    for kind, written in kinds.items():
-        embeddings = embed(written)
+    for target, vectors in kinds.items():
         for attribute, taken_out in ATTRIBUTES.items():
             values = np.array([record.attributes[attribute] for record in records], dtype=np.intp)
-            weight, bias = fit_head(embeddings[:train_rows], values[:train_rows], 2)
-            answers = (embeddings[train_rows:] @ weight.T + bias).argmax(axis=1)
+            weight, bias = fit_head(vectors[:train_rows], values[:train_rows], 2)
+            answers = (vectors[train_rows:] @ weight.T + bias).argmax(axis=1)
             result = AttackResult(
                 attack="attributes",
-                system="plaintext",
-                target=f"embedding of the {kind}"
-                if kind != "de-identified"
-                else ("embedding of the de-identified text"),
+                system=_WIRES.get(target, "plaintext"),
+                target=target,
                 metric=f"accuracy: {attribute}",
                 value=float((answers == values[train_rows:]).mean()),
                 samples=count,
                 chance=0.5,
             )
-            if kind == "de-identified" and taken_out:
-                results.append(at_chance(result, math.sqrt(0.25 / count)))
-            else:
-                results.append(above(result, 0.65))
+            if target in _WIRES or (target == _REPLACED and taken_out):
+                result = at_chance(result, math.sqrt(0.25 / count))
+            elif target in (_PLAIN, _REPLACED):
+                result = above(result, 0.65)
+            results.append(result)
     return results
+
+
+def _on_the_wire(wire: str, embeddings: _Array) -> _Array:
+    """What crosses it for each embedding, of norm one as embeddings are."""
+    if _WIRES[wire] == "veilhead":
+        manifest = HeadArtifact.from_weights(
+            np.ones((2, embeddings.shape[1])), None, ("a", "b"), name="attacked"
+        ).manifest
+        features = query_features(manifest, embeddings)
+    else:
+        features = naive.query_features(embeddings)
+    unit: _Array = features / np.linalg.norm(features, axis=1, keepdims=True)
+    return unit
 
 
 def run(*, short: bool) -> list[AttackResult]:
@@ -106,4 +144,4 @@ def run(*, short: bool) -> list[AttackResult]:
     data = embedded("icd10-chapters")
     own, attacked = (200, 100) if short else (1200, 600)
     phrases = data.dataset.train.texts[: own + attacked]
-    return infer(people(phrases, seed=6), backbone().embed, train_rows=own)
+    return infer(people(phrases, seed=6), backbone().embed, train_rows=own, wires=tuple(_WIRES))

@@ -208,6 +208,8 @@ def audit_claims(
                 ),
                 value=found.epsilon,
                 samples=found.canaries,
+                curve=name,
+                at=epsilon,
             )
             judge = at_most if train is honest else above
             results.append(judge(result, epsilon))

@@ -9,22 +9,36 @@ give (scores, labels), and how far a budget of queries lets a thief come.
     texts        embeddings of ordinary texts, solved by least squares
     log-ratio    the same, of an interface that returns probabilities: logits up to a constant
     label-only   the same, of one that returns labels: a head is trained on them
+
+A naive service on TenSEAL returns logits too: what it is asked costs a thief as much. The budget is
+that of a real service, over its HTTP interface, whose thief asks on until it is refused.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
+from veilhead import BatchError, BudgetExhaustedError, Client
+from veilhead.local import InProcessTransport
 from veilhead_benchmarks.attacks.data import embedded
 from veilhead_benchmarks.attacks.pair import Pair, random_head, relative_error
 from veilhead_benchmarks.attacks.results import AttackResult, above, at_most
+from veilhead_benchmarks.heads import Head
+from veilhead_benchmarks.peers.tenseal_batched import TensealBatchedExchange
+from veilhead_benchmarks.processes import add_tenants
 from veilhead_models.artifact import HeadArtifact
+from veilhead_protocol.policy import BudgetClause, PolicySection
+from veilhead_service.app import create_app
+from veilhead_service.model_store import SingleModel
+from veilhead_service.settings import Settings
 
 _Array = NDArray[np.float64]
 
@@ -37,6 +51,10 @@ _RIDGE: Final = 1e-6
 
 #: How much better than on plaintext logits the attacker may do on ours: nothing but luck.
 _LUCK: Final = 0.01
+
+
+#: Texts that the service of the full form answers in a month.
+BUDGET: Final = 200
 
 
 @dataclass(frozen=True)
@@ -120,7 +138,12 @@ def curves(
     victim = artifact.logits(held_out).argmax(axis=1)
     most = max(budgets)
     answers = pair.logits(texts[:most])  # asked once: an attacker with less has the first of them
-    basis = pair.logits(np.vstack([np.zeros(dimensions), np.eye(dimensions)]))
+    basis_rows = np.vstack([np.zeros(dimensions), np.eye(dimensions)])
+    basis = pair.logits(basis_rows)
+    naive = TensealBatchedExchange(Head(weight, artifact.bias))
+    asked = np.vstack([basis_rows, texts[:most]])
+    naive_answers = naive.decrypt(naive.evaluate(naive.encrypt(asked)))
+    naive_basis, naive_answers = np.split(naive_answers, [len(basis_rows)])
 
     def plaintext(rows: _Array) -> _Array:
         return artifact.logits(rows)
@@ -137,6 +160,8 @@ def curves(
             metric=metric,
             value=value,
             samples=len(held_out) if metric == _AGREEMENT else weight.size,
+            curve=attack,
+            at=count,
         )
 
     def judged(attack: str, count: int, theirs: Copy, ours: Copy) -> list[AttackResult]:
@@ -175,6 +200,22 @@ def curves(
             by_texts(plaintext, rows),
             by_texts(lambda rows: answers[: len(rows)], rows),
         )
+        for attack, stolen in (
+            ("basis", by_basis(lambda rows: naive_basis[: len(rows)], dimensions, columns)),
+            ("texts", by_texts(lambda rows: naive_answers[: len(rows)], rows)),
+        ):
+            found += [
+                result(
+                    attack,
+                    "tenseal-batched",
+                    count,
+                    _AGREEMENT,
+                    float(np.mean(stolen.labels(held_out) == victim)),
+                ),
+                result(
+                    attack, "tenseal-batched", count, _ERROR, relative_error(stolen.weight, weight)
+                ),
+            ]
         ratio = centred(by_texts(probabilities, rows))
         target = centred(Copy(weight, artifact.bias)).weight
         found += [
@@ -195,7 +236,54 @@ def curves(
     return found
 
 
+def within_a_budget(
+    artifact: HeadArtifact, texts: _Array, held_out: _Array, units: int
+) -> list[AttackResult]:
+    """What a thief gets of a service whose policy has a budget: it asks text by text.
+
+    Args:
+        artifact: the head to copy.
+        texts: embeddings [n, d] that it asks about, n above the budget.
+        held_out: embeddings that agreement is measured on.
+        units: the budget, in texts.
+    """
+    policy = PolicySection(query_budget=BudgetClause(units=units, period="month"))
+    answers: list[_Array] = []
+    with tempfile.TemporaryDirectory() as work:
+        directory, state = Path(work) / "artefact", Path(work) / "state"
+        replace(artifact, name="attacked", policy=policy).save(directory)
+        settings = Settings(workers=1, state_directory=state, access_log="off", tracing=False)
+        (api_key,) = add_tenants(state, 1)
+        app = create_app(settings, models=SingleModel(directory))
+        with Client(
+            "http://127.0.0.1", "attacked", api_key=api_key, transport=InProcessTransport(app)
+        ) as client:
+            try:
+                for row in texts:
+                    answers.append(client.logits(row[np.newaxis])[0])
+            except BatchError as error:
+                if not isinstance(error.errors[0], BudgetExhaustedError):
+                    raise
+    copy = by_texts(lambda _: np.array(answers), texts[: len(answers)])
+    plain = by_texts(artifact.logits, texts[:units])
+    victim = artifact.logits(held_out).argmax(axis=1)
+
+    def result(metric: str, value: float, samples: int) -> AttackResult:
+        target = f"texts, asked of a service with a budget of {units}"
+        return AttackResult(
+            "extraction", "veilhead", target, metric, value, samples, curve="budget", at=units
+        )
+
+    agreed = float(np.mean(copy.labels(held_out) == victim))
+    allowed = float(np.mean(plain.labels(held_out) == victim))
+    return [
+        at_most(result("answers before it refused", len(answers), len(texts)), units),
+        at_most(result(_WITH_BUDGET, agreed, len(held_out)), allowed + _LUCK),
+    ]
+
+
 _AGREEMENT: Final = "share of held-out texts labelled alike"
+_WITH_BUDGET: Final = "share, with a budget, of held-out texts labelled alike"
 _ERROR: Final = "relative error of the weights"
 
 
@@ -204,7 +292,9 @@ def run(*, short: bool) -> list[AttackResult]:
     if short:
         rows = np.random.default_rng(3).normal(size=(600, 24))
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        results = curves(random_head(4, 24), rows[:100], rows[100:], (5, 25, 100))
+        head = random_head(4, 24)
+        results = curves(head, rows[:100], rows[100:], (5, 25, 100))
+        results += within_a_budget(head, rows[:30], rows[100:], 10)
         return _with_controls(results, full=100)
     data = embedded("icd10-chapters")
     fitted = LogisticRegression(C=2.0, max_iter=2000).fit(data.train, data.dataset.train.targets)
@@ -215,6 +305,7 @@ def run(*, short: bool) -> list[AttackResult]:
     held_out, texts = data.test[order[:1000]], data.train
     texts = texts[np.random.default_rng(4).permutation(len(texts))]
     results = curves(artifact, texts, held_out, (10, 50, 100, 200, 400, 800, 1600))
+    results += within_a_budget(artifact, texts[: BUDGET + 50], held_out, BUDGET)
     return _with_controls(results, full=1600)
 
 

@@ -6,6 +6,8 @@ Both are given a vector for each text: its embedding, its embedding with noise, 
 cross the wire. Decoder and retrieval of residues go through a map that is learnt from pairs of
 query and embedding, as a service with its own texts could make them.
 
+A naive service on TenSEAL is asked the same: its wire is encrypted too, and tells as little.
+
 The same attackers are given the residues of the query *before encryption*, through the same pipe:
 were they blind to residues, they would fail there too.
 """
@@ -22,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veilhead.session import Session
+from veilhead_benchmarks.attacks import naive
 from veilhead_benchmarks.attacks.data import embedded
-from veilhead_benchmarks.attacks.results import AttackResult, above, at_chance
+from veilhead_benchmarks.attacks.results import AttackResult, above, at_chance, at_chance_count
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol import seal_io
 from veilhead_protocol.manifest import Manifest
@@ -165,6 +168,7 @@ def invert(
     *,
     train_rows: int,
     parameters: str = "compact",
+    naive_service: bool = True,
 ) -> list[AttackResult]:
     """Both attackers on every kind of vector.
 
@@ -173,12 +177,13 @@ def invert(
         embeddings: [texts, d].
         train_rows: texts that the maps are learnt from.
         parameters: the parameter set of the queries.
+        naive_service: whether queries of a naive service on TenSEAL are among the vectors.
     """
     words, _ = bag_of_words(texts, WORDS)
     manifest = HeadArtifact.from_weights(
         np.ones((2, embeddings.shape[1])), None, ("a", "b"), name="attacked", parameters=parameters
     ).manifest
-    wire = f"query bytes ({parameters})"
+    wires = {f"query bytes ({parameters})": "veilhead"}
     kinds = {
         "embedding": embeddings,
         **{
@@ -186,8 +191,11 @@ def invert(
             for ratio in NOISE
         },
         "query before encryption": unencrypted_features(manifest, embeddings),
-        wire: query_features(manifest, embeddings),
+        f"query bytes ({parameters})": query_features(manifest, embeddings),
     }
+    if naive_service:
+        wires["query bytes (TenSEAL mm)"] = "tenseal-mm"
+        kinds["query bytes (TenSEAL mm)"] = naive.query_features(embeddings)
     known, attacked = slice(0, train_rows), slice(train_rows, len(texts))
     count = len(texts) - train_rows
     # What no attacked text says, or every one, tells nothing.
@@ -209,7 +217,7 @@ def invert(
         def result(metric: str, value: float, chance: float, target: str = target) -> AttackResult:
             return AttackResult(
                 attack="inversion",
-                system="veilhead" if target == wire else "plaintext",
+                system=wires.get(target, "plaintext"),
                 target=target,
                 metric=metric,
                 value=value,
@@ -219,9 +227,9 @@ def invert(
 
         decoded = result("decoder: mean AUC of words", auc, 0.5)
         named = result(f"retrieval among {count}: top 1", found, 1 / count)
-        if target == wire:
+        if target in wires:
             decoded = at_chance(decoded, word_auc_deviation(scores, truths))
-            named = at_chance(named, math.sqrt(1 / count / count))
+            named = at_chance_count(named)
         elif target in ("embedding", "query before encryption"):
             decoded, named = above(decoded, 0.7), above(named, 0.5)
         results += [decoded, named]

@@ -6,22 +6,20 @@ to succeed and does not is as much of a failure as a protection that does not ho
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, cast
 
 from rich.table import Table
 
 from veilhead_benchmarks.console import wide_console
+from veilhead_benchmarks.rows import Results, Row, System, environment
 
 #: Deviations that a figure may be away from chance and still be at it: one in 15,000 is further.
 AT_CHANCE_DEVIATIONS: Final = 4.0
+
+_VERSIONS: Final = ("veilhead", "tenseal", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,8 @@ class AttackResult:
 
     Attributes:
         attack: its name.
-        system: `plaintext` where nothing protects, `veilhead` for what this project gives out.
+        system: `plaintext` where nothing protects, `veilhead` for what this project gives out, or
+            a peer.
         target: what was attacked.
         metric: what `value` is.
         value: the figure.
@@ -38,6 +37,8 @@ class AttackResult:
         chance: what guessing gives; None where that means nothing.
         expected: what should be so: `above 0.9`, `at chance`; empty where there is no promise.
         holds: whether it is so; None where there is no promise.
+        curve: the curve that the figure is a point of; empty where it is none.
+        at: where on it: queries, edited words, a claimed epsilon.
     """
 
     attack: str
@@ -49,21 +50,21 @@ class AttackResult:
     chance: float | None = None
     expected: str = ""
     holds: bool | None = None
+    curve: str = ""
+    at: float | None = None
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         """The figure as a row of the benchmarks' form; docs/benchmarks.md describes the fields."""
-        unmeasured = dict.fromkeys(
-            ("d", "classes", "batch", "server_ms", "encrypt_ms", "decrypt_ms", "total_ms",
-             "bytes_keys", "bytes_up", "bytes_down", "max_error")
-        )  # fmt: skip
         promise = f", expected {self.expected}: {self.holds}" if self.expected else ""
-        return {
-            "subject": f"attack-{self.attack}",
-            "system": self.system,
-            "parameters": f"{self.target}, {self.metric}",
-            **unmeasured,
-            "note": f"{self.value:.4g} over {self.samples}{promise}",
-        }
+        return Row(
+            subject=f"attack-{self.attack}",
+            system=cast("System", self.system),  # whoever reads the file checks it
+            parameters=f"{self.target}, {self.metric}",
+            d=None,
+            classes=None,
+            batch=None,
+            note=f"{self.value:.4g} over {self.samples}{promise}",
+        )
 
 
 def above(result: AttackResult, bound: float) -> AttackResult:
@@ -74,6 +75,23 @@ def above(result: AttackResult, bound: float) -> AttackResult:
 def at_most(result: AttackResult, bound: float) -> AttackResult:
     """The result, expected to be no more than a bound."""
     return _judged(result, f"at most {bound:.4g}", result.value <= bound)
+
+
+def at_chance_count(result: AttackResult) -> AttackResult:
+    """The result, a share of `samples`, expected where chance alone leaves it as often.
+
+    For shares near zero, where counts are few and no normal distribution fits.
+    """
+    from scipy.stats import binom, norm
+
+    if result.chance is None:
+        raise ValueError("a result without a chance cannot be at it")
+    tail = norm.sf(AT_CHANCE_DEVIATIONS)
+    low = binom.ppf(tail, result.samples, result.chance) / result.samples
+    high = binom.isf(tail, result.samples, result.chance) / result.samples
+    return _judged(
+        result, f"{result.chance:.4g}, {low:.3g} to {high:.3g}", low <= result.value <= high
+    )
 
 
 def at_chance(result: AttackResult, deviation: float) -> AttackResult:
@@ -88,26 +106,42 @@ def at_chance(result: AttackResult, deviation: float) -> AttackResult:
     )
 
 
+def contains_chance(result: AttackResult, interval: tuple[float, float]) -> AttackResult:
+    """The result, expected to have chance within the interval that goes with it."""
+    if result.chance is None:
+        raise ValueError("a result without a chance cannot be at it")
+    low, high = interval
+    return _judged(
+        result,
+        f"{result.chance:.4g} within {low:.2g} to {high:.2g}, its 95 % interval",
+        low <= result.chance <= high,
+    )
+
+
+def not_above(result: AttackResult, interval: tuple[float, float], bound: float) -> AttackResult:
+    """The result, expected to have no interval that is above a bound as a whole."""
+    low, high = interval
+    return _judged(
+        result,
+        f"at most {bound:.4g}, as far as {low:.2g} to {high:.2g} tells, its 95 % interval",
+        low <= bound,
+    )
+
+
 def _judged(result: AttackResult, expected: str, holds: bool) -> AttackResult:
-    return AttackResult(**asdict(result) | {"expected": expected, "holds": bool(holds)})
+    return replace(result, expected=expected, holds=bool(holds))
 
 
-def write_results(results: Sequence[AttackResult], out: Path) -> None:
-    """Write the file: environment, rows of the benchmarks' form, and the figures themselves."""
-    document = {
-        "environment": {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "system": platform.system(),
-            "cores": os.cpu_count(),
-            "versions": {name: version(name) for name in ("veilhead", "numpy", "scikit-learn")},
-        },
-        "rows": [result.row() for result in results],
-        "attacks": [asdict(result) for result in results],
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+def write_results(results: Sequence[AttackResult], out: Path, seconds: Mapping[str, float]) -> None:
+    """Write the file: environment, rows of the benchmarks' form, and the figures themselves.
+
+    `seconds` is how long each attack took.
+    """
+    Results(
+        environment(_VERSIONS) | {"seconds": dict(seconds)},
+        tuple(result.row() for result in results),
+        {"attacks": [asdict(result) for result in results]},
+    ).save(out)
 
 
 def print_results(results: Sequence[AttackResult]) -> None:

@@ -48,11 +48,13 @@ def run_attacks(name: str | None, *, short: bool, out: Path) -> bool:
     console = wide_console()
     chosen = dict(ATTACKS) if name is None else {name: ATTACKS[name]}
     results: list[AttackResult] = []
+    seconds: dict[str, float] = {}
     for attack, run in chosen.items():
         started = time.monotonic()
         results += run(short=short)
-        console.print(f"{attack}: {time.monotonic() - started:.0f} s", highlight=False)
-    write_results(results, out)
+        seconds[attack] = round(time.monotonic() - started, 1)
+        console.print(f"{attack}: {seconds[attack]:.0f} s", highlight=False)
+    write_results(results, out, seconds)
     print_results(results)
     console.print(f"results in {out}", highlight=False)
     return all(result.holds is not False for result in results)

@@ -4,6 +4,9 @@ Under TLS an observer sees how many bytes go each way and when. The lengths of r
 the model and from the number of texts, and from nothing else: not from a text, an embedding or an
 answer. The time between requests holds the time that the backbone took, which grows with the text.
 
+TenSEAL compresses what it sends, so that no two queries of a naive service are of one length; these
+lengths are those of random numbers and tell nothing of what is in them.
+
 `Client(pad_batches=True)` sends rows of zeros until the number of texts is a power of two. Against
 timing there is no option but to embed first and send afterwards (`Client.embed`, then
 `Client.logits`).
@@ -11,6 +14,7 @@ timing there is no option but to embed first and send afterwards (`Client.embed`
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
@@ -20,9 +24,10 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from veilhead.session import Session
+from veilhead_benchmarks.attacks import naive
 from veilhead_benchmarks.attacks.data import backbone
 from veilhead_benchmarks.attacks.pair import Pair, random_head
-from veilhead_benchmarks.attacks.results import AttackResult, above, at_most
+from veilhead_benchmarks.attacks.results import AttackResult, above, at_chance, at_most
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol.wire import QueryMessage, ReplyMessage
 
@@ -67,6 +72,19 @@ def _lengths_told(ask: Callable[[str], object], rounds: int) -> float:
     return float(roc_auc_score(truth, seconds))
 
 
+def naive_lengths(rounds: int) -> AttackResult:
+    """Telling an embedding of zeros from another by the length of a naive service's query."""
+    kinds = np.zeros(384), np.eye(384)[0]
+    lengths = [len(naive.query(kind)) for _ in range(rounds) for kind in kinds]
+    told = float(roc_auc_score([0, 1] * rounds, lengths))
+    result = AttackResult(
+        "traffic", "tenseal-mm", "an embedding of zeros, from lengths",
+        "AUC", told, 2 * rounds, chance=0.5,
+    )  # fmt: skip
+    # The deviation of the area where nothing can be told, by Mann and Whitney.
+    return at_chance(result, math.sqrt((2 * rounds + 1) / (12 * rounds**2)))
+
+
 def run(*, short: bool) -> list[AttackResult]:
     """Sizes of calls of 1 to 256 texts, of eight heads, and times of the backbone."""
     heads = [
@@ -102,6 +120,7 @@ def run(*, short: bool) -> list[AttackResult]:
             ),
             1,
         ),
+        naive_lengths(asked_rows),
     ]
     if not short:
         model = backbone()

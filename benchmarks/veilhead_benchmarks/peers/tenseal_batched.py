@@ -42,7 +42,7 @@ class TensealBatchedExchange:
         keys = self._context.serialize(save_secret_key=False, save_galois_keys=False)
         self.bytes_keys = len(keys)
         # The vendor: the head in plaintext, and the public context.
-        self._public: Any = tenseal.context_from(keys, n_threads=1)
+        self.public: Any = tenseal.context_from(keys, n_threads=1)
         self._weight = tenseal.plain_tensor(head.weight.T.tolist())
         self._bias = tenseal.plain_tensor(head.bias.tolist())
 
@@ -57,7 +57,7 @@ class TensealBatchedExchange:
     def evaluate(self, requests: Messages) -> Messages:
         """One encrypted tensor [batch, C]."""
         (request,) = requests
-        tensor = tenseal.ckks_tensor_from(self._public, request)
+        tensor = tenseal.ckks_tensor_from(self.public, request)
         return ((tensor.mm(self._weight) + self._bias).serialize(),)
 
     def decrypt(self, replies: Messages) -> NDArray[np.float64]:

@@ -1,0 +1,140 @@
+"""Connections to the service, by aiohttp.
+
+httpx2's own connections parse HTTP in Python, which takes longer than the encryption of a query.
+aiohttp's are compiled, and send a small request in one piece. They stand behind httpx2's interface,
+so that a client may be given any other transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+from urllib.request import getproxies, proxy_bypass
+
+import httpx2
+
+from veilhead_protocol.loopback import is_loopback
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import aiohttp
+
+#: Less than the five seconds after which uvicorn closes an idle connection.
+_IDLE_SECONDS: Final = 4.0
+
+#: Nothing is sent that was not asked for.
+_AUTOMATIC_HEADERS: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+
+
+class Connections(httpx2.AsyncBaseTransport):
+    """At most so many connections to one service; as a context manager they are kept meanwhile."""
+
+    def __init__(self, url: httpx2.URL, *, limit: int) -> None:
+        self._limit = limit
+        self._proxy = _proxy_of(url)
+        # Of certificates, and of where their authorities come from, httpx2 decides.
+        self._tls = httpx2.create_ssl_context() if url.scheme == "https" else None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        import aiohttp
+
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=self._limit, keepalive_timeout=_IDLE_SECONDS, ssl=self._tls or True
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=_AUTOMATIC_HEADERS,
+            auto_decompress=False,
+            trust_env=False,  # it would take a password from ~/.netrc
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send a request whose body is there, and return the response, its body unread.
+
+        Raises:
+            httpx2.TransportError: one of its kinds, when there is no response.
+        """
+        import aiohttp
+        import yarl
+
+        if self._session is None:
+            raise RuntimeError("the connections are not open: use them in `async with`")
+        seconds = request.extensions["timeout"]
+        with _translated():
+            response = await self._session.request(
+                request.method,
+                yarl.URL(str(request.url), encoded=True),
+                headers=request.headers.multi_items(),
+                data=request.content or None,
+                allow_redirects=False,
+                proxy=self._proxy,
+                timeout=aiohttp.ClientTimeout(
+                    connect=seconds["pool"],
+                    sock_connect=seconds["connect"],
+                    sock_read=seconds["read"],
+                ),
+            )
+        return httpx2.Response(
+            response.status, headers=response.raw_headers, stream=_Body(response), request=request
+        )
+
+
+class _Body(httpx2.AsyncByteStream):
+    """The body of a response, as it arrives."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        with _translated():
+            async for piece in self._response.content.iter_any():
+                yield piece
+
+    async def aclose(self) -> None:
+        # A connection whose response was not read to its end is closed, any other one kept.
+        self._response.release()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """aiohttp's errors as those of httpx2."""
+    import aiohttp
+
+    try:
+        yield
+    except aiohttp.ConnectionTimeoutError as error:
+        raise httpx2.ConnectTimeout(str(error)) from error
+    except TimeoutError as error:
+        raise httpx2.ReadTimeout(str(error)) from error
+    except aiohttp.ClientConnectorError as error:
+        raise httpx2.ConnectError(str(error)) from error
+    except (aiohttp.ClientHttpProxyError, aiohttp.ClientProxyConnectionError) as error:
+        raise httpx2.ProxyError(str(error)) from error
+    except aiohttp.ClientOSError as error:
+        raise httpx2.ReadError(str(error)) from error
+    except aiohttp.ClientError as error:
+        raise httpx2.RemoteProtocolError(str(error)) from error
+
+
+def _proxy_of(url: httpx2.URL) -> str | None:
+    """The proxy that the environment names for a URL, as `HTTPS_PROXY` and `NO_PROXY` do."""
+    # One for loopback would carry what is for this machine off it.
+    if is_loopback(url.host) or proxy_bypass(url.host):
+        return None
+    proxies = getproxies()
+    found = proxies.get(url.scheme) or proxies.get("all")
+    return found if found is None or "://" in found else f"http://{found}"

@@ -3,8 +3,8 @@
 The vendor trains a head that tags e-mail addresses, phone numbers, card numbers and dates of birth.
 It does so without privacy, and with differential privacy at epsilon 4 and 1 for whole records. The
 records are generated and point at nobody: they show what the noise costs, not what a head finds in
-real notes. Heads are judged by values that they were not trained on, in sentences of the same kinds.
-In other sentences they find much less (docs/privacy.md).
+real notes. Heads are judged by values that they were not trained on, in sentences of the same
+kinds. In other sentences they find much less (docs/privacy.md).
 
 Run it with `python examples/pii_tags.py`.
 """

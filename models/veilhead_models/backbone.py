@@ -404,7 +404,10 @@ def token_backbone(directory: str | Path, section: BackboneSection) -> tuple[Pat
             view, local_files_only=True, trust_remote_code=False
         )
         split = _last_of_token_classifier(section.name, config)
-        config.num_hidden_layers = max(1, config.num_hidden_layers // 2)
+        layers = max(1, config.num_hidden_layers // 2)
+        if getattr(config, "layer_types", None):  # one of each layer, where they differ
+            config.layer_types = config.layer_types[:layers]
+        config.num_hidden_layers = layers
         made = Path(staging) / "made"
         with quiet():
             transformers.AutoModel.from_pretrained(

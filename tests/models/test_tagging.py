@@ -53,18 +53,25 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VEILHEAD_CACHE", str(tmp_path / "cache"))
 
 
+def save_encoder(directory: Path, architecture: str) -> Path:
+    """An encoder of four layers with random weights."""
+    # DistilBERT has another word for it.
+    save_checkpoint(directory / "classifier", architecture, num_hidden_layers=4, n_layers=4)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+        directory / "classifier"
+    )
+    classifier.base_model.save_pretrained(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "classifier")
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 class TestBackbone:
     def test_its_embeddings_are_the_states_after_half_of_the_layers(self, tmp_path: Path) -> None:
-        save_checkpoint(tmp_path / "texts", "Bert", num_hidden_layers=4)
-        encoder = transformers.AutoModelForSequenceClassification.from_pretrained(
-            tmp_path / "texts"
-        ).bert.eval()
-        encoder.save_pretrained(tmp_path / "encoder")
-        transformers.AutoTokenizer.from_pretrained(tmp_path / "texts").save_pretrained(
-            tmp_path / "encoder"
-        )
-        whole = describe(tmp_path / "encoder")
-        directory, section = token_backbone(tmp_path / "encoder", whole)
+        source = save_encoder(tmp_path / "encoder", "Bert")
+        encoder = transformers.AutoModel.from_pretrained(source).eval()
+        whole = describe(source)
+        directory, section = token_backbone(source, whole)
         assert (section.pooling, section.split, section.normalise) == (
             "tokens",
             "classifier",
@@ -79,6 +86,23 @@ class TestBackbone:
             states = encoder(**inputs, output_hidden_states=True).hidden_states
         assert len(states) == 5
         np.testing.assert_allclose(window.embeddings, states[2][0, 1:-1].numpy(), atol=1e-5)
+
+    @pytest.mark.parametrize("architecture", ["DistilBert", "Roberta", "MPNet", "Llama"])
+    def test_encoders_of_many_architectures_can_be_halved(
+        self, architecture: str, tmp_path: Path
+    ) -> None:
+        source = save_encoder(tmp_path / "encoder", architecture)
+        directory, section = token_backbone(source, describe(source))
+        backbone = Backbone.load(directory, section, device="cpu")
+        [[window]] = backbone.embed_tokens(["Anna in Oslo"])
+        assert window.embeddings.shape == (3, 16)
+        assert section.public_parameters < describe(source).public_parameters
+
+    def test_a_classifier_with_layers_of_its_own_is_refused(self, tmp_path: Path) -> None:
+        source = save_encoder(tmp_path / "encoder", "ModernBert")
+        directory, section = token_backbone(source, describe(source))
+        with pytest.raises(BackboneError, match="lack 2 of the tensors"):
+            Backbone.load(directory, section, device="cpu")
 
     def test_the_same_encoder_gives_the_same_files(self, tiny_directory: Path) -> None:
         first, one = token_backbone(tiny_directory, describe(tiny_directory))

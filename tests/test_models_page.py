@@ -15,6 +15,7 @@ from support.checkpoints import TEXTS, save_checkpoint
 from typer.testing import CliRunner
 
 from veilhead_models.hf_import import import_hf
+from veilhead_models.records import read_records
 from veilhead_service.cli import app
 
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text("utf-8")
@@ -32,6 +33,14 @@ def run(name, directory):
 
 def test_every_python_example_is_run():
     assert PAGE.count("```python") == len(EXAMPLES) == 3
+
+
+def test_the_record_that_is_shown_is_one(tmp_path):
+    (shown,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "notes.jsonl").write_text(shown)
+    (record,) = read_records(tmp_path / "notes.jsonl")
+    marked = [(record.text[one.start : one.end], one.label) for one in record.entities]
+    assert marked == [("ada@example.com", "EMAIL"), ("555-0143", "PHONE")]
 
 
 def test_the_import_example(tmp_path):

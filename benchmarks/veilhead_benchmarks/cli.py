@@ -201,6 +201,39 @@ def deidentify(
     )
 
 
+@app.command("records")
+def generated_records(
+    out: Annotated[Path, typer.Argument(help="The .jsonl file to write.")],
+    count: Annotated[int, typer.Option(min=1, help="How many records.")] = 5_000,
+    seed: Annotated[int, typer.Option(help="What the records follow from.")] = 1,
+) -> None:
+    """Write generated records with marked values, which a token head can be trained on.
+
+    Example: veilhead-bench records pii.jsonl; veilhead-server train pii.jsonl --task
+    token-classification --out artifacts/pii
+    """
+    from veilhead_benchmarks.pii_tags import tagged_records
+    from veilhead_models.records import write_records
+
+    write_records(out, tagged_records(count, seed))
+    typer.echo(f"{count} records in {out}")
+
+
+@app.command("pii-tags")
+def pii_tags(
+    train: Annotated[int, typer.Option(min=1, help="Records to train on.")] = 3_000,
+    test: Annotated[int, typer.Option(min=1, help="Records to judge by, of each kind.")] = 300,
+    runs: Annotated[int, typer.Option(min=1, help="Private runs for each epsilon.")] = 3,
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
+        "benchmarks/results/pii-tags.json"
+    ),
+) -> None:
+    """Measure what token heads find of values in records, trained privately and not."""
+    from veilhead_benchmarks.pii_tags import run_pii_tags
+
+    run_pii_tags(train=train, test=test, runs=runs, out=out)
+
+
 @app.command()
 def attack(
     name: Annotated[str | None, typer.Argument(help="One attack; all when it is absent.")] = None,

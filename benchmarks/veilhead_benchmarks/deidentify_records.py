@@ -37,15 +37,27 @@ class Record:
     truths: tuple[Truth, ...]
 
 
-def records(count: int, seed: int = 1) -> Iterator[Record]:
-    """So many records; the same ones for the same seed."""
+def records(
+    count: int, seed: int = 1, *, unseen: bool | None = None, kinds: Sequence[str] | None = None
+) -> Iterator[Record]:
+    """So many records; the same ones for the same seed.
+
+    Args:
+        count: how many.
+        seed: what they follow from.
+        unseen: with True, of every third sentence alone, and with False of the others, so that
+            the two have no sentence in common; of all when it is None.
+        kinds: kinds of values, of `KINDS`; all when it is None.
+    """
     generator = random.Random(seed)  # noqa: S311  (not a secret)
-    kinds = list(_VALUES)
+    kinds = list(_VALUES) if kinds is None else list(kinds)
+    others = _part((*_FILLERS, *_NEAR_MISSES), unseen)
     for number in range(count):
         # Every kind comes up as often as any other, beside others.
         chosen = [kinds[number % len(kinds)], *generator.sample(kinds, generator.randint(0, 2))]
-        sentences: list[tuple[str, Truth | None]] = [_sentence(generator, kind) for kind in chosen]
-        others = (*_FILLERS, *_NEAR_MISSES)
+        sentences: list[tuple[str, Truth | None]] = [
+            _sentence(generator, kind, unseen) for kind in chosen
+        ]
         for _ in range(generator.randint(2, 4)):
             sentences.append((_filled(generator, generator.choice(others)), None))
         generator.shuffle(sentences)
@@ -70,9 +82,17 @@ def _joined(sentences: Sequence[tuple[str, Truth | None]]) -> Record:
     return Record(text, tuple(truths))
 
 
-def _sentence(generator: random.Random, kind: str) -> tuple[str, Truth]:
+def _part(sentences: Sequence[str], unseen: bool | None) -> Sequence[str]:
+    """Every third sentence, the others, or all."""
+    if unseen is None:
+        return sentences
+    return [sentence for place, sentence in enumerate(sentences) if (place % 3 == 2) == unseen]
+
+
+def _sentence(generator: random.Random, kind: str, unseen: bool | None) -> tuple[str, Truth]:
     """A sentence with a value of this kind, and where in it the value stands."""
     frames, writers = _VALUES[kind]
+    frames = _part(frames, unseen)
     weights = [weight for _, weight in writers]
     ((writer, _),) = generator.choices(writers, weights)
     value = writer(generator)
@@ -519,6 +539,9 @@ _VALUES: Final[Mapping[str, tuple[Sequence[str], Sequence[tuple[_Writer, float]]
         ((_record_number, 0.9), (_spaced_record_number, 0.1)),
     ),
 }
+
+#: The kinds of values.
+KINDS: Final = tuple(_VALUES)
 
 _PARTS: Final[Mapping[str, _Writer]] = {
     "name": _name,

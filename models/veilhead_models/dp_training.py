@@ -21,12 +21,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from veilhead_models.privacy import PrivacyBudget, PrivacyStatement, Release, missing_package
+from veilhead_models.privacy import (
+    PrivacyBudget,
+    PrivacyStatement,
+    Release,
+    Unit,
+    missing_package,
+)
 from veilhead_protocol.errors import DatasetError
 from veilhead_protocol.scales import project
 
@@ -51,13 +57,14 @@ COUNT_SHARE: Final = 0.1
 #: Bits after the point of embeddings, of residuals, and of parameters where logits are computed.
 #: A sum of `_CHUNK` products of the first two stays below 2^53, where 64-bit floats are exact
 #: integers; so does a logit, as long as parameters are bounded.
-_FEATURE_BITS: Final = 20
-_RESIDUAL_BITS: Final = 16
+FEATURE_BITS: Final = 20
+RESIDUAL_BITS: Final = 16
 _PARAMETER_BITS: Final = 16
 _LARGEST_PARAMETER: Final = 64.0
 _CHUNK: Final = 2**15
 
-_GRID: Final = 2.0 ** (_FEATURE_BITS + _RESIDUAL_BITS)
+#: What a sum counts in: one is this many.
+GRID: Final = 2.0 ** (FEATURE_BITS + RESIDUAL_BITS)
 
 #: Makes noise: standard deviation and number of values in, integers out.
 Noise = Callable[[float, int], NDArray[np.int64]]
@@ -79,6 +86,46 @@ class PrivateFit:
 
     def __repr__(self) -> str:
         return f"PrivateFit(epsilon={self.statement.epsilon:g}, delta={self.statement.delta:g})"
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How noised sums become a head. It sees nothing else, and costs no privacy.
+
+    Attributes:
+        step_per_class: the step by number of classes, ...
+        logit_noise: ... unless noise of a larger standard deviation than this would be in a logit.
+        momentum: share of a step that the next one repeats.
+        averaged: last steps whose parameters are averaged.
+    """
+
+    step_per_class: float = STEP_PER_CLASS
+    logit_noise: float = LOGIT_NOISE
+    momentum: float = 0.0
+    averaged: int = 1
+
+
+class GradientSums(Protocol):
+    """Sums of clipped gradients as exact integers, whose units are 1 by `GRID`.
+
+    One unit of privacy changes a sum by at most `clip_norm` in Euclidean norm, whatever the
+    parameters are.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(C, d + 1): of the parameters and of a sum; the last column is the bias's."""
+
+    @property
+    def count(self) -> int:
+        """How many units of privacy there are: private."""
+
+    @property
+    def clip_norm(self) -> float:
+        """Largest Euclidean norm of what one unit adds."""
+
+    def at(self, parameters: NDArray[np.float64]) -> NDArray[np.int64]:
+        """The sum [C, d + 1] at parameters [C, d + 1]."""
 
 
 def discrete_gaussian(scale: float, count: int) -> NDArray[np.int64]:
@@ -120,62 +167,132 @@ def fit_private_head(
         PrivacyError: when the accounts do not agree with the budget.
         ModelError: when OpenDP or dp-accounting is not installed.
     """
-    noise = discrete_gaussian if insecure_noise is None else insecure_noise
     if not np.isfinite(embeddings).all():
         raise DatasetError("an embedding holds NaN or infinity, expected finite numbers")
+    return descend(ClippedSums(embeddings, targets, classes), budget, insecure_noise=insecure_noise)
+
+
+def descend(
+    sums: GradientSums,
+    budget: PrivacyBudget,
+    *,
+    descent: Descent | None = None,
+    unit: Unit = "row",
+    insecure_noise: Noise | None = None,
+) -> PrivateFit:
+    """The head that noised steps along these sums lead to, from zeros.
+
+    Args:
+        sums: of clipped gradients, one for each unit of privacy.
+        budget: as in `fit_private_head`.
+        descent: how to go along them; `Descent()` when it is None.
+        unit: what a unit of privacy is.
+        insecure_noise: as in `fit_private_head`.
+
+    Raises:
+        PrivacyError: when the accounts do not agree with the budget.
+        ModelError: when OpenDP or dp-accounting is not installed.
+    """
+    noise = discrete_gaussian if insecure_noise is None else insecure_noise
+    descent = Descent() if descent is None else descent
     count = Release(1 / (COUNT_SHARE * budget.mu))
     step = Release(math.sqrt(STEPS / (1 - COUNT_SHARE**2)) / budget.mu, STEPS)
     # Before the noise is drawn: a run that breaks its budget must not end in a head.
-    statement = PrivacyStatement.of_run(budget, steps=step, count=count, clip_norm=CLIP_NORM)
-    sums = ClippedSums(embeddings, targets, classes)
-    rows = max(1.0, len(targets) + noise(count.noise_multiplier * _GRID, 1)[0] / _GRID)
-    rate = step_size(classes, rows, budget.mu)
+    statement = PrivacyStatement.of_run(
+        budget, steps=step, count=count, clip_norm=sums.clip_norm, unit=unit
+    )
+    units = max(1.0, sums.count + noise(count.noise_multiplier * GRID, 1)[0] / GRID)
+    rate = step_size(
+        sums.shape[0],
+        units,
+        budget.mu,
+        clip_norm=sums.clip_norm,
+        step_per_class=descent.step_per_class,
+        logit_noise=descent.logit_noise,
+    )
     parameters = np.zeros(sums.shape)  # [C, d + 1]
-    scale = step.noise_multiplier * CLIP_NORM * _GRID
-    for _ in range(STEPS):
+    direction, mean = np.zeros(sums.shape), np.zeros(sums.shape)  # [C, d + 1] each
+    scale = step.noise_multiplier * sums.clip_norm * GRID
+    for number in range(STEPS):
         noised = sums.at(parameters) + noise(scale, parameters.size).reshape(sums.shape)
-        parameters -= rate / rows * (noised / _GRID)
+        direction = descent.momentum * direction + (1 - descent.momentum) * (noised / GRID)
+        parameters -= rate / units * direction
+        if number >= STEPS - descent.averaged:
+            mean += parameters / descent.averaged
     return PrivateFit(
-        weight=parameters[:, :-1].copy(),
-        bias=parameters[:, -1] * BIAS_INPUT,
+        weight=mean[:, :-1].copy(),
+        bias=mean[:, -1] * BIAS_INPUT,
         statement=statement,
     )
 
 
-def step_size(classes: int, rows: float, mu: float) -> float:
-    """The step, by public figures and the noised number of rows.
+def step_size(
+    classes: int,
+    units: float,
+    mu: float,
+    *,
+    clip_norm: float = CLIP_NORM,
+    step_per_class: float = STEP_PER_CLASS,
+    logit_noise: float = LOGIT_NOISE,
+) -> float:
+    """The step, by public figures and the noised number of units of privacy.
 
     After all steps, the noise in a weight has the standard deviation steps * step * clip norm /
-    (mu * rows), and so has the one in the logit of an embedding of norm one.
+    (mu * units), and so has the one in the logit of an embedding of norm one.
     """
-    return min(STEP_PER_CLASS * classes, LOGIT_NOISE * mu * rows / (CLIP_NORM * STEPS))
+    return min(step_per_class * classes, logit_noise * mu * units / (clip_norm * STEPS))
+
+
+def grid_inputs(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Embeddings [rows, d] in the unit ball, and the bias's input: integers [rows, d + 1]."""
+    rows, dimensions = embeddings.shape
+    inputs = np.full((rows, dimensions + 1), BIAS_INPUT)  # [rows, d + 1]
+    inputs[:, :-1] = project(embeddings.astype(np.float64), 1.0)
+    return np.trunc(inputs * 2.0**FEATURE_BITS)
+
+
+def grid_parameters(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Parameters [C, d + 1], bounded, as integers: what logits are computed with."""
+    bounded = np.clip(parameters, -_LARGEST_PARAMETER, _LARGEST_PARAMETER)
+    return np.trunc(bounded * 2.0**_PARAMETER_BITS)
+
+
+def softmax_residuals(
+    inputs: NDArray[np.float64], parameters: NDArray[np.float64], targets: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """p - y [rows, C] of inputs [rows, d + 1] and parameters [C, d + 1], both integers."""
+    logits = (inputs @ parameters.T) / 2.0 ** (FEATURE_BITS + _PARAMETER_BITS)  # [rows, C]
+    logits -= logits.max(axis=1, keepdims=True)
+    residuals: NDArray[np.float64] = np.exp(logits)  # [rows, C]
+    residuals /= residuals.sum(axis=1, keepdims=True)
+    residuals[np.arange(len(targets)), targets] -= 1
+    return residuals
 
 
 class ClippedSums:
-    """Sums over rows of clipped gradients, as exact integers: units of 2^-36.
-
-    One row changes a sum by at most `CLIP_NORM` in Euclidean norm, whatever the parameters are.
+    """Sums over rows of clipped gradients: what `GradientSums` says, of rows.
 
     Attributes:
-        shape: (C, d + 1): of the parameters and of a sum; the last column is the bias's.
+        shape: (C, d + 1).
+        count: rows.
     """
+
+    clip_norm: Final = CLIP_NORM
 
     def __init__(
         self, embeddings: NDArray[np.float64], targets: NDArray[np.intp], classes: int
     ) -> None:
         rows, dimensions = embeddings.shape
         self.shape = (classes, dimensions + 1)
-        inputs = np.full((rows, dimensions + 1), BIAS_INPUT)  # [rows, d + 1]
-        inputs[:, :-1] = project(embeddings, 1.0)
-        self._inputs = np.trunc(inputs * 2.0**_FEATURE_BITS)  # [rows, d + 1], integers
+        self.count = rows
+        self._inputs = grid_inputs(embeddings)  # [rows, d + 1], integers
         self._squares = (self._inputs**2).sum(axis=1)  # [rows], exact: below 2^53
-        self._norms = np.sqrt(self._squares) / 2.0**_FEATURE_BITS  # [rows], at least the bias's
+        self._norms = np.sqrt(self._squares) / 2.0**FEATURE_BITS  # [rows], at least the bias's
         self._targets = targets
 
     def at(self, parameters: NDArray[np.float64]) -> NDArray[np.int64]:
         """The sum [C, d + 1] at parameters [C, d + 1]."""
-        bounded = np.clip(parameters, -_LARGEST_PARAMETER, _LARGEST_PARAMETER)
-        rounded = np.trunc(bounded * 2.0**_PARAMETER_BITS)  # [C, d + 1], integers
+        rounded = grid_parameters(parameters)  # [C, d + 1], integers
         total = np.zeros(self.shape, dtype=np.int64)
         for start in range(0, len(self._targets), _CHUNK):
             rows = slice(start, start + _CHUNK)
@@ -187,17 +304,13 @@ class ClippedSums:
     def _residuals(self, rows: slice, parameters: NDArray[np.float64]) -> NDArray[np.float64]:
         """p - y of a chunk of rows, clipped and rounded towards zero: [chunk, C], integers."""
         inputs, targets = self._inputs[rows], self._targets[rows]
-        logits = (inputs @ parameters.T) / 2.0 ** (_FEATURE_BITS + _PARAMETER_BITS)  # [chunk, C]
-        logits -= logits.max(axis=1, keepdims=True)
-        residuals = np.exp(logits)  # [chunk, C]
-        residuals /= residuals.sum(axis=1, keepdims=True)
-        residuals[np.arange(len(targets)), targets] -= 1
+        residuals = softmax_residuals(inputs, parameters, targets)  # [chunk, C]
         norms = np.linalg.norm(residuals, axis=1) * self._norms[rows]  # [chunk]
         clipped = np.minimum(1.0, CLIP_NORM / np.maximum(norms, CLIP_NORM))  # [chunk]
         # A little less, so that no rounding on the way here can exceed the clip norm ...
-        clipped *= 2.0**_RESIDUAL_BITS * (1 - 2.0**-30)
+        clipped *= 2.0**RESIDUAL_BITS * (1 - 2.0**-30)
         residuals = np.trunc(residuals * clipped[:, np.newaxis])
         # ... and checked on the integers themselves, which also drops what overflowed to NaN.
         squares = (residuals**2).sum(axis=1) * self._squares[rows]  # [chunk]
-        inside = squares <= (CLIP_NORM * _GRID) ** 2
+        inside = squares <= (CLIP_NORM * GRID) ** 2
         return np.where(inside[:, np.newaxis], residuals, 0.0)

@@ -11,10 +11,11 @@ the single steps. A run whose two accounts differ is refused.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from veilhead_protocol.errors import ModelError, PrivacyError
 
@@ -33,15 +34,19 @@ FEWEST_ROWS_PER_CLASS: Final = 10.0
 #: Noise is calibrated for a budget so much smaller, and both accounts must stay within the budget.
 _CALIBRATION_MARGIN: Final = 1e-5
 
-#: What the guarantee says nothing about.
-NOT_COVERED: Final = (
+#: What two neighbouring data sets differ by one of, and what that is.
+Unit = Literal["row", "record"]
+_UNITS: Final[Mapping[Unit, str]] = {"row": "row", "record": "record (all of its tokens)"}
+
+#: What the guarantee says nothing about; `unit` stands for what neighbours differ by.
+_NOT_COVERED: Final = (
     "the public backbone and what it was trained on",
     "the choice of the method and of its constants, which were fixed on public data",
     "the label set, which is taken as public",
     "the choice of data set and split, and how often training was run",
-    "the training report and the held-out rows, which stay with the vendor",
+    "the training report and the held-out {unit}s, which stay with the vendor",
     "texts that are sent for classification",
-    "several rows of one person: the guarantee is for one row",
+    "several {unit}s of one person: the guarantee is for one {unit}",
 )
 
 
@@ -131,7 +136,7 @@ class PrivacyStatement:
         unit: what they differ by.
         mechanism: what the noise is added to.
         accountants: epsilon by accountant.
-        clip_norm: largest Euclidean norm of a row's gradient.
+        clip_norm: largest Euclidean norm of a unit's gradient.
         noise_multiplier: of a step's noise, relative to `clip_norm`.
         steps: noised steps.
         not_covered: what the guarantee says nothing about.
@@ -146,13 +151,19 @@ class PrivacyStatement:
     clip_norm: float
     noise_multiplier: float
     steps: int
-    not_covered: tuple[str, ...] = NOT_COVERED
+    not_covered: tuple[str, ...]
 
     @classmethod
     def of_run(
-        cls, budget: PrivacyBudget, *, steps: Release, count: Release, clip_norm: float
+        cls,
+        budget: PrivacyBudget,
+        *,
+        steps: Release,
+        count: Release,
+        clip_norm: float,
+        unit: Unit = "row",
     ) -> PrivacyStatement:
-        """The statement of a run that noised its steps and its count of rows.
+        """The statement of a run that noised its steps and its count of rows, or other units.
 
         Raises:
             PrivacyError: when an account exceeds the budget.
@@ -174,15 +185,16 @@ class PrivacyStatement:
             epsilon=budget.epsilon,
             delta=budget.delta,
             adjacency=ADJACENCY,
-            unit="one row of the training split",
+            unit=f"one {_UNITS[unit]} of the training split",
             mechanism=(
-                "full-batch gradient descent: sums of clipped gradients, and the number of rows, "
-                "with discrete Gaussian noise"
+                "full-batch gradient descent: sums of clipped gradients, and the number of "
+                f"{unit}s, with discrete Gaussian noise"
             ),
             accountants=accountants,
             clip_norm=clip_norm,
             noise_multiplier=steps.noise_multiplier,
             steps=steps.times,
+            not_covered=tuple(item.format(unit=unit) for item in _NOT_COVERED),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -255,7 +255,7 @@ def train_head(
 
 
 def fit_head(
-    embeddings: NDArray[np.float64], targets: NDArray[np.intp], classes: int
+    embeddings: NDArray[np.floating[Any]], targets: NDArray[np.intp], classes: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Weight [C, d] and bias [C] of the head of embeddings [rows, d] in the unit ball.
 
@@ -314,13 +314,7 @@ def train_artifact(
         ManifestError: when labels or name are not what a manifest may hold, or the head would
             break the policy; the clause is named.
     """
-    # A head of zeros finds wrong labels, names and sets before the long work, not after it.
-    HeadArtifact.from_weights(
-        np.zeros((len(dataset.labels), 1)), None, dataset.labels, name=name, parameters=parameters
-    )
-    promised = None if privacy is None else {"epsilon": privacy.epsilon, "delta": privacy.delta}
-    for violation in (policy or PolicySection()).violations(parameters, {"privacy": promised}):
-        raise ManifestError(f"policy.{violation}")
+    check_promises(dataset.labels, name, parameters, privacy, policy)
     backbone = Backbone.load(backbone_directory, section, device=device)
     head = train_head(dataset, backbone, privacy=privacy, progress=progress)
     about: dict[str, Any] = {}
@@ -348,6 +342,28 @@ def train_artifact(
         about=about,
     )
     return artifact.with_backbone(Path(backbone_directory), section), head.report
+
+
+def check_promises(
+    labels: Sequence[str],
+    name: str | None,
+    parameters: str,
+    privacy: PrivacyBudget | None,
+    policy: PolicySection | None,
+) -> None:
+    """Refuse what no artefact could be made of, before the long work and not after it.
+
+    Raises:
+        ArtifactError: when the labels are wrong.
+        ParameterError: when there is no such parameter set.
+        ManifestError: as `train_artifact` does.
+    """
+    HeadArtifact.from_weights(  # a head of zeros
+        np.zeros((len(labels), 1)), None, labels, name=name, parameters=parameters
+    )
+    promised = None if privacy is None else {"epsilon": privacy.epsilon, "delta": privacy.delta}
+    for violation in (policy or PolicySection()).violations(parameters, {"privacy": promised}):
+        raise ManifestError(f"policy.{violation}")
 
 
 def _class_scores(

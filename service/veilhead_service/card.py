@@ -75,7 +75,7 @@ class CardSources:
 
     Attributes:
         manifest: the public manifest.
-        report: what `train` wrote as report.json.
+        report: what `train` wrote as report.json, for texts or for tokens.
         without_privacy: the report of a head that was trained the same way without privacy.
         attacks: the figures of `veilhead-bench attack`.
         fidelity: what was measured of the encrypted path.
@@ -182,6 +182,9 @@ def _quality(sources: CardSources) -> Iterator[str]:
     if report is None:
         yield "The vendor does not publish scores."
         return
+    if "entities" in report:
+        yield from _entity_quality(report, other)
+        return
     yield f"On {report['test_rows']} held-out rows:"
     yield ""
     heads = [("this head", report)]
@@ -247,6 +250,55 @@ def _quality(sources: CardSources) -> Iterator[str]:
             if one["rows"]
         ],
     )
+
+
+def _entity_quality(report: Mapping[str, Any], other: Mapping[str, Any] | None) -> Iterator[str]:
+    """What a token head finds, by kind of entity."""
+    yield f"Entities of {report['test_records']} held-out records, as clients would get them:"
+    yield ""
+    heads = [("this head", report)]
+    if other is not None:
+        heads.append(("without differential privacy", other))
+    sums = (
+        ("over all entities, place and kind right", "micro"),
+        ("mean over kinds, place and kind right", "macro"),
+        ("over all entities, kind right and places overlap", "micro_relaxed"),
+        ("mean over kinds, kind right and places overlap", "macro_relaxed"),
+    )
+    yield from _table(
+        ("precision, recall, F1", *(name for name, _ in heads)),
+        [
+            (name, *(", ".join(map(_score, _scores_of(head[field]))) for _, head in heads))
+            for name, field in sums
+        ],
+    )
+    yield ""
+    before = {} if other is None else {one["label"]: one for one in other["entities"]}
+    pairs = [(one, before.get(one["label"])) for one in report["entities"]]
+    if other is None:
+        yield "By kind, place and kind right; the last score is by overlapping places:"
+    else:
+        yield "By kind, place and kind right, those that pay most for the noise first:"
+        pairs.sort(key=lambda pair: _f1(pair[0]) - _f1(pair[1]))
+    yield ""
+    yield from _table(
+        ("kind", "precision", "recall", "F1", "F1 without", "F1, overlapping", "entities"),
+        [
+            (
+                one["label"],
+                *map(_score, _scores_of(one["scores"])),
+                "" if old is None else _score(_f1(old)),
+                _score(one["relaxed"]["f1"]),
+                str(one["support"]),
+            )
+            for one, old in pairs
+        ],
+    )
+
+
+def _f1(kind: Mapping[str, Any] | None) -> float:
+    """F1 of a kind of entity, and 0 for one that a report does not have."""
+    return 0.0 if kind is None else float(kind["scores"]["f1"])
 
 
 def _scores_of(one: Mapping[str, Any]) -> tuple[float, float, float]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -79,6 +81,13 @@ def train(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The artefact's directory; its name is the model's.")],
+    task: Annotated[
+        Literal["text-classification", "token-classification"],
+        typer.Option(
+            help="What gets a label: a text; or its tokens, for a .jsonl file of records with "
+            "marked entities (docs/models.md)."
+        ),
+    ] = "text-classification",
     text: Annotated[str | None, typer.Option(help="The file's column of texts.")] = None,
     label: Annotated[str | None, typer.Option(help="The file's column of labels.")] = None,
     backbone: Annotated[
@@ -108,13 +117,16 @@ def train(
 ) -> None:
     """Train a linear head on frozen embeddings, and report how good it is on held-out rows.
 
+    For token classification the rows are records, and the report counts entities.
+
     With --dp-epsilon, what is published tells little of any one row it was trained on; the
     manifest says how little (docs/privacy.md).
 
     Example: veilhead-server train icd10-chapters --out artifacts/icd10-chapters
     """
     with reported():
-        packages = ["torch", "transformers", "sklearn"]
+        of_tokens = task == "token-classification"
+        packages = ["torch", "transformers", "sklearn", *(["nervaluate"] if of_tokens else [])]
         if dp_epsilon is not None:
             packages += ["dp_accounting", "opendp"]
         for name in packages:
@@ -124,8 +136,10 @@ def train(
         from veilhead_models.backbone import minilm, open_backbone
         from veilhead_models.datasets import load_dataset
         from veilhead_models.privacy import DEFAULT_DELTA, PrivacyBudget
+        from veilhead_models.records import load_records
+        from veilhead_models.tagging import train_tagger_artifact
         from veilhead_models.training import train_artifact
-        from veilhead_protocol.errors import PrivacyError
+        from veilhead_protocol.errors import DatasetError, PrivacyError
 
         asked = _policy(policy)
         if dp_epsilon is not None:
@@ -135,7 +149,12 @@ def train(
             raise PrivacyError("--dp-delta and --insecure-large-epsilon need --dp-epsilon")
         else:
             privacy = None
-        dataset = load_dataset(source, text=text, label=label)
+        if of_tokens:
+            if text is not None or label is not None:
+                raise DatasetError("--text and --label are for tables; records have no columns")
+            training: Callable[..., Any] = partial(train_tagger_artifact, load_records(source))
+        else:
+            training = partial(train_artifact, load_dataset(source, text=text, label=label))
         directory, section = minilm() if backbone is None else open_backbone(backbone)
         columns = (
             TextColumn("{task.description}"),
@@ -144,23 +163,22 @@ def train(
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=_console, disable=not _console.is_terminal) as progress:
-            task = progress.add_task("embedding", total=None)
-            artifact, report = train_artifact(
-                dataset,
+            bar = progress.add_task("embedding", total=None)
+            artifact, report = training(
                 directory,
                 section,
                 parameters=parameters or (asked or PolicySection()).minimum_parameters,
                 policy=asked,
                 device=device,
                 privacy=privacy,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                progress=lambda done, total: progress.update(bar, completed=done, total=total),
             )
         manifest = artifact.save(out, report=report.to_json())
     typer.echo(report.render())
     if privacy is not None:
         typer.echo(
-            f"differentially private: epsilon {privacy.epsilon:g}, delta {privacy.delta:g}, one "
-            "row of the training split more or less; the report above is not, keep it"
+            f"differentially private: epsilon {privacy.epsilon:g}, delta {privacy.delta:g}, "
+            f"{manifest.about['privacy']['unit']} more or less; the report above is not, keep it"
         )
     typer.echo(f"{manifest.name}: {out} (digest {manifest.digest.hex()})")
 

@@ -83,6 +83,18 @@ def test_fault_reports() -> None:
     assert shown["a report of another form"].startswith("bearing")
 
 
+def test_pii_tags() -> None:
+    printed = output("pii_tags")
+    assert "('EMAIL', '" in printed
+    scores = re.findall(r"^micro +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)", printed, re.M)
+    assert len(scores) == 3
+    plain, looser, tighter = (float(score[2]) for score in scores)
+    assert plain > 0.3
+    assert looser > 0.1
+    assert plain > tighter
+    assert all(float(score[3]) >= float(score[2]) for score in scores)
+
+
 def test_what_the_server_sees() -> None:
     printed = output("what_the_server_sees")
     assert "texts or embeddings found in what passed: 0" in printed

@@ -150,7 +150,7 @@ class _Pair:
                 bytes_up=4 * self.head.dimensions * case.texts,
                 bytes_down=4 * case.classes * case.texts,
                 max_error=0.0,
-                note="the same backbone and HTTP stack",
+                note="the same backbone and HTTP server, asked through httpx2",
             ),
         ]
 

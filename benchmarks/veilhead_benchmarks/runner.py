@@ -38,7 +38,7 @@ from veilhead_models.backbone import Backbone, minilm
 from veilhead_models.datasets import load_dataset
 from veilhead_protocol.errors import BackboneError, DatasetError
 
-_VERSIONS: Final = ("veilhead", "tenseal", "numpy", "torch", "uvicorn", "httpx2")
+_VERSIONS: Final = ("veilhead", "tenseal", "numpy", "torch", "uvicorn", "aiohttp")
 DIMENSIONS: Final = 384
 
 #: The data set of the end-to-end calls: texts of some hundred words.

@@ -84,7 +84,7 @@ class Plan:
     batches: tuple[tuple[int, int], ...] = ((64, 77), (2048, 20), (2048, 77))
     peer_batches: tuple[tuple[int, int], ...] = ((2048, 20),)
     end_to_end: tuple[Case, ...] = (
-        *(Case(1, classes, 25) for classes in (8, 22, 77)),
+        *(Case(1, classes, 51) for classes in (8, 22, 77)),
         *(Case(32, classes, 4) for classes in (8, 22, 77)),
         Case(2048, 8, 1),
     )
@@ -105,7 +105,7 @@ FULL: Final = Plan(
     sweep_dimensions=(64, 128, 256, 512, 768, 1024, 2048, 4096),
     batches=tuple((texts, classes) for classes in (20, 77) for texts in (8, 64, 256, 2048, 8192)),
     peer_batches=((2048, 2), (2048, 20), (4096, 20)),
-    end_to_end=(*QUICK.end_to_end[:-1], Case(2048, 8, 2)),
+    end_to_end=(*QUICK.end_to_end[:-1], Case(2048, 8, 6)),
     memory=(("compact", 1000, 200, 1024), ("strong", 400, 200, 1024)),
     fidelity=(
         ("icd10-chapters", 40, 200),

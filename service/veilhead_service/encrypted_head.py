@@ -138,11 +138,6 @@ class EncryptedHead:
         polynomials = sum(weights.polynomials for weights in (self._single, *self._blocks.values()))
         return self._weight.nbytes + polynomials * self._polynomial_bytes
 
-    @cached_property
-    def single_query_bytes(self) -> int:
-        """The length of a query of one text, which no other query has."""
-        return QueryMessage.size(self.parameters, self.layout)
-
     @property
     def _polynomial_bytes(self) -> int:
         return self.layout.degree * len(self.parameters.data_primes) * 8

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from veilhead_protocol.errors import ModelUnavailableError, VeilheadError, WireError
+from veilhead_protocol.wire import QueryHeader
 from veilhead_service import frames, logs
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 from veilhead_service.hardening import forbid_core_dumps
@@ -90,7 +91,7 @@ class Evaluator:
         reply = head.evaluate(query, client_key)
         if head.held_bytes != held:  # it has encoded its weights for another layout
             self._heads.trim()
-        if len(query) == head.single_query_bytes:  # keys of other queries are never used again
+        if QueryHeader.deserialize(query).counts.texts == 1:  # other keys are never used again
             self._expect(client_key, head.layout.replies)
         return reply
 

@@ -48,16 +48,12 @@ def embed(texts: Sequence[str], *, letters: int = 0) -> np.ndarray:
 class TestInversion:
     def test_embeddings_give_the_text_away_and_queries_do_not(self) -> None:
         texts = sentences(360)
-        # Encryption is random: what is at chance misses its margin now and then, what leaks always.
-        for _ in range(3):
-            results = {
-                (result.target, result.metric.split(":")[0]): result
-                for result in invert(texts, embed(texts), train_rows=240)
-            }
-            if all(result.holds is not False for result in results.values()):
-                break
-        else:
-            pytest.fail("missed three times in a row")
+        results = {
+            (result.target, result.metric.split(":")[0]): result
+            for result in invert(texts, embed(texts), train_rows=240)
+        }
+        # Encryption is random: what is at chance misses 4 deviations once in some thousand times.
+        assert [result for result in results.values() if result.holds is False] == []
         judged = {target for (target, _), result in results.items() if result.holds}
         wires = {"query bytes (compact)", "query bytes (TenSEAL mm)"}
         assert judged == {"embedding", "query before encryption"} | wires

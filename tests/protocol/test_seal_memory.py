@@ -1,0 +1,100 @@
+"""Residues read where they lie are those that SEAL writes, and a wrong address is no crash."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from tenseal import sealapi
+
+from veilhead_protocol import seal_io, seal_memory
+from veilhead_protocol.parameters import COMPACT, STRONG, ParameterSet
+
+both_sets = pytest.mark.parametrize("parameters", [COMPACT, STRONG], ids=lambda one: one.name)
+
+
+def fresh_ciphertext(parameters: ParameterSet) -> Any:
+    seal = seal_io.runtime(parameters)
+    ciphertext = seal.new_ciphertext()
+    secret = sealapi.KeyGenerator(seal.context).secret_key()
+    sealapi.Encryptor(seal.context, secret).encrypt_zero_symmetric(seal.data_parms_id, ciphertext)
+    return ciphertext
+
+
+def test_arrays_are_readable_here() -> None:
+    """With the versions that this project is tested with; without, everything takes longer."""
+    assert seal_memory.is_readable()
+
+
+@both_sets
+def test_memory_and_file_agree(monkeypatch: pytest.MonkeyPatch, parameters: ParameterSet) -> None:
+    for _ in range(5):
+        ciphertext = fresh_ciphertext(parameters)
+        read = seal_io.save_ciphertext(ciphertext)
+        with monkeypatch.context() as patch:
+            patch.setattr(seal_io, "_IN_MEMORY", False)
+            written = seal_io.save_ciphertext(ciphertext)
+        assert read.shape == (2, len(parameters.data_primes), parameters.poly_modulus_degree)
+        assert np.array_equal(read, written)
+
+
+def test_what_was_read_is_a_copy() -> None:
+    seal, ciphertext = seal_io.runtime(COMPACT), fresh_ciphertext(COMPACT)
+    before = seal_io.save_ciphertext(ciphertext)
+    kept = before.copy()
+    seal.evaluator.negate_inplace(ciphertext)
+    assert not np.array_equal(seal_io.save_ciphertext(ciphertext), kept)
+    del ciphertext
+    assert np.array_equal(before, kept)
+
+
+def test_an_array_of_another_length_is_refused() -> None:
+    with pytest.raises(AssertionError, match="holds 3 words, expected 4"):
+        seal_memory.read_array(sealapi.Plaintext("1x^2"), 4)
+
+
+@pytest.mark.parametrize("head_bytes", [0, 8, 24])
+def test_other_objects_are_noticed(monkeypatch: pytest.MonkeyPatch, head_bytes: int) -> None:
+    """As if pybind11 kept its pointer elsewhere."""
+    monkeypatch.setattr(seal_memory, "_HEAD_BYTES", head_bytes)
+    assert not seal_memory.is_readable()
+
+
+@pytest.mark.parametrize("fields", ["<QQQ", "<8xQQQ", "<24xQQQ", "<32xQQQ", "<4096xQQQ"])
+def test_other_arrays_are_noticed(monkeypatch: pytest.MonkeyPatch, fields: str) -> None:
+    """As if SEAL laid its arrays out in another way."""
+    monkeypatch.setattr(seal_memory, "_ARRAY", struct.Struct(fields))
+    assert not seal_memory.is_readable()
+
+
+def test_memory_that_may_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert not seal_memory.is_readable()
+
+
+def test_a_worker_that_forbids_core_dumps_reads_all_the_same() -> None:
+    """Another user than root may not open its own memory then: it was looked at on import."""
+    program = (
+        "import os\n"
+        "import veilhead_service.worker\n"
+        "from veilhead_protocol import seal_io\n"
+        "from veilhead_service.hardening import forbid_core_dumps\n"
+        "forbid_core_dumps()\n"
+        "os.getuid() or os.setuid(65534)\n"
+        "try:\n"
+        "    open('/proc/self/mem', 'rb').close()\n"
+        "except PermissionError:\n"
+        "    print(seal_io._IN_MEMORY)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "True"

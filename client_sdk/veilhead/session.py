@@ -59,6 +59,7 @@ class SecretKey:
         self.id = key_id(self.message)
         self._seal = seal
         self._decryption = DecryptionKey(secret_coefficients(seal, secret))
+        self._zeros: list[SeededPolynomial] = []
 
     def __repr__(self) -> str:
         return f"SecretKey(id={self.id.hex()[:12]})"
@@ -67,9 +68,24 @@ class SecretKey:
         raise TypeError("a secret key cannot be pickled or copied")
 
     def encrypt(self, coefficients: NDArray[np.float64], scale_bits: int) -> SeededPolynomial:
-        """A fresh encryption of coefficients [N], with 64 fresh random bytes from SEAL."""
+        """A fresh encryption of coefficients [N], with 64 fresh random bytes from SEAL.
+
+        It is one of zero, made now or ahead, plus the plaintext.
+        """
         plaintext = encode(self._seal, coefficients, scale_bits)
-        c0, _, seed = seal_io.save_seeded(self._encryptor.encrypt_symmetric(plaintext))
+        # Taken out: two messages over one zero would show their difference to anybody.
+        zero = self._zeros.pop() if self._zeros else self._encrypt_zero()
+        return SeededPolynomial(seal_io.add_plaintext(self._seal, zero.c0, plaintext), zero.seed)
+
+    def prepare(self, count: int) -> None:
+        """Encrypt zeros ahead, so that the next `count` polynomials take little time."""
+        while len(self._zeros) < count:
+            self._zeros.append(self._encrypt_zero())
+
+    def _encrypt_zero(self) -> SeededPolynomial:
+        c0, _, seed = seal_io.save_seeded(
+            self._encryptor.encrypt_zero_symmetric(self._seal.data_parms_id)
+        )
         return SeededPolynomial(c0, seed)
 
     def decrypt(self, reply: ReplyMessage) -> NDArray[np.float64]:
@@ -128,7 +144,13 @@ class Session:
         A row that is not finite is encrypted as zeros, so that the service cannot tell; the caller
         raises once everything is sent.
         """
-        return self._encrypt(embedding[np.newaxis], self._fresh_enough_key())
+        key = self._fresh_enough_key()
+        self._queries += 1
+        return self._encrypt(embedding[np.newaxis], key)
+
+    def prepare(self) -> None:
+        """Do ahead what the next query of one embedding needs and does not depend on it."""
+        self._fresh_enough_key().prepare(self._manifest.layout.pieces)
 
     def encrypt_batch(self, embeddings: NDArray[np.float64]) -> EncryptedQuery:
         """The query for embeddings [b, d], as `encrypt`, under a key of its own.
@@ -201,5 +223,4 @@ class Session:
             self._key = SecretKey(self._parameters)
             self._queries = 0
             self._expires = now + MAX_KEY_SECONDS
-        self._queries += 1
         return self._key

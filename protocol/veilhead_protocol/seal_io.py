@@ -1,9 +1,8 @@
 """Residues <-> SEAL objects: the one file that knows SEAL's serialisation.
 
 TenSEAL's binding reads and writes SEAL objects through file paths only, so they go through an
-anonymous file in memory, one for every thread; residues of ciphertexts are read where they lie,
-where that is possible. Only public objects (ciphertexts, key messages) pass here: a secret key
-never does.
+anonymous file in memory, one for every thread; what `seal_memory` can read does not. Only public
+objects (ciphertexts, key messages) pass through the file: a secret key never does.
 
 Every byte that SEAL parses was laid out here, from residues that `wire` has checked: SEAL's own
 loader accepts a size field of 3 over half the data, and trailing bytes.
@@ -25,8 +24,8 @@ import zstandard
 from numpy.typing import NDArray
 from tenseal import sealapi
 
-from veilhead_protocol import seal_memory
 from veilhead_protocol.parameters import ParameterSet
+from veilhead_protocol.seal_memory import read_array
 
 Residues = NDArray[np.uint64]
 
@@ -40,9 +39,6 @@ SEED_BYTES: Final = 64
 
 #: 1 modulo twice every degree in use, and so small that SEAL's own limit on the modulus holds.
 _SPARE_PRIME: Final = 0x10001
-
-# Now, since a worker forbids core dumps, and then may not look at its own memory to find out.
-_IN_MEMORY: Final = seal_memory.is_readable()
 
 
 @dataclass(frozen=True)
@@ -274,13 +270,17 @@ def load_ciphertext(
 
 def save_ciphertext(ciphertext: Any) -> Residues:
     """The residues [2, L, N] of a SEAL ciphertext, in the form that it is in."""
-    if _IN_MEMORY:
-        shape = (2, ciphertext.coeff_modulus_size(), ciphertext.poly_modulus_degree())
-        return seal_memory.read_array(ciphertext, math.prod(shape)).reshape(shape)
-    members = _inflate(_scratch().save(ciphertext))
-    _, primes, degree, count = _read_members(members, seeded=False)
-    start = _MEMBERS.size + _HEADER.size + _COUNT.size
-    return np.frombuffer(members, dtype="<u8", count=count, offset=start).reshape(2, primes, degree)
+    shape = (2, ciphertext.coeff_modulus_size(), ciphertext.poly_modulus_degree())
+    return read_array(ciphertext, math.prod(shape)).reshape(shape)
+
+
+def add_plaintext(seal: Runtime, residues: Residues, plaintext: Any) -> Residues:
+    """Residues [L, N] of a ciphertext's c0, in NTT form, plus a data-level SEAL plaintext."""
+    words = read_array(plaintext, residues.size).reshape(residues.shape)
+    primes = np.array(seal.parameters.data_primes, dtype=np.uint64)[:, np.newaxis]
+    added = residues + words
+    reduced: Residues = np.minimum(added, added - primes)  # a difference below zero wraps around
+    return reduced
 
 
 def expand_residues(
@@ -295,8 +295,7 @@ def expand_residues(
             load_seeded_ciphertext(seal, c0, seed, prng=prng, ntt_form=False, scale_bits=0)
         )
         return
-    # SEAL is given zeros in the place of the c0 that is known: it need not read them again, and
-    # compresses them fast when it gives them back.
+    # SEAL is given zeros in the place of the c0 that is known: it need not read them again.
     ciphertext = sealapi.Ciphertext()
     template = _expansion_template(seal.parameters)
     _EXPANSIONS.load_ending(ciphertext, seal.context, template, bytes([prng]) + seed)
@@ -355,22 +354,13 @@ def _multiply(first: Residues, second: Residues, prime: int) -> Residues:
 def save_seeded(serializable: Any) -> tuple[Residues, int, bytes]:
     """c0 [L, N], the PRNG's type byte and the seed of a seeded SEAL ciphertext, in NTT form."""
     members = _inflate(_scratch().save(serializable))
-    ntt_form, primes, degree, count = _read_members(members, seeded=True)
-    if not ntt_form:
-        raise AssertionError("SEAL wrote a CKKS ciphertext that is not in NTT form")
+    *_, ntt_form, size, degree, primes, _scale, _correction = _MEMBERS.unpack_from(members)
+    (count,) = _COUNT.unpack_from(members, _MEMBERS.size + _HEADER.size)
+    if not ntt_form or size != 2 or count != primes * degree:
+        raise AssertionError("SEAL wrote a ciphertext of another shape or form than expected")
     start = _MEMBERS.size + _HEADER.size + _COUNT.size
     c0 = np.frombuffer(members, dtype="<u8", count=count, offset=start).reshape(primes, degree)
     info = members[start + 8 * count :]
     if len(info) != _HEADER.size + 1 + SEED_BYTES:
         raise AssertionError("SEAL wrote seed information that this version does not know")
     return c0, info[_HEADER.size], info[_HEADER.size + 1 :]
-
-
-def _read_members(members: bytes, *, seeded: bool) -> tuple[bool, int, int, int]:
-    """NTT form, L, N and the count of words, checked against what SEAL should have written."""
-    *_, ntt_form, size, degree, primes, _scale, _correction = _MEMBERS.unpack_from(members)
-    (count,) = _COUNT.unpack_from(members, _MEMBERS.size + _HEADER.size)
-    expected = primes * degree * (1 if seeded else 2)
-    if size != 2 or count != expected:
-        raise AssertionError("SEAL wrote a ciphertext of another shape than expected")
-    return bool(ntt_form), primes, degree, count

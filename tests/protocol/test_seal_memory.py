@@ -32,15 +32,17 @@ def test_arrays_are_readable_here() -> None:
 
 
 @both_sets
-def test_memory_and_file_agree(monkeypatch: pytest.MonkeyPatch, parameters: ParameterSet) -> None:
-    for _ in range(5):
+def test_words_are_those_that_the_binding_gives(
+    monkeypatch: pytest.MonkeyPatch, parameters: ParameterSet
+) -> None:
+    for _ in range(3):
         ciphertext = fresh_ciphertext(parameters)
         read = seal_io.save_ciphertext(ciphertext)
         with monkeypatch.context() as patch:
-            patch.setattr(seal_io, "_IN_MEMORY", False)
-            written = seal_io.save_ciphertext(ciphertext)
+            patch.setattr(seal_memory, "_IN_PLACE", False)
+            one_by_one = seal_io.save_ciphertext(ciphertext)
         assert read.shape == (2, len(parameters.data_primes), parameters.poly_modulus_degree)
-        assert np.array_equal(read, written)
+        assert np.array_equal(read, one_by_one)
 
 
 def test_what_was_read_is_a_copy() -> None:
@@ -53,7 +55,11 @@ def test_what_was_read_is_a_copy() -> None:
     assert np.array_equal(before, kept)
 
 
-def test_an_array_of_another_length_is_refused() -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_array_of_another_length_is_refused(
+    monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    monkeypatch.setattr(seal_memory, "_IN_PLACE", in_place)
     with pytest.raises(AssertionError, match="holds 3 words, expected 4"):
         seal_memory.read_array(sealapi.Plaintext("1x^2"), 4)
 
@@ -65,7 +71,7 @@ def test_other_objects_are_noticed(monkeypatch: pytest.MonkeyPatch, head_bytes: 
     assert not seal_memory.is_readable()
 
 
-@pytest.mark.parametrize("fields", ["<QQQ", "<8xQQQ", "<24xQQQ", "<32xQQQ", "<4096xQQQ"])
+@pytest.mark.parametrize("fields", ["<QQ", "<8xQQ", "<16xQQ", "<32xQQ", "<4096xQQ"])
 def test_other_arrays_are_noticed(monkeypatch: pytest.MonkeyPatch, fields: str) -> None:
     """As if SEAL laid its arrays out in another way."""
     monkeypatch.setattr(seal_memory, "_ARRAY", struct.Struct(fields))
@@ -85,14 +91,14 @@ def test_a_worker_that_forbids_core_dumps_reads_all_the_same() -> None:
     program = (
         "import os\n"
         "import veilhead_service.worker\n"
-        "from veilhead_protocol import seal_io\n"
+        "from veilhead_protocol import seal_memory\n"
         "from veilhead_service.hardening import forbid_core_dumps\n"
         "forbid_core_dumps()\n"
         "os.getuid() or os.setuid(65534)\n"
         "try:\n"
         "    open('/proc/self/mem', 'rb').close()\n"
         "except PermissionError:\n"
-        "    print(seal_io._IN_MEMORY)\n"
+        "    print(seal_memory._IN_PLACE)\n"
     )
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

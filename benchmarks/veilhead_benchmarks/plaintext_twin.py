@@ -1,9 +1,9 @@
 """The service's twin without privacy: `python -m veilhead_benchmarks.plaintext_twin HEAD PORT`.
 
-The same HTTP stack as the service (FastAPI and uvicorn with h11, a body read in pieces), one route,
-and a head in plaintext: float32 embeddings in, float32 logits out. It exists to be compared with,
-and is on loopback only. Its client embeds all the texts of a call at once, which pads least, and
-posts the embeddings in one request.
+The same HTTP stack as the service (FastAPI and uvicorn with httptools, a body read in pieces), one
+route, and a head in plaintext: float32 embeddings in, float32 logits out. It exists to be compared
+with, and is on loopback only. Its client embeds all the texts of a call at once, which pads least,
+and posts the embeddings in one request.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main(head: str, port: str) -> None:
     with np.load(head) as arrays:
         app = create_twin(arrays["weight"], arrays["bias"])
     uvicorn.run(
-        app, host="127.0.0.1", port=int(port), access_log=False, log_config=None, http="h11"
+        app, host="127.0.0.1", port=int(port), access_log=False, log_config=None, http="httptools"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections import Counter
@@ -49,6 +50,9 @@ _COST_IN_FLIGHT: Final = 160_000
 _COST_SECONDS: Final = 0.001
 
 _GOODBYE_SECONDS: Final = 2.0
+
+#: After an answer, before work is done ahead for the next query: the caller has the answer first.
+_PREPARE_SECONDS: Final = 0.001
 
 Row = NDArray[np.float64] | VeilheadError  # logits [C], or why there are none
 
@@ -107,6 +111,7 @@ class Engine:
     _registration: anyio.Lock = field(init=False)
     _registered: set[bytes] = field(init=False, default_factory=set)  # ids: secrets die early
     _in_use: Counter[bytes] = field(init=False, default_factory=Counter)
+    _preparation: asyncio.TimerHandle | None = field(init=False, default=None)
 
     @property
     def chunk(self) -> int:
@@ -219,7 +224,17 @@ class Engine:
                     texts=len(embeddings),
                 )
             )
+        if len(embeddings) == 1:
+            self._prepare_later()
         return list(logits)
+
+    def _prepare_later(self) -> None:
+        """Encrypt zeros for the next single query, in a moment that is likely to be idle."""
+        if self._preparation is not None:
+            self._preparation.cancel()
+        self._preparation = asyncio.get_running_loop().call_later(
+            _PREPARE_SECONDS, self.session.prepare
+        )
 
     async def _ask(self, query: EncryptedQuery) -> tuple[Answer, float]:
         """The answer to a query and the seconds it took; registers the key as often as needed."""
@@ -259,6 +274,8 @@ class Engine:
 
     async def close(self) -> None:
         """Drop the keys, here and (as far as it listens) at the service."""
+        if self._preparation is not None:
+            self._preparation.cancel()
         with anyio.move_on_after(_GOODBYE_SECONDS):
             for key_id in list(self._registered):
                 await self._delete(key_id)

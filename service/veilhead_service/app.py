@@ -12,7 +12,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from veilhead_service import access_log, problems, telemetry
+from veilhead_service import access_log, problems, routes, telemetry
 from veilhead_service.access import AccessGate, InsecureAccess, TenantAccess
 from veilhead_service.access_log import AccessLog
 from veilhead_service.intake import Intake
@@ -20,7 +20,7 @@ from veilhead_service.keys import KeyStore
 from veilhead_service.limits import Budget, Period, Rate
 from veilhead_service.model_store import ModelSource, ModelStore
 from veilhead_service.observation import ObservationMiddleware
-from veilhead_service.routes import Services, router
+from veilhead_service.routes import Services
 from veilhead_service.settings import Settings
 from veilhead_service.telemetry import Telemetry
 from veilhead_service.tracing import Tracing
@@ -156,7 +156,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.services = services
-    app.include_router(router)
+    routes.install(app)
     problems.install(app)
     # The last one added is the first that a request meets.
     app.add_middleware(AccessGate, access=access)
@@ -168,7 +168,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         access_log=log,
         log_required=settings.access_log_mode == "required",
         templates=[
-            route.path for route in (*router.routes, *app.routes) if isinstance(route, Route)
+            route.path for route in (*routes.router.routes, *app.routes) if isinstance(route, Route)
         ],
     )
     return app

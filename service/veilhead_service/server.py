@@ -4,8 +4,8 @@ On the first SIGTERM or SIGINT `/readyz` turns 503 and new queries are refused a
 `drain_delay_seconds` the listener closes; queries that run have `drain_seconds` to end; the process
 then ends with status 0. A second signal ends it at once, with 128 and the signal's number.
 
-A connection that does not send a whole request header in time is closed: uvicorn limits the time
-between requests, and not that within a header.
+A connection that does not send a whole request header in time is closed, and so is one whose header
+has no end: uvicorn limits the time between requests, and neither time nor bytes within a header.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from veilhead_service.hardening import forbid_core_dumps
 from veilhead_service.settings import Settings
@@ -27,6 +27,40 @@ from veilhead_service.workers import WorkerPool
 
 #: Of uvicorn's ticks, ten a second, every so many looks for connections that stall.
 _TICKS: Final = 5
+
+#: Bytes of a request's header, after the piece that it begins in.
+_HEADER_BYTES: Final = 64 * 2**10
+
+
+class _Connection(HttpToolsProtocol):
+    """A connection that holds a bounded amount of what is neither a whole header nor a body."""
+
+    _held_bytes = 0
+    _is_passed_on = False
+
+    def data_received(self, data: bytes) -> None:
+        """Parse a piece of a request, or refuse it."""
+        self._is_passed_on = False
+        super().data_received(data)
+        # Trailers and extensions of chunks count like headers: the parser keeps them, too.
+        self._held_bytes = 0 if self._is_passed_on else self._held_bytes + len(data)
+        if self._held_bytes > _HEADER_BYTES:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def on_headers_complete(self) -> None:
+        """The header is whole."""
+        self._is_passed_on = True
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body goes to the application."""
+        self._is_passed_on = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._is_passed_on = True
+        super().on_message_complete()
 
 
 class _Server(uvicorn.Server):
@@ -39,7 +73,7 @@ class _Server(uvicorn.Server):
         self._header_seconds = settings.body_seconds
         self._closes: float | None = None
         # When a connection was first seen without a whole header, and the request before that.
-        self._stalled: WeakKeyDictionary[H11Protocol, tuple[RequestResponseCycle | None, float]]
+        self._stalled: WeakKeyDictionary[_Connection, tuple[RequestResponseCycle | None, float]]
         self._stalled = WeakKeyDictionary()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -62,7 +96,7 @@ class _Server(uvicorn.Server):
     def _close_stalled(self) -> None:
         now = time.monotonic()
         for connection in list(self.server_state.connections):
-            if not isinstance(connection, H11Protocol):
+            if not isinstance(connection, _Connection):
                 continue
             last = connection.cycle
             # Between requests uvicorn's own timer runs; during one the intake's, or the pool's.
@@ -87,7 +121,7 @@ def serve(app: FastAPI, settings: Settings, *, host: str, port: int) -> None:
         port=port,
         access_log=False,
         log_config=None,  # `logs.configure` did it
-        http="h11",
+        http=_Connection,
         proxy_headers=False,  # nothing here asks for a client's address
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )

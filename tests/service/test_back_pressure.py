@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx2
 import numpy as np
@@ -371,6 +371,70 @@ def test_a_connection_that_never_ends_its_header_is_closed(store, tmp_path, befo
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost")
         assert connection.recv(65536) == b""
         assert 0.4 < time.monotonic() - started < 5
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """A real process that serves an empty store."""
+    work = tmp_path_factory.mktemp("listening")
+    (work / "store").mkdir()
+    with ServiceProcess(work / "store", work / "log", workers=1) as service:
+        yield service
+
+
+CHUNKED = (
+    b"POST /v1/models/digits/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    b"Content-Type: application/octet-stream\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        pytest.param(b"GET /", b"a", id="target"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\nA: ", b"a", id="one header"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\n", b"A: b\r\n", id="many headers"),
+        pytest.param(CHUNKED + b"1;", b"a", id="chunk extension"),
+        pytest.param(CHUNKED + b"1\r\nV\r\n0\r\n", b"A: b\r\n", id="trailers"),
+    ],
+)
+def test_what_is_no_body_is_bounded(service, start, more):
+    """The parser would hold a header of any size."""
+    sent, piece = 0, more * (4096 // len(more))
+    with (
+        socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection,
+        suppress(ConnectionError),
+    ):
+        connection.sendall(start)
+        while sent < 16 * 2**20:
+            sent += connection.send(piece)
+            time.sleep(0.0005)  # so that each piece is read by itself
+    # What the service reads, and what the two sockets hold of what it does not.
+    assert sent < 8 * 2**20
+    assert httpx2.get(f"{service.url}/livez", trust_env=False).is_success
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Length: 3\r\nTransfer-Encoding: chunked",
+        b"Content-Length: 3\r\nContent-Length: 4",
+        b"Content-Length: +3",
+        b"Content-Length : 3",
+        b"Transfer-Encoding: chunked, identity",
+        b"A\x00: b",
+        b"A: b\rc",
+    ],
+)
+def test_a_request_that_can_be_read_in_two_ways_is_refused(service, head):
+    """Behind a proxy that reads it in the other way, its rest would be the next one's beginning."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        connection.sendall(b"POST /livez HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\nabcd")
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1") == 1
 
 
 def test_a_connection_that_asks_again_and_again_stays(store, tmp_path):

@@ -122,7 +122,7 @@ def test_the_openapi_document_lists_every_route(service):
     }
     declared = {
         (method, route.path.replace(":path}", "}"))
-        for route in (*routes.router.routes, *service.app.routes)
+        for route in (*routes.router.routes, *service.client.app.routes)
         if isinstance(route, APIRoute)
         for method in route.methods
     }

@@ -19,6 +19,7 @@ from support.backbones import WORDS
 from support.checkpoints import save_checkpoint
 
 from veilhead_models import backbone as backbone_module
+from veilhead_models import embedder
 from veilhead_models.backbone import Backbone, describe, minilm
 from veilhead_protocol.errors import BackboneError
 from veilhead_protocol.files import verify_files
@@ -62,6 +63,26 @@ class TestEmbed:
         together = tiny.embed(texts, batch_size=batch_size)
         alone = np.concatenate([tiny.embed([text]) for text in texts])
         np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+    def test_a_batch_holds_a_bounded_number_of_tokens(
+        self, tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shapes: list[tuple[int, ...]] = []
+
+        def watched(inputs: Any) -> Any:
+            shapes.append(inputs["input_ids"].shape)
+            return np.zeros((len(inputs["input_ids"]), tiny.dimensions), dtype=np.float32)
+
+        monkeypatch.setattr(embedder, "_CPU_BATCH_TOKENS", 12)
+        monkeypatch.setattr(embedder, "_CPU_BATCH", 3)
+        monkeypatch.setattr(tiny, "_run", watched)
+        texts = ["pain"] * 4 + ["pain " * 5, "pain " * 14] + ["pain fever"]
+        tiny.embed(texts)
+        assert shapes == [(1, 16), (1, 7), (3, 4), (2, 3)]
+        shapes.clear()
+        monkeypatch.setattr(tiny, "device", "cuda")  # where they are not what is scarce
+        tiny.embed(texts)
+        assert shapes == [(7, 16)]
 
     def test_the_same_call_gives_the_same_bits(self, tiny: Backbone) -> None:
         assert (tiny.embed(TEXTS) == tiny.embed(TEXTS)).all()

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import anyio
@@ -113,7 +114,7 @@ class Engine:
     _in_use: Counter[bytes] = field(init=False, default_factory=Counter)
     _preparation: asyncio.TimerHandle | None = field(init=False, default=None)
 
-    @property
+    @cached_property
     def chunk(self) -> int:
         """Rows that are best handed over together."""
         best = self.session.plan(self.manifest.parameter_set.poly_modulus_degree)[0]
@@ -173,11 +174,15 @@ class Engine:
                 found = await self._infer_rows(embeddings[start : start + size], call)
             rows[start : start + size] = [found] * size if isinstance(found, Exception) else found
 
+        sizes, unused = self.session.plan(len(embeddings)), self._unused_keys()
+        if len(sizes) == 1 and not unused:
+            await one(0, *sizes)
+            return rows[:count]
         async with anyio.create_task_group() as tasks:
-            for key_id in self._unused_keys():  # of earlier calls: no call waits for its own
+            for key_id in unused:  # of earlier calls: no call waits for its own
                 tasks.start_soon(self._delete, key_id)
             start = 0
-            for size in self.session.plan(len(embeddings)):
+            for size in sizes:
                 tasks.start_soon(one, start, size)
                 start += size
         return rows[:count]
@@ -257,6 +262,8 @@ class Engine:
         raise AssertionError("the last attempt returns or raises")
 
     async def _register(self, key: SecretKey) -> None:
+        if key.id in self._registered:
+            return
         async with self._registration:
             if key.id not in self._registered:
                 await self.transport.put_key(key.id, key.message)

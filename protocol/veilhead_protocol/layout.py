@@ -157,11 +157,12 @@ class Layout:
         return QUERY_COST * self.pieces + REPLY_COST * self.replies + products
 
     def wanted(self, reply: int) -> NDArray[np.intp]:
-        """Coefficients of reply polynomial `reply` that hold logits: [b * (<= G)], text by text."""
+        """Coefficients of reply polynomial `reply` that hold logits: [b * (<= G)], text by text.
+
+        Not to be written to.
+        """
         rows = min(self.group, self.classes - reply * self.group)
-        block = self.block_length
-        texts = np.arange(self.texts, dtype=np.intp)[:, np.newaxis] * (self.group * block)
-        return (texts + np.arange(rows, dtype=np.intp) * block + block - 1).reshape(-1)
+        return _wanted(self.texts, self.group, rows, self.block_length)
 
     def pack_embeddings(self, embeddings: NDArray[np.float64]) -> NDArray[np.float64]:
         """Embeddings [b, d] as coefficients of the query polynomials: [P, N]."""
@@ -196,6 +197,14 @@ class Layout:
 def most_texts(parameters: ParameterSet, exponent: int, *, bulk: bool) -> int:
     """Most texts that any request of a head may have: one wanted coefficient each, at least."""
     return parameters.poly_modulus_degree if bulk else parameters.max_wanted(exponent)
+
+
+@lru_cache(maxsize=64)
+def _wanted(texts: int, group: int, rows: int, block: int) -> NDArray[np.intp]:
+    starts = np.arange(texts, dtype=np.intp)[:, np.newaxis] * (group * block)
+    places = (starts + np.arange(rows, dtype=np.intp) * block + block - 1).reshape(-1)
+    places.flags.writeable = False  # it is shared
+    return places
 
 
 @lru_cache(maxsize=4096)
@@ -250,10 +259,8 @@ def plan(
     Bulk is only used for more texts than dimensions, where an answer costs no more of a budget than
     its texts.
     """
-    blocks = _block_plans(parameters, dimensions, classes, exponent)
+    blocks, best = _block_plans(parameters, dimensions, classes, exponent)
     most = len(blocks) - 1
-    # What a text costs in the best block request of a long series.
-    best = min(range(1, most + 1), key=lambda size: blocks[size][0] / size)
     requests = []
     while bulk and texts > max(dimensions, most):
         size, cost = _bulk_size(parameters, texts, dimensions, classes, exponent)
@@ -274,10 +281,11 @@ def _request_cost(layout: Layout) -> int:
 @lru_cache(maxsize=64)
 def _block_plans(
     parameters: ParameterSet, dimensions: int, classes: int, exponent: int
-) -> list[tuple[int, tuple[int, ...]]]:
+) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
     """The cost and the requests of the cheapest plan for 0, 1, 2, ... texts within the hint limit.
 
-    Ties go to the larger requests.
+    And the number of texts that cost least each, which a long series is made of. Ties go to the
+    larger requests.
     """
     costs: dict[int, int] = {}
     plans: list[tuple[int, tuple[int, ...]]] = [(0, ())]
@@ -289,7 +297,7 @@ def _block_plans(
             )
         cost, size = min((plans[texts - size][0] + costs[size], -size) for size in costs)
         plans.append((cost, (-size, *plans[texts + size][1])))
-    return plans
+    return plans, min(range(1, len(plans)), key=lambda size: plans[size][0] / size)
 
 
 def _bulk_size(

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -468,6 +469,7 @@ class ReplyMessage:
     polynomials: tuple[ReplyPolynomial, ...]
 
     @staticmethod
+    @lru_cache(maxsize=1024)
     def size(layout: Layout, reply_bits: int) -> int:
         """Bytes of a reply in this layout."""
         c0 = sum(

@@ -309,7 +309,10 @@ async def _pieces(response: httpx2.Response, limit: int) -> AsyncIterator[bytes]
     if response.headers.get("content-encoding", "identity") != "identity":
         raise ReplyError("the answer is compressed, which was not asked for")
     total = 0
-    async for piece in response.aiter_bytes():
+    # The stream itself: nothing is left to decode.
+    if not isinstance(response.stream, httpx2.AsyncByteStream):
+        raise TypeError("the transport's answer cannot be read asynchronously")
+    async for piece in response.stream:
         total += len(piece)
         if total > limit:
             raise ReplyError(f"the answer is longer than the expected {limit} bytes")

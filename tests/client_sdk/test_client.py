@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 
 import httpx2
@@ -25,6 +26,7 @@ from veilhead import (
     ServiceResponseError,
     TransportError,
 )
+from veilhead.session import Session
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol.errors import BackboneError, ManifestError, ParameterError
 
@@ -462,6 +464,34 @@ def test_padding_hides_the_number_of_texts_and_changes_no_answer(connect, head_a
         assert found.shape == (count, 5)
         assert np.abs(found - plain.logits(rows[:count])).max() < 2e-3
         assert sum(trace.texts for trace in traces) == (1 if count == 1 else 64)
+
+
+def test_the_next_query_is_prepared_once_an_answer_is_there_and_never_after_the_end(
+    connect, head_artifact, monkeypatch
+):
+    prepared = []
+    prepare = Session.prepare
+
+    def watched(session):
+        prepare(session)
+        prepared.append(session.current_key_id)
+
+    monkeypatch.setattr(Session, "prepare", watched)
+    client, _ = connect(head_artifact)
+    session = client._engine.session
+    rows = unit_rows(2, client.manifest.head.dimensions)
+    client.logits(rows)  # a request of several texts has a key of its own
+    assert not prepared
+    client.logits(rows[:1])
+    deadline = time.monotonic() + 10
+    while not prepared and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert prepared == [session.current_key_id]
+    client.logits(rows[:1])
+    client.close()
+    time.sleep(0.05)
+    assert None not in prepared
+    assert session.current_key_id is None
 
 
 def test_traces_hold_times_and_sizes(connect, head_artifact):

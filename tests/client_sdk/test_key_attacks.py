@@ -109,10 +109,36 @@ def test_two_queries_do_not_give_the_difference_of_their_embeddings():
     assert np.abs(found - wanted).max() > 1
 
 
-def test_no_seed_occurs_twice():
+class Kept(list):
+    """Zeros that are used and not taken out."""
+
+    def pop(self):
+        return self[-1]
+
+
+def test_a_zero_made_ahead_and_used_twice_gives_the_same_difference():
+    pair = Pair.of(artifact(5, 384))
+    pair.session.prepare()
+    key = pair.session._fresh_enough_key()
+    key._zeros = Kept(key._zeros)
+    found, wanted = embedding_difference(pair)
+    assert np.abs(found - wanted).max() < 1e-7
+
+
+def test_zeros_made_ahead_do_not_give_the_difference_of_two_embeddings():
+    pair = Pair.of(artifact(5, 384))
+    pair.session.prepare()
+    found, wanted = embedding_difference(pair)
+    assert np.abs(found - wanted).max() > 1
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_no_seed_occurs_twice(ahead):
     pair = Pair.of(artifact(3, 3000))  # two polynomials a query
     seeds = set()
     for row in unit_rows(20, 3000):
+        if ahead:
+            pair.session.prepare()
         query = pair.session.encrypt(row)
         message = QueryMessage.deserialize(query.data, COMPACT, pair.head.layout)
         seeds |= {polynomial.seed for polynomial in message.polynomials}

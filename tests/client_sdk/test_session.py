@@ -59,6 +59,34 @@ def test_a_forgotten_key_is_not_used_again(small):
     assert session.encrypt(row).key is not first
 
 
+def test_work_done_ahead_changes_no_answer(small):
+    pair = Pair.of(small)
+    for row in unit_rows(3, 16):
+        pair.session.prepare()
+        query = pair.session.encrypt(row)
+        logits = pair.session.decrypt(query, pair.answer(query))
+        expected = small.logits(row[np.newaxis])[0]
+        assert np.abs(logits - expected).max() <= small.manifest.head.error_bound
+
+
+def test_work_done_ahead_is_that_of_one_query_and_uses_up_no_key():
+    clock = Clock()
+    session = Session(artifact(3, 3000).manifest, clock=clock)  # two polynomials a query
+    for _ in range(3 * MAX_QUERIES_PER_KEY):
+        session.prepare()
+    key = session._fresh_enough_key()
+    assert len(key._zeros) == 2
+    rows = unit_rows(1, 3000)
+    assert {session.encrypt(rows[0]).key for _ in range(MAX_QUERIES_PER_KEY)} == {key}
+    assert not key._zeros
+    session.prepare()  # for a key whose queries are used up: the next one is made
+    assert session.current_key_id != key.id
+    before = session.current_key_id
+    clock.now = MAX_KEY_SECONDS
+    session.prepare()  # and so for one that is too old
+    assert session.current_key_id != before
+
+
 def test_equal_embeddings_give_unlike_queries_of_equal_length(small):
     session = Session(small.manifest)
     row = unit_rows(1, 16)[0]

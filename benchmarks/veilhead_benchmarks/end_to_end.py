@@ -3,7 +3,8 @@
 Both embed the same texts with the same backbone, on the CPU of this process, and both services run
 in processes of their own on the same machine. They take turns, one round each, the first one
 changing: what disturbs the machine disturbs both. Of each case the whole call is timed, and for the
-encrypted way also what its queries say of themselves (encryption, evaluation, decryption).
+encrypted way also what its queries say of themselves (encryption, evaluation, decryption). Every
+turn begins after a short rest, so that what one way leaves to be done falls upon neither.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from veilhead_service.model_store import publish
 _PARAMETERS = "compact"
 _NAME = "benchmark"
 _CHECKED = 8
+
+#: Before every turn. Veilhead encrypts zeros for the next query once an answer is out.
+_REST_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class _Pair:
 
             turns = (encrypt_all, ask_plainly)
             for turn in turns if number % 2 == 0 else turns[::-1]:
+                time.sleep(_REST_SECONDS)
                 turn()
             parts.append(_parts(self.traces))
         ratio = statistics.median(

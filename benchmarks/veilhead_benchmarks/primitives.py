@@ -95,7 +95,7 @@ def _operations(parameters: str) -> Mapping[str, Callable[[], Any]]:
         _PRODUCT: multiply,
         _ZERO: encrypt_zero,
         _TRANSFORM: transform,
-        "save": lambda: seal_io.save_ciphertext(coefficients),
+        "read": lambda: seal_io.save_ciphertext(coefficients),
         "truncate": lambda: truncate(residues[1], chosen, scales.reply_bits),
         "pack": lambda: pack_bits(cut, scales.reply_bits),
         "unpack": lambda: unpack_bits(packed, len(cut), scales.reply_bits),

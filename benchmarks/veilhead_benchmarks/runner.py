@@ -84,8 +84,9 @@ class Plan:
     batches: tuple[tuple[int, int], ...] = ((64, 77), (2048, 20), (2048, 77))
     peer_batches: tuple[tuple[int, int], ...] = ((2048, 20),)
     end_to_end: tuple[Case, ...] = (
-        *(Case(1, classes, 51) for classes in (8, 22, 77)),
-        *(Case(32, classes, 4) for classes in (8, 22, 77)),
+        Case(1, 8, 151),
+        *(Case(1, classes, 51) for classes in (22, 77)),
+        *(Case(32, classes, 6) for classes in (8, 22, 77)),
         Case(2048, 8, 1),
     )
     loads: tuple[Loads, ...] = (

@@ -479,7 +479,7 @@ def test_the_next_query_is_prepared_once_an_answer_is_there_and_never_after_the_
     monkeypatch.setattr(Session, "prepare", watched)
     client, _ = connect(head_artifact)
     session = client._engine.session
-    rows = unit_rows(2, client.manifest.head.dimensions)
+    rows = unit_rows(40, client.manifest.head.dimensions)
     client.logits(rows)  # a request of several texts has a key of its own
     assert not prepared
     client.logits(rows[:1])

@@ -7,6 +7,7 @@ SEAL's own ciphertexts. Nothing of the product takes part.
 from __future__ import annotations
 
 from functools import cache
+from tempfile import NamedTemporaryFile
 from typing import Any, Final
 
 import numpy as np
@@ -57,8 +58,14 @@ def _varint(value: int) -> bytes:
 
 def coefficients(context: Any, ciphertext: Any) -> NDArray[np.uint64]:
     """Residues [2, L, N] by coefficient of a ciphertext of a TenSEAL context."""
-    sealapi.Evaluator(context.seal_context().data).transform_from_ntt_inplace(ciphertext)
-    return seal_io.save_ciphertext(ciphertext)
+    seal_context = context.seal_context().data
+    sealapi.Evaluator(seal_context).transform_from_ntt_inplace(ciphertext)
+    # TenSEAL's vectors hold ciphertexts of a type of their own.
+    copied = sealapi.Ciphertext()
+    with NamedTemporaryFile(prefix="veilhead-attack-") as file:
+        ciphertext.save(file.name)
+        copied.load(seal_context, file.name)
+    return seal_io.save_ciphertext(copied)
 
 
 def moduli(context: Any) -> list[int]:

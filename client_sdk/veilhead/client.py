@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -123,6 +123,7 @@ class Client:
         self._finalizer = weakref.finalize(self, stack.close)
         try:
             self._portal: BlockingPortal = stack.enter_context(start_blocking_portal())
+            self._loop = self._portal.call(_running_loop)
             stack.enter_context(self._portal.wrap_async_context_manager(self._client))
         except BaseException:
             self._finalizer()
@@ -432,8 +433,15 @@ class Client:
         """What `work` returns on the event loop. An interrupt here stops it there."""
         if not self._finalizer.alive:
             raise ClientError("the client is closed: make another one")
-        future: Future[_Value] = self._portal.start_task_soon(partial(work, *arguments, **options))
+        # Not by the portal, which answers once the work has begun, before it answers with the value.
+        future = asyncio.run_coroutine_threadsafe(work(*arguments, **options), self._loop)
         try:
             return future.result()
+        except CancelledError:
+            raise ClientError("the client was closed while a call was under way") from None
         finally:
             future.cancel()
+
+
+async def _running_loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()

@@ -7,6 +7,7 @@ known embedding rightly: its `self_test.py` says why that protects and endangers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +29,9 @@ _LOW_MASK: Final = np.uint64((1 << _HALF_BITS) - 1)
 #: Reply polynomials that are decrypted together: what bounds the memory of a large head's reply.
 _ROWS_AT_ONCE: Final = 64
 
+#: Coefficients of a product that are found sooner one by one than all together.
+_FEW: Final = 16
+
 
 def secret_coefficients(seal: seal_io.Runtime, secret: Any) -> NDArray[np.float64]:
     """The secret's coefficients in {-1, 0, 1}, [N]: the decryption of the ciphertext (0, 2^30).
@@ -46,9 +50,10 @@ def secret_coefficients(seal: seal_io.Runtime, secret: Any) -> NDArray[np.float6
 class DecryptionKey:
     """A secret's coefficients, ready for products with the masks of replies.
 
-    The products are negacyclic convolutions of integers, by FFT: halves of a mask are the real and
-    imaginary parts of one complex polynomial. With halves below 2^17 and a ternary secret, double
-    precision is off by less than 2^-12 (docs/protocol.md), so rounding gives the exact integers.
+    The products are negacyclic convolutions of integers. A few of their coefficients are as many
+    inner products; many come together by FFT: halves of a mask are the real and imaginary parts of
+    one complex polynomial. With halves below 2^17 and a ternary secret, double precision is off by
+    less than 2^-12 (docs/protocol.md), so rounding gives the exact integers.
     """
 
     def __init__(self, coefficients: NDArray[np.float64]) -> None:
@@ -58,6 +63,8 @@ class DecryptionKey:
         self._twist = np.exp(1j * np.pi * np.arange(degree) / degree)
         self._back = np.conj(self._twist)
         self._spectrum = np.fft.fft(coefficients * self._twist)
+        # s_(N-1), ..., s_0, -s_(N-1), ..., -s_1: coefficient i takes N of them from N - 1 - i on.
+        self._reversed = np.concatenate([-coefficients[1:], coefficients])[::-1].copy()
 
     def __repr__(self) -> str:
         return "DecryptionKey(...)"
@@ -65,12 +72,24 @@ class DecryptionKey:
     def __reduce__(self) -> Any:
         raise TypeError("a decryption key cannot be pickled or copied")
 
-    def products(self, masks: Residues) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Low and high halves of masks [m, N] times the secret: `low + 2^17 high`, [m, N] each."""
+    def products(
+        self, masks: Residues, wanted: Sequence[NDArray[np.intp]]
+    ) -> list[NDArray[np.float64]]:
+        """Masks [m, N], below 2^34, times the secret: of each product the wanted coefficients."""
+        if max(map(len, wanted)) <= _FEW:
+            return list(map(self._inner_products, masks.astype(np.float64), wanted))
         halves = (masks & _LOW_MASK) + 1j * (masks >> _HALF_BITS)
         values = np.fft.ifft(np.fft.fft(halves * self._twist, axis=-1) * self._spectrum, axis=-1)
         values *= self._back
-        return np.rint(values.real), np.rint(values.imag)
+        sums = np.rint(values.real) + 2.0**_HALF_BITS * np.rint(values.imag)
+        return [row[places] for row, places in zip(sums, wanted, strict=True)]
+
+    def _inner_products(
+        self, mask: NDArray[np.float64], places: NDArray[np.intp]
+    ) -> NDArray[np.float64]:
+        degree = len(mask)
+        starts = (degree - 1 - places).tolist()
+        return np.array([self._reversed[start : start + degree] @ mask for start in starts])
 
 
 def wanted_values(reply: ReplyMessage, key: DecryptionKey) -> NDArray[np.float64]:
@@ -83,10 +102,12 @@ def wanted_values(reply: ReplyMessage, key: DecryptionKey) -> NDArray[np.float64
     found = []
     for start in range(0, layout.replies, _ROWS_AT_ONCE):
         polynomials = reply.polynomials[start : start + _ROWS_AT_ONCE]
-        low, high = key.products(np.stack([polynomial.c1 for polynomial in polynomials]))
-        values = low + 2.0**_HALF_BITS * high
-        for number, polynomial in enumerate(polynomials):
-            found.append(values[number, layout.wanted(start + number)] + polynomial.c0)
+        masks = np.stack([polynomial.c1 for polynomial in polynomials])
+        wanted = [layout.wanted(start + number) for number in range(len(polynomials))]
+        found += [
+            values + polynomial.c0
+            for values, polynomial in zip(key.products(masks, wanted), polynomials, strict=True)
+        ]
     sums = layout.logits(found)
     centred: NDArray[np.float64] = sums - modulus * np.rint(sums / modulus)
     return centred

@@ -7,6 +7,7 @@ import gc
 import itertools
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import anyio
 import httpx2
@@ -263,6 +264,22 @@ class TestClient:
             client.classify("pain")
         assert ended.wait(10)
         assert len(client.classify("pain")) == 1
+
+    def test_closing_ends_the_call_of_another_thread(self, connect, text_artifact):
+        client, service = connect(text_artifact)
+        held = threading.Event()
+
+        async def hold(inner, request):
+            held.set()
+            await anyio.sleep_forever()
+
+        service.on("infer", hold)
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(client.classify, "pain")
+            assert held.wait(10)
+            client.close()
+            with pytest.raises(ClientError, match="closed"):
+                call.result(10)
 
 
 class TestAsyncClient:

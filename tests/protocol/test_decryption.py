@@ -38,9 +38,14 @@ def test_products_are_exact(degree: int, kind: str, seed: int) -> None:
         secret = (
             np.ones(degree, dtype=int) if kind == "largest" else 1 - 2 * (np.arange(degree) % 2)
         )
-    low, high = DecryptionKey(secret.astype(np.float64)).products(masks)
-    found = (low[0] + 2.0**17 * high[0]).astype(int).tolist()
-    assert found == exact(masks[0].tolist(), secret.tolist())
+    key = DecryptionKey(secret.astype(np.float64))
+    expected = exact(masks[0].tolist(), secret.tolist())
+    (found,) = key.products(masks, [np.arange(degree)])
+    assert found.astype(int).tolist() == expected
+    # A few of them are computed in another way, the first and the last of all among them.
+    few = np.array([0, degree - 1, *rng.integers(0, degree, size=6)])
+    (found,) = key.products(masks, [few])
+    assert found.astype(int).tolist() == [expected[place] for place in few]
 
 
 @pytest.mark.parametrize("degree", [2048, 4096])

@@ -63,7 +63,7 @@ class Connections(httpx2.AsyncBaseTransport):
             await self._session.close()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request whose body is there, and return the response, its body unread.
+        """Send a request, piece by piece, and return the response, its body unread.
 
         Raises:
             httpx2.TransportError: one of its kinds, when there is no response.
@@ -74,12 +74,13 @@ class Connections(httpx2.AsyncBaseTransport):
         if self._session is None:
             raise RuntimeError("the connections are not open: use them in `async with`")
         seconds = request.extensions["timeout"]
+        is_whole = isinstance(request.stream, httpx2.ByteStream)
         with _translated():
             response = await self._session.request(
                 request.method,
                 yarl.URL(str(request.url), encoded=True),
                 headers=request.headers.multi_items(),
-                data=request.content or None,
+                data=(request.content or None) if is_whole else request.stream,
                 allow_redirects=False,
                 proxy=self._proxy,
                 timeout=aiohttp.ClientTimeout(

@@ -193,13 +193,11 @@ class Engine:
         """Logits of the rows of one request, or why there are none for any of them."""
         if call.hopeless is not None:
             return call.not_sent()
-        started = time.perf_counter()
         if len(embeddings) == 1:
             query = self.session.encrypt(embeddings[0])
         else:
             # On a thread: what is on the wire goes on meanwhile.
             query = await anyio.to_thread.run_sync(self.session.encrypt_batch, embeddings)
-        encrypted = time.perf_counter()
         self._in_use[query.key.id] += 1
         try:
             answer, waited = await self._ask(query)
@@ -219,7 +217,7 @@ class Engine:
         if self.on_query is not None:
             self.on_query(
                 QueryTrace(
-                    encrypt_seconds=encrypted - started,
+                    encrypt_seconds=query.encrypt_seconds,
                     round_trip_seconds=waited,
                     evaluate_seconds=answer.evaluate_seconds,
                     decrypt_seconds=time.perf_counter() - received,
@@ -245,11 +243,12 @@ class Engine:
         """The answer to a query and the seconds it took; registers the key as often as needed."""
         for attempt in range(1, _REGISTRATIONS + 1):
             await self._register(query.key)
-            started = time.perf_counter()
+            started, before = time.perf_counter(), query.encrypt_seconds
             try:
                 answer = await self.transport.infer(
                     self.model,
-                    query.data,
+                    query.pieces,
+                    query.size,
                     query.reply_bytes,
                     more_seconds=query.layout.cost * _COST_SECONDS,
                 )
@@ -258,7 +257,8 @@ class Engine:
                     raise
                 self._registered.discard(query.key.id)
             else:
-                return answer, time.perf_counter() - started
+                # It may have been encrypted just now, between the header and the body.
+                return answer, time.perf_counter() - started - (query.encrypt_seconds - before)
         raise AssertionError("the last attempt returns or raises")
 
     async def _register(self, key: SecretKey) -> None:

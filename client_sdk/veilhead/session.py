@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, Final
 
 import numpy as np
@@ -93,26 +94,55 @@ class SecretKey:
         return wanted_values(reply, self._decryption)
 
 
-@dataclass(frozen=True)
 class EncryptedQuery:
-    """A query's bytes. A retry sends these same bytes: nothing is ever encrypted twice.
+    """A query, which is encrypted when its bytes are first asked for, and never a second time.
+
+    A retry sends the same bytes.
 
     Attributes:
         key: what it is encrypted under.
         layout: the layout of the request, by its number of texts.
-        data: the query message.
+        header: what the query message begins with, which is there before the rest is encrypted.
+        size: the length of the query message.
         reply_bytes: the exact length of its reply.
-        digest: SHA-256 of `data`, which the reply repeats.
+        encrypt_seconds: what encryption took; 0 before it.
     """
 
-    key: SecretKey
-    layout: Layout
-    data: bytes
-    reply_bytes: int
-    digest: bytes = field(init=False)
+    def __init__(
+        self,
+        key: SecretKey,
+        layout: Layout,
+        header: bytes,
+        size: int,
+        reply_bytes: int,
+        encrypt: Callable[[], bytes],
+    ) -> None:
+        self.key = key
+        self.layout = layout
+        self.header = header
+        self.size = size
+        self.reply_bytes = reply_bytes
+        self.encrypt_seconds = 0.0
+        self._encrypt = encrypt
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", hashlib.sha256(self.data).digest())
+    @cached_property
+    def data(self) -> bytes:
+        """The query message."""
+        started = time.perf_counter()
+        data = self._encrypt()
+        self.encrypt_seconds = time.perf_counter() - started
+        return data
+
+    def pieces(self) -> Iterator[bytes]:
+        """The query message, header first."""
+        yield self.header
+        yield self.data[len(self.header) :]
+        _ = self.digest  # the reply is not here yet
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of `data`, which the reply repeats."""
+        return hashlib.sha256(self.data).digest()
 
 
 class Session:
@@ -146,7 +176,7 @@ class Session:
         """
         key = self._fresh_enough_key()
         self._queries += 1
-        return self._encrypt(embedding[np.newaxis], key)
+        return self._query(embedding[np.newaxis], key)
 
     def prepare(self) -> None:
         """Do ahead what the next query of one embedding needs and does not depend on it."""
@@ -160,12 +190,13 @@ class Session:
         Raises:
             LayoutError: when the model does not take so many rows at once.
         """
-        return self._encrypt(embeddings, SecretKey(self._parameters))
+        query = self._query(embeddings, SecretKey(self._parameters))
+        _ = query.data  # now, on this thread
+        return query
 
-    def _encrypt(self, embeddings: NDArray[np.float64], key: SecretKey) -> EncryptedQuery:
+    def _query(self, embeddings: NDArray[np.float64], key: SecretKey) -> EncryptedQuery:
         layout = self._manifest.layout_of(len(embeddings))
-        finite = np.isfinite(embeddings).all(axis=1, keepdims=True)
-        rows = project(np.where(finite, embeddings, 0.0), self._manifest.embedding.scale)
+        # All but the polynomials.
         message = QueryMessage(
             parameters=self._parameters,
             model_digest=self._manifest.digest,
@@ -173,13 +204,28 @@ class Session:
             layout=layout,
             prng=Prng.BLAKE2XB,
             domain=Domain.NTT,
-            polynomials=tuple(
-                key.encrypt(piece, self._scales.query_scale_bits)
-                for piece in layout.pack_embeddings(rows)
-            ),
+            polynomials=(),
         )
-        reply_bytes = ReplyMessage.size(layout, self._scales.reply_bits)
-        return EncryptedQuery(key, layout, message.serialize(), reply_bytes)
+        return EncryptedQuery(
+            key,
+            layout,
+            message.header.serialize(),
+            QueryMessage.size(self._parameters, layout),
+            ReplyMessage.size(layout, self._scales.reply_bits),
+            partial(self._encrypt, embeddings, key, message),
+        )
+
+    def _encrypt(
+        self, embeddings: NDArray[np.float64], key: SecretKey, message: QueryMessage
+    ) -> bytes:
+        """The bytes of the message with the embeddings [b, d] in its polynomials."""
+        finite = np.isfinite(embeddings).all(axis=1, keepdims=True)
+        rows = project(np.where(finite, embeddings, 0.0), self._manifest.embedding.scale)
+        polynomials = tuple(
+            key.encrypt(piece, self._scales.query_scale_bits)
+            for piece in message.layout.pack_embeddings(rows)
+        )
+        return replace(message, polynomials=polynomials).serialize()
 
     def decrypt(self, query: EncryptedQuery, reply: bytes) -> NDArray[np.float64]:
         """Logits of a query of one embedding: [C], rounded to multiples of 2^-12.

@@ -11,7 +11,7 @@ import json
 import math
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -197,19 +197,31 @@ class Transport:
                 pass
 
     async def infer(
-        self, model: str, query: bytes, reply_bytes: int, *, more_seconds: float = 0.0
+        self,
+        model: str,
+        query: Callable[[], Iterable[bytes]],
+        query_bytes: int,
+        reply_bytes: int,
+        *,
+        more_seconds: float = 0.0,
     ) -> Answer:
-        """Post a query and read the reply, which must have exactly so many bytes.
+        """Post a query and read the reply, each of which must have exactly so many bytes.
 
-        The service may take `more_seconds` beyond the usual time to begin its answer.
+        `query` gives the same pieces whenever it is called. Each is sent before the next is asked
+        for: the service reads the header while the rest is encrypted. It may take `more_seconds`
+        beyond the usual time to begin its answer.
         """
         timeout = httpx2.Timeout(self._timeout, read=self._timeout + more_seconds)
 
+        async def pieces() -> AsyncIterator[bytes]:
+            for piece in query():
+                yield piece
+
         async def attempt() -> Answer:
             url = f"/v1/models/{quote(model, safe='')}/infer"
-            headers = {"Content-Type": MESSAGE_TYPE}
+            headers = {"Content-Type": MESSAGE_TYPE, "Content-Length": str(query_bytes)}
             async with self._request(
-                "POST", url, content=query, headers=headers, timeout=timeout
+                "POST", url, content=pieces(), headers=headers, timeout=timeout
             ) as response:
                 body = await _read(response, reply_bytes)
                 if len(body) != reply_bytes:
@@ -226,7 +238,7 @@ class Transport:
         url: str,
         *,
         params: dict[str, str] | None = None,
-        content: bytes | None = None,
+        content: bytes | AsyncIterator[bytes] | None = None,
         headers: dict[str, str] | None = None,
         timeout: httpx2.Timeout | None = None,
     ) -> AsyncIterator[httpx2.Response]:

@@ -298,6 +298,14 @@ class QueryHeader:
         counts = _read_counts(data, _PREFIX.size + _TARGET.size)
         return cls(prng, domain, parameters, model_digest, key_id, counts)
 
+    def serialize(self) -> bytes:
+        """The bytes that the query begins with: `QUERY_HEADER_BYTES` of them."""
+        return (
+            _write_prefix(MessageType.QUERY, self.prng, self.domain, self.parameters)
+            + _TARGET.pack(self.model_digest, self.key_id)
+            + self.counts.serialize()
+        )
+
 
 # --- messages ------------------------------------------------------------------------------------
 
@@ -385,13 +393,17 @@ class QueryMessage:
         body = _polynomial_bytes(parameters.poly_modulus_degree, parameters.data_primes)
         return QUERY_HEADER_BYTES + layout.pieces * (body + SEED_BYTES)
 
+    @property
+    def header(self) -> QueryHeader:
+        """What it says of itself."""
+        counts = Counts.of(self.layout, self.layout.pieces)
+        return QueryHeader(
+            self.prng, self.domain, self.parameters, self.model_digest, self.key_id, counts
+        )
+
     def serialize(self) -> bytes:
         """The message's bytes; a reply repeats their SHA-256."""
-        parts = [
-            _write_prefix(MessageType.QUERY, self.prng, self.domain, self.parameters),
-            _TARGET.pack(self.model_digest, self.key_id),
-            Counts.of(self.layout, len(self.polynomials)).serialize(),
-        ]
+        parts = [self.header.serialize()]
         for polynomial in self.polynomials:
             parts += [
                 _pack_polynomial(polynomial.c0, self.parameters.data_primes),

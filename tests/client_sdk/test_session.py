@@ -77,7 +77,9 @@ def test_work_done_ahead_is_that_of_one_query_and_uses_up_no_key():
     key = session._fresh_enough_key()
     assert len(key._zeros) == 2
     rows = unit_rows(1, 3000)
-    assert {session.encrypt(rows[0]).key for _ in range(MAX_QUERIES_PER_KEY)} == {key}
+    queries = [session.encrypt(rows[0]) for _ in range(MAX_QUERIES_PER_KEY)]
+    assert {query.key for query in queries} == {key}
+    assert len({query.data for query in queries}) == MAX_QUERIES_PER_KEY
     assert not key._zeros
     session.prepare()  # for a key whose queries are used up: the next one is made
     assert session.current_key_id != key.id

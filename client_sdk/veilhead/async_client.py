@@ -17,9 +17,8 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -242,18 +241,14 @@ class AsyncClient:
         function_to_apply: FunctionToApply | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
         """As `Client.classify`."""
-        return await self._classify(self._begin(texts), top_k, function_to_apply)
-
-    async def _classify(
-        self, texts: _Texts, top_k: int | None, function_to_apply: FunctionToApply | None
-    ) -> list[Prediction] | list[list[Prediction]]:
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
-        rows = await self._logits_of(texts)
-        if texts.single and isinstance(rows[0], VeilheadError):
+        single = isinstance(texts, str)
+        rows = await self._logits_of([texts] if single else texts)
+        if single and isinstance(rows[0], VeilheadError):
             raise rows[0]
         raise_errors([_answer(row, shape) for row in rows])
         answers = [shape.predictions(row) for row in rows if not isinstance(row, VeilheadError)]
-        return answers[0] if texts.single else answers
+        return answers[0] if single else answers
 
     def classify_many(
         self,
@@ -337,7 +332,7 @@ class AsyncClient:
         function = default_function(self.manifest.head)
         if function == "none":
             raise InputError(f"the model {self._model!r} predicts numbers, not probabilities")
-        return scores(self._stacked(await self._logits_of(self._begin(texts))), function)
+        return scores(self._stacked(await self._logits_of(texts)), function)
 
     async def classify_frame(
         self,
@@ -350,7 +345,7 @@ class AsyncClient:
         from veilhead.frames import as_frame
 
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
-        rows = await self._logits_of(self._begin(texts))
+        rows = await self._logits_of(list(texts))
         return as_frame(texts.index, [_answer(row, shape) for row in rows], shape)
 
     async def logits(self, embeddings: ArrayLike) -> NDArray[np.float64]:
@@ -417,31 +412,20 @@ class AsyncClient:
         raise_errors(rows)
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(self.labels))
 
-    def _begin(self, texts: str | Sequence[Any]) -> _Texts:
-        """What one call is about. Its embedding begins now, where the backbone is here already.
-
-        May be called on any thread: a single text need not wait for the event loop's.
-        """
-        begun = _Texts([texts] if isinstance(texts, str) else list(texts), isinstance(texts, str))
-        if self._backbone is not None and not self._closed:
-            begun.rows = embedded_rows(self._backbone, begun.texts, self._deidentifier)
-            with suppress(RuntimeError):  # closed meanwhile
-                begun.first = self._thread.submit(_take, begun.rows, self._engine.chunk)
-        return begun
-
-    async def _logits_of(self, texts: _Texts) -> list[Row]:
+    async def _logits_of(self, texts: Sequence[Any]) -> list[Row]:
         """Logits or an error for every text. Everything is sent before any error is seen."""
         self._check_task("text-classification")
         backbone, call = await self._ready_backbone(), Call()
-        rows = texts.rows or embedded_rows(backbone, texts.texts, self._deidentifier)
+        texts = list(texts)
+        rows = embedded_rows(backbone, texts, self._deidentifier)
         # A request goes out as soon as its rows are embedded.
-        size, count = self._engine.chunk, len(texts.texts)
+        size = self._engine.chunk
         return _in_order(
             await self._collect(
-                partial(self._infer_next, rows, size, call, None if start else texts.first)
-                for start in range(0, count, size)
+                partial(self._infer_next, rows, min(size, len(texts) - start), call)
+                for start in range(0, len(texts), size)
             ),
-            count,
+            len(texts),
             call,
         )
 
@@ -465,25 +449,16 @@ class AsyncClient:
         return _in_order(await self._infer_next(rows, len(texts), call), len(texts), call)
 
     async def _infer_next(
-        self,
-        rows: Iterator[EmbeddedRow],
-        count: int,
-        call: Call,
-        taken: Future[list[EmbeddedRow]] | None = None,
+        self, rows: Iterator[EmbeddedRow], count: int, call: Call
     ) -> list[tuple[int, Row]]:
-        """The places of the next rows, and logits or an error for each; none once all is lost.
-
-        The rows are at most `count` ones, or those that are being taken already.
-        """
+        """The places of the next rows, and logits or an error for each; none once all is lost."""
         if call.hopeless is not None:  # nothing would be sent: do not embed either
             return []
-        if taken is None:
-            taken = self._thread.submit(_take, rows, count)
-        embedded = await asyncio.wrap_future(taken)
-        answers = await self._infer(np.array([row.embedding for row in embedded]), call)
+        taken = await self._on_backbone_thread(lambda: list(islice(rows, count)))
+        answers = await self._infer(np.array([row.embedding for row in taken]), call)
         return [
             (row.place, answer if row.error is None else row.error)
-            for row, answer in zip(embedded, answers, strict=True)
+            for row, answer in zip(taken, answers, strict=True)
         ]
 
     async def _infer_tokens(
@@ -536,23 +511,6 @@ class AsyncClient:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-@dataclass
-class _Texts:
-    """The texts of one call.
-
-    Attributes:
-        texts: all of them.
-        single: whether it was one text and no list.
-        rows: their embeddings, where they have been begun.
-        first: the first ones of `rows`, which are being embedded.
-    """
-
-    texts: list[Any]
-    single: bool
-    rows: Iterator[EmbeddedRow] | None = None
-    first: Future[list[EmbeddedRow]] | None = None
-
-
 class Stream:
     """Texts that come chunk by chunk, and their answers in the same order.
 
@@ -602,10 +560,6 @@ def reported(answers: list[Answer], progress: Callable[[int], Any] | None) -> li
 
 def _answer(row: Row, shape: Shape) -> Answer:
     return row if isinstance(row, VeilheadError) else shape.predictions(row)
-
-
-def _take(rows: Iterator[EmbeddedRow], count: int) -> list[EmbeddedRow]:
-    return list(islice(rows, count))
 
 
 def _in_order(found: list[tuple[int, Row]], count: int, call: Call) -> list[Row]:

@@ -221,7 +221,7 @@ class Client:
             VeilheadError: what went wrong with a single text.
         """
         return self._run(
-            self._client._classify, self._client._begin(texts), top_k, function_to_apply
+            self._client.classify, texts, top_k=top_k, function_to_apply=function_to_apply
         )
 
     def classify_many(

@@ -146,21 +146,20 @@ def _unpack_rows(
     octets = -(-count // 8)
     reach = offset + (rows - 1) * stride + octets * width + 8
     buffer = data if len(data) >= reach else data.ljust(reach, b"\0")
-    mask = np.uint64((1 << width) - 1)
-    values = np.empty((rows, octets, 8), dtype=np.uint64)
-    for lane in range(8):
-        start, shift = divmod(lane * width, 8)
-        window = np.ndarray(
-            (rows, octets),
-            dtype="<u8",
-            buffer=buffer,
-            offset=offset + start,
-            strides=(stride, width),
-        )
-        lanes = values[..., lane]
-        np.right_shift(window, np.uint64(shift), out=lanes)
-        lanes &= mask
+    starts, shifts = _lanes(width)
+    # Eight bytes from every byte of an octet of values on; those where a value begins are picked.
+    windows = np.ndarray((rows, octets, width), "<u8", buffer, offset, (stride, width, 1))
+    values: Residues = windows[:, :, starts]
+    values >>= shifts
+    values &= np.uint64((1 << width) - 1)
     return values.reshape(rows, octets * 8)[:, :count]
+
+
+@lru_cache(maxsize=64)
+def _lanes(width: int) -> tuple[NDArray[np.intp], Residues]:
+    """Where each of eight values of `width` bits begins: the byte [8], and the bit of it [8]."""
+    bits = np.arange(8) * width
+    return bits // 8, (bits % 8).astype(np.uint64)
 
 
 def _polynomial_bytes(degree: int, primes: Sequence[int]) -> int:

@@ -13,9 +13,9 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import islice
-from typing import Any, Final
+from functools import cached_property, lru_cache
+from itertools import islice, pairwise, starmap
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,20 +197,14 @@ class EncryptedHead:
         """What is sent of each product, once it is masked, flooded and cut."""
         reply = 0
         while masked := [self._masked(one, key) for one in islice(products, _REPLIES_AT_ONCE)]:
-            wanted = [layout.wanted(reply + number) for number in range(len(masked))]
-            classes = [
-                np.tile(np.arange(first, min(first + layout.group, layout.classes)), layout.texts)
-                for first in range(
-                    reply * layout.group, (reply + len(masked)) * layout.group, layout.group
-                )
-            ]
-            picked = [c0[:, places] for (c0, _), places in zip(masked, wanted, strict=True)]
-            flooded = self._add_offsets(np.hstack(picked), np.hstack(classes))
-            ends = np.cumsum([len(places) for places in wanted])[:-1]
-            logits = np.split(self._truncate(flooded), ends)
-            masks = np.hstack([c1 for _, c1 in masked])  # [L, replies * N]
+            places = _places(layout, reply, len(masked))
+            picked = [c0[:, wanted] for (c0, _), wanted in zip(masked, places.wanted, strict=True)]
+            flooded = self._add_offsets(np.concatenate(picked, axis=1), places.classes)
+            logits = self._truncate(flooded)
+            masks = np.concatenate([c1 for _, c1 in masked], axis=1)  # [L, replies * N]
             cut = self._truncate(masks).reshape(len(masked), layout.degree)
-            yield from map(ReplyPolynomial, logits, cut)
+            for part, c1 in zip(places.parts, cut, strict=True):
+                yield ReplyPolynomial(logits[part], c1)
             reply += len(masked)
 
     def _masked(self, product: Any | None, key: ClientKey) -> Residues:
@@ -331,6 +325,37 @@ class EncryptedHead:
 
     def _truncate(self, residues: Residues) -> Residues:
         return truncate(residues, self.parameters, self._scales.reply_bits)
+
+
+class _Places(NamedTuple):
+    """Where the logits of some reply polynomials are, one polynomial after the other.
+
+    Attributes:
+        wanted: the coefficients of each that hold logits.
+        classes: the class of every logit.
+        parts: which of all these logits are those of each polynomial.
+    """
+
+    wanted: list[NDArray[np.intp]]
+    classes: NDArray[np.intp]
+    parts: list[slice]
+
+
+@lru_cache(maxsize=8)  # of at most 4 MB each
+def _places(layout: Layout, first: int, count: int) -> _Places:
+    """The places of reply polynomials `first`, `first + 1`, ..., `count` of them."""
+    replies = range(first, first + count)
+    wanted = [layout.wanted(reply) for reply in replies]
+    classes = [
+        np.arange(reply * layout.group, min((reply + 1) * layout.group, layout.classes))
+        for reply in replies
+    ]
+    ends = np.cumsum([0, *map(len, wanted)]).tolist()
+    return _Places(
+        wanted,
+        np.concatenate([np.tile(some, layout.texts) for some in classes]),
+        list(starmap(slice, pairwise(ends))),
+    )
 
 
 @dataclass(frozen=True)

@@ -433,7 +433,7 @@ class Client:
         """What `work` returns on the event loop. An interrupt here stops it there."""
         if not self._finalizer.alive:
             raise ClientError("the client is closed: make another one")
-        # Not by the portal, which answers once the work has begun, before it answers with the value.
+        # The portal's own calls wait twice: for the work to begin, and for its value.
         future = asyncio.run_coroutine_threadsafe(work(*arguments, **options), self._loop)
         try:
             return future.result()

@@ -24,8 +24,13 @@ import zstandard
 from numpy.typing import NDArray
 from tenseal import sealapi
 
-from veilhead_protocol.parameters import ParameterSet
-from veilhead_protocol.seal_memory import read_array
+from veilhead_protocol.parameters import COMPACT, ParameterSet
+from veilhead_protocol.seal_memory import (
+    SEED_BYTES,
+    read_array,
+    read_seeded,
+    seeded_is_readable,
+)
 
 Residues = NDArray[np.uint64]
 
@@ -35,7 +40,6 @@ _UNCOMPRESSED: Final = 0
 _ZSTANDARD: Final = 2
 _MEMBERS: Final = struct.Struct("<4QBQQQdQ")  # parms_id, NTT form, size, N, L, scale, correction
 _COUNT: Final = struct.Struct("<Q")
-SEED_BYTES: Final = 64
 
 #: 1 modulo twice every degree in use, and so small that SEAL's own limit on the modulus holds.
 _SPARE_PRIME: Final = 0x10001
@@ -353,6 +357,19 @@ def _multiply(first: Residues, second: Residues, prime: int) -> Residues:
 
 def save_seeded(serializable: Any) -> tuple[Residues, int, bytes]:
     """c0 [L, N], the PRNG's type byte and the seed of a seeded SEAL ciphertext, in NTT form."""
+    return read_seeded(serializable) if _reads_seeded() else _saved_seeded(serializable)
+
+
+@lru_cache(maxsize=1)
+def _reads_seeded() -> bool:
+    """Whether seeded ciphertexts are where `seal_memory` expects them: tried on one of zero."""
+    seal = runtime(COMPACT)
+    secret = sealapi.KeyGenerator(seal.context).secret_key()
+    zero = sealapi.Encryptor(seal.context, secret).encrypt_zero_symmetric(seal.data_parms_id)
+    return seeded_is_readable(zero, _saved_seeded(zero))
+
+
+def _saved_seeded(serializable: Any) -> tuple[Residues, int, bytes]:
     members = _inflate(_scratch().save(serializable))
     *_, ntt_form, size, degree, primes, _scale, _correction = _MEMBERS.unpack_from(members)
     (count,) = _COUNT.unpack_from(members, _MEMBERS.size + _HEADER.size)

@@ -7,7 +7,10 @@ are read one at a time. Nothing is ever written here.
 
 Sources: pybind11 2.x and 3.x, `instance` in pybind11/detail/common.h (after the object's head comes
 a pointer to the value); SEAL 4.3, `DynArray` in native/src/seal/dynarray.h (a memory pool handle of
-two words, the capacity, the size, the address of the first element).
+two words, the capacity, the size, the address of the first element), `Ciphertext` in ciphertext.h
+(its members and then such an array) and `Serializable` in serializable.h (nothing but what it
+holds), `encrypt_zero_symmetric` in util/rlwe.cpp (a seeded ciphertext has, where its second half
+would begin, a word of ones, and then what makes that half: a header, the generator and the seed).
 """
 
 from __future__ import annotations
@@ -24,8 +27,18 @@ from tenseal import sealapi
 
 _Read = Callable[[int, int], bytes]
 
+SEED_BYTES: Final = 64
+_SEED_MARK: Final = 2**64 - 1
+#: The mark, the magic number and size of the header, its other members, generator and seed.
+_SEED: Final = struct.Struct(f"<QHB5xQB{SEED_BYTES}s")
+_SEED_HEADER: Final = (_SEED_MARK, 0xA15E, 16, 16 + 1 + SEED_BYTES)
+#: More than any ciphertext here has in one half: a size that is none is not believed.
+_MOST_WORDS: Final = 2**16
+
 _POINTER: Final = struct.Struct("<Q")
 _ARRAY: Final = struct.Struct("<24xQQ")  # pool handle and capacity, size, first element
+#: parms_id, whether in NTT form, number of polynomials, N, L, scale, correction; then the array.
+_CIPHERTEXT: Final = struct.Struct("<32x?7xQQQ16x24xQQ")
 _HEAD_BYTES: Final = object.__basicsize__
 _WORD: Final = np.dtype("<u8")
 
@@ -43,22 +56,62 @@ def read_array(owner: Any, count: int) -> NDArray[np.uint64]:
     return np.fromiter(map(array.at, range(count)), dtype=_WORD, count=count)
 
 
+def read_seeded(serializable: Any) -> tuple[NDArray[np.uint64], int, bytes]:
+    """Copies of c0 [L, N], the generator's type and the seed of a seeded SEAL ciphertext.
+
+    Only where `seeded_is_readable` has found what is expected.
+
+    Raises:
+        AssertionError: when it is not one in NTT form.
+    """
+    return _seeded(serializable, ctypes.string_at)
+
+
+def seeded_is_readable(serializable: Any, expected: tuple[NDArray[np.uint64], int, bytes]) -> bool:
+    """Whether a seeded ciphertext lies where it is expected: this one, that holds what is known."""
+    c0, prng, seed = expected
+
+    def found(read: _Read) -> bool:
+        words, *rest = _seeded(serializable, read)
+        return np.array_equal(words, c0) and rest == [prng, seed]
+
+    return _IN_PLACE and _tried(found)
+
+
+def _seeded(serializable: Any, read: _Read) -> tuple[NDArray[np.uint64], int, bytes]:
+    (value,) = _POINTER.unpack(read(id(serializable) + _HEAD_BYTES, _POINTER.size))
+    members = _CIPHERTEXT.unpack(read(value, _CIPHERTEXT.size))
+    ntt_form, polynomials, degree, primes, size, first = members
+    half = degree * primes
+    if not ntt_form or polynomials != 2 or size != 2 * half or half > _MOST_WORDS:
+        raise AssertionError("a seeded SEAL ciphertext has another shape or form than expected")
+    bytes_ = _WORD.itemsize * half
+    # Nothing after the seed is initialised, so nothing of it is read.
+    *header, prng, seed = _SEED.unpack(read(first + bytes_, _SEED.size))
+    if tuple(header) != _SEED_HEADER:
+        raise AssertionError("a seeded SEAL ciphertext has no seed where it is expected")
+    return np.frombuffer(read(first, bytes_), dtype=_WORD).reshape(primes, degree), prng, seed
+
+
 def is_readable() -> bool:
     """Whether arrays lie where they are expected."""
     known = [7, 5, 3]  # any values, lowest power first
     plaintext = sealapi.Plaintext("3x^2 + 5x^1 + 7")
+    return _tried(lambda read: bool((_words(plaintext, len(known), read) == known).all()))
+
+
+def _tried(found: Callable[[_Read], bool]) -> bool:
+    """What is found through the kernel, which answers a wrong address with an error."""
     try:
         memory = os.open("/proc/self/mem", os.O_RDONLY)
     except OSError:
         return False
     try:
-        # Through the kernel, which answers a wrong address with an error.
-        found = _words(plaintext, len(known), lambda start, size: os.pread(memory, size, start))
+        return found(lambda start, size: os.pread(memory, size, start))
     except (OSError, OverflowError, ValueError, struct.error, AssertionError):
         return False
     finally:
         os.close(memory)
-    return bool((found == known).all())
 
 
 def _words(owner: Any, count: int, read: _Read) -> NDArray[np.uint64]:

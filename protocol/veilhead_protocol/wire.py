@@ -402,12 +402,15 @@ class QueryMessage:
 
     def serialize(self) -> bytes:
         """The message's bytes; a reply repeats their SHA-256."""
+        residues = np.stack([polynomial.c0 for polynomial in self.polynomials])  # [P, L, N]
+        packed = [
+            pack_rows(residues[:, row], prime.bit_length())
+            for row, prime in enumerate(self.parameters.data_primes)
+        ]
         parts = [self.header.serialize()]
-        for polynomial in self.polynomials:
-            parts += [
-                _pack_polynomial(polynomial.c0, self.parameters.data_primes),
-                polynomial.seed,
-            ]
+        for number, polynomial in enumerate(self.polynomials):
+            parts += [rows[number].tobytes() for rows in packed]
+            parts.append(polynomial.seed)
         return b"".join(parts)
 
     @classmethod

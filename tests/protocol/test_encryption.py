@@ -31,6 +31,7 @@ SHAPES = [
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """SEAL's secret keys, as sessions make them: only a test may look at one."""
     found: list[Any] = []
+    seal_io._reads_seeded()  # makes a key of its own, once
     original = sealapi.KeyGenerator
 
     class Capturing:

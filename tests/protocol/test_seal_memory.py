@@ -55,6 +55,68 @@ def test_what_was_read_is_a_copy() -> None:
     assert np.array_equal(before, kept)
 
 
+def seeded_zero(parameters: ParameterSet, *, key_level: bool = False) -> Any:
+    seal = seal_io.runtime(parameters)
+    secret = sealapi.KeyGenerator(seal.context).secret_key()
+    level = seal.key_parms_id if key_level else seal.data_parms_id
+    return sealapi.Encryptor(seal.context, secret).encrypt_zero_symmetric(level)
+
+
+@both_sets
+@pytest.mark.parametrize("key_level", [False, True])
+def test_seeded_ciphertexts_are_those_that_seal_writes(
+    parameters: ParameterSet, key_level: bool
+) -> None:
+    for _ in range(3):
+        zero = seeded_zero(parameters, key_level=key_level)
+        c0, prng, seed = seal_memory.read_seeded(zero)
+        saved = seal_io._saved_seeded(zero)
+        assert np.array_equal(c0, saved[0])
+        assert (prng, seed) == saved[1:]
+
+
+def test_seeded_ciphertexts_are_read_in_place_here() -> None:
+    assert seal_io._reads_seeded()
+
+
+def test_another_seeded_ciphertext_is_noticed() -> None:
+    expected = seal_io._saved_seeded(seeded_zero(COMPACT))
+    assert not seal_memory.seeded_is_readable(seeded_zero(COMPACT), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("_CIPHERTEXT", "<24x?7xQQQ16x24xQQ"),
+        ("_CIPHERTEXT", "<32x?7xQQQ16x16xQQ"),
+        ("_CIPHERTEXT", "<4096x?7xQQQ16x24xQQ"),
+        ("_SEED", "<QHB5xQ8xB64s"),
+        ("_SEED", "<8xQHB5xQB64s"),
+    ],
+)
+def test_other_seeded_ciphertexts_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, name: str, layout: str
+) -> None:
+    """As if SEAL laid them out in another way."""
+    zero = seeded_zero(COMPACT)
+    monkeypatch.setattr(seal_memory, name, struct.Struct(layout))
+    assert not seal_memory.seeded_is_readable(zero, seal_io._saved_seeded(zero))
+
+
+def test_a_ciphertext_without_a_seed_is_refused() -> None:
+    with pytest.raises(AssertionError, match="no seed"):
+        seal_memory.read_seeded(fresh_ciphertext(COMPACT))
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_queries_are_the_same_either_way(monkeypatch: pytest.MonkeyPatch, readable: bool) -> None:
+    zero = seeded_zero(COMPACT)
+    monkeypatch.setattr(seal_io, "_reads_seeded", lambda: readable)
+    c0, prng, seed = seal_io.save_seeded(zero)
+    assert c0.shape == (1, 2048)
+    assert (prng, len(seed)) == (1, 64)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_an_array_of_another_length_is_refused(
     monkeypatch: pytest.MonkeyPatch, in_place: bool

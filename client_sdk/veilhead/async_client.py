@@ -244,10 +244,11 @@ class AsyncClient:
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
         single = isinstance(texts, str)
         rows = await self._logits_of([texts] if single else texts)
-        if single and isinstance(rows[0], VeilheadError):
-            raise rows[0]
-        raise_errors([_answer(row, shape) for row in rows])
-        answers = [shape.predictions(row) for row in rows if not isinstance(row, VeilheadError)]
+        found = [_answer(row, shape) for row in rows]
+        if single and isinstance(found[0], VeilheadError):
+            raise found[0]
+        raise_errors(found)
+        answers = [answer for answer in found if not isinstance(answer, VeilheadError)]
         return answers[0] if single else answers
 
     def classify_many(

@@ -174,7 +174,7 @@ class Engine:
                 found = await self._infer_rows(embeddings[start : start + size], call)
             rows[start : start + size] = [found] * size if isinstance(found, Exception) else found
 
-        sizes, unused = self.session.plan(len(embeddings)), self._unused_keys()
+        sizes, unused = self.session.plan(len(embeddings)), self._take_unused_keys()
         if len(sizes) == 1 and not unused:
             await one(0, *sizes)
             return rows[:count]
@@ -269,13 +269,14 @@ class Engine:
                 await self.transport.put_key(key.id, key.message)
                 self._registered.add(key.id)
 
-    def _unused_keys(self) -> set[bytes]:
-        """Ids of registered keys that no further query will be under."""
-        return self._registered - self._in_use.keys() - {self.session.current_key_id}
+    def _take_unused_keys(self) -> set[bytes]:
+        """Ids of registered keys that no further query will be under, for the caller to delete."""
+        unused = self._registered - self._in_use.keys() - {self.session.current_key_id}
+        self._registered -= unused  # before any other call looks
+        return unused
 
     async def _delete(self, key_id: bytes) -> None:
         """Let the service drop a key; when it does not hear this, the key expires."""
-        self._registered.discard(key_id)
         with suppress(httpx2.HTTPError):
             await self.transport.delete_key(key_id)
 
@@ -284,8 +285,8 @@ class Engine:
         if self._preparation is not None:
             self._preparation.cancel()
         with anyio.move_on_after(_GOODBYE_SECONDS):
-            for key_id in list(self._registered):
-                await self._delete(key_id)
+            while self._registered:
+                await self._delete(self._registered.pop())
         self.session.forget()
 
 

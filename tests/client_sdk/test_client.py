@@ -231,6 +231,15 @@ class TestKeys:
         for _ in range(3):
             assert client.logits(unit_rows(9, 32)).shape == (9, 5)
 
+    def test_a_key_is_forgotten_once(self, connect, head_artifact):
+        client, service = connect(head_artifact)
+        rows = unit_rows(5 * client._engine.chunk, 32)  # so many requests under way at once
+        for _ in range(2):
+            client.logits(rows)
+        client.close()
+        assert len(service.seen("key")) >= 10
+        assert len(service.seen("forget")) == len(service.seen("key"))
+
     def test_closing_forgets_the_key_at_the_service(self, connect, head_artifact):
         client, service = connect(head_artifact)
         client.logits(unit_rows(1, 32))

@@ -111,26 +111,34 @@ class EncryptedQuery:
     def __init__(
         self,
         key: SecretKey,
-        layout: Layout,
-        header: bytes,
-        size: int,
-        reply_bytes: int,
-        encrypt: Callable[[], bytes],
+        message: QueryMessage,
+        reply_bits: int,
+        encrypt: Callable[[], tuple[SeededPolynomial, ...]],
     ) -> None:
+        """Describe it.
+
+        Args:
+            key: what it is encrypted under.
+            message: the query message, still without polynomials.
+            reply_bits: kappa of the model.
+            encrypt: what makes the polynomials; it is called once.
+        """
         self.key = key
-        self.layout = layout
-        self.header = header
-        self.size = size
-        self.reply_bytes = reply_bytes
+        self.layout = message.layout
+        self.header = message.header.serialize()
+        self.size = QueryMessage.size(message.parameters, message.layout)
+        self.reply_bytes = ReplyMessage.size(message.layout, reply_bits)
         self.encrypt_seconds = 0.0
+        self._message = message
         self._encrypt = encrypt
 
     @cached_property
     def data(self) -> bytes:
         """The query message."""
         started = time.perf_counter()
-        data = self._encrypt()
+        data = replace(self._message, polynomials=self._encrypt()).serialize()
         self.encrypt_seconds = time.perf_counter() - started
+        del self._encrypt  # and with it the embeddings
         return data
 
     def pieces(self) -> Iterator[bytes]:
@@ -196,7 +204,6 @@ class Session:
 
     def _query(self, embeddings: NDArray[np.float64], key: SecretKey) -> EncryptedQuery:
         layout = self._manifest.layout_of(len(embeddings))
-        # All but the polynomials.
         message = QueryMessage(
             parameters=self._parameters,
             model_digest=self._manifest.digest,
@@ -206,26 +213,18 @@ class Session:
             domain=Domain.NTT,
             polynomials=(),
         )
-        return EncryptedQuery(
-            key,
-            layout,
-            message.header.serialize(),
-            QueryMessage.size(self._parameters, layout),
-            ReplyMessage.size(layout, self._scales.reply_bits),
-            partial(self._encrypt, embeddings, key, message),
-        )
+        encrypt = partial(self._encrypt, embeddings, key, layout)
+        return EncryptedQuery(key, message, self._scales.reply_bits, encrypt)
 
     def _encrypt(
-        self, embeddings: NDArray[np.float64], key: SecretKey, message: QueryMessage
-    ) -> bytes:
-        """The bytes of the message with the embeddings [b, d] in its polynomials."""
+        self, embeddings: NDArray[np.float64], key: SecretKey, layout: Layout
+    ) -> tuple[SeededPolynomial, ...]:
         finite = np.isfinite(embeddings).all(axis=1, keepdims=True)
         rows = project(np.where(finite, embeddings, 0.0), self._manifest.embedding.scale)
-        polynomials = tuple(
+        return tuple(
             key.encrypt(piece, self._scales.query_scale_bits)
-            for piece in message.layout.pack_embeddings(rows)
+            for piece in layout.pack_embeddings(rows)
         )
-        return replace(message, polynomials=polynomials).serialize()
 
     def decrypt(self, query: EncryptedQuery, reply: bytes) -> NDArray[np.float64]:
         """Logits of a query of one embedding: [C], rounded to multiples of 2^-12.

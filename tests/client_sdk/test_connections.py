@@ -43,6 +43,24 @@ class Server:
             writer.close()
 
 
+class Waiting(Server):
+    """Says when the first piece of a body is here."""
+
+    def __init__(self, first, rest):
+        super().__init__(ANSWER)
+        self.first = first
+        self.rest = rest
+        self.arrived = asyncio.Event()
+
+    async def serve(self, reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        assert await reader.readexactly(len(self.first)) == self.first
+        self.arrived.set()
+        assert await reader.readexactly(len(self.rest)) == self.rest
+        writer.write(self.answer)
+        writer.close()
+
+
 @asynccontextmanager
 async def connected(server, *, limit=2):
     listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
@@ -55,12 +73,12 @@ async def connected(server, *, limit=2):
         listener.close()
 
 
-async def ask(connections, url, *, read=5.0, content=b"query"):
+async def ask(connections, url, *, read=5.0, content=b"query", headers=None):
     timeout = httpx2.Timeout(5.0, read=read)
     request = httpx2.Request(
         "POST",
         f"{url}/v1/x?y=%7E",
-        headers={"Accept-Encoding": "identity"},
+        headers={"Accept-Encoding": "identity", **(headers or {})},
         content=content,
         extensions={"timeout": timeout.as_dict()},
     )
@@ -69,6 +87,25 @@ async def ask(connections, url, *, read=5.0, content=b"query"):
         return response.status_code, dict(response.headers), await response.aread()
     finally:
         await response.aclose()
+
+
+def test_a_piece_of_a_body_is_sent_before_the_next_is_asked_for():
+    async def run():
+        server = Waiting(b"header", b"polynomials")
+
+        async def pieces():
+            yield server.first
+            await asyncio.wait_for(server.arrived.wait(), 5)
+            yield server.rest
+
+        length = str(len(server.first + server.rest))
+        async with connected(server) as (connections, url):
+            status, _, body = await ask(
+                connections, url, content=pieces(), headers={"Content-Length": length}
+            )
+        assert (status, body) == (200, b"hello")
+
+    asyncio.run(run())
 
 
 def test_requests_share_a_connection_and_carry_nothing_that_was_not_asked_for():

@@ -89,6 +89,21 @@ def test_work_done_ahead_is_that_of_one_query_and_uses_up_no_key():
     assert session.current_key_id != before
 
 
+def test_a_query_is_encrypted_when_its_polynomials_are_asked_for_and_once(small):
+    pair = Pair.of(small)
+    query = pair.session.encrypt(unit_rows(1, 16)[0])
+    pieces = query.pieces()
+    header = next(pieces)
+    assert QueryHeader.deserialize(header).key_id == query.key.id
+    assert query.encrypt_seconds == 0  # the header does not wait for it
+    message = header + next(pieces)
+    assert query.encrypt_seconds > 0
+    assert message == query.data == b"".join(query.pieces())  # as a retry sends it
+    assert len(message) == query.size
+    # The embedding is not kept beside its encryption.
+    assert not any(callable(value) for value in vars(query).values())
+
+
 def test_equal_embeddings_give_unlike_queries_of_equal_length(small):
     session = Session(small.manifest)
     row = unit_rows(1, 16)[0]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from veilhead.session import EncryptedQuery, Session
 from veilhead_models.artifact import HeadArtifact
-from veilhead_protocol.wire import Domain, Prng, QueryMessage, ReplyMessage
+from veilhead_protocol.wire import Domain, Prng, QueryMessage
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 
 _Array = NDArray[np.float64]
@@ -57,13 +57,17 @@ class Pair:
             layout=layout,
             prng=Prng.BLAKE2XB,
             domain=Domain.NTT,
-            polynomials=tuple(
+            polynomials=(),
+        )
+        return EncryptedQuery(
+            key,
+            message,
+            manifest.scales.reply_bits,
+            lambda: tuple(
                 key.encrypt(coefficients, manifest.scales.query_scale_bits)
                 for coefficients in polynomials
             ),
         )
-        reply_bytes = ReplyMessage.size(layout, manifest.scales.reply_bits)
-        return EncryptedQuery(key, layout, message.serialize(), reply_bytes)
 
 
 def random_head(classes: int, dimensions: int, *, seed: int = 1) -> HeadArtifact:

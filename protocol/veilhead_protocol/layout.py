@@ -259,8 +259,6 @@ def plan(
     Bulk is only used for more texts than dimensions, where an answer costs no more of a budget than
     its texts.
     """
-    if texts == 1:
-        return [1]
     blocks, best = _block_plans(parameters, dimensions, classes, exponent)
     most = len(blocks) - 1
     requests = []

@@ -25,12 +25,7 @@ from numpy.typing import NDArray
 from tenseal import sealapi
 
 from veilhead_protocol.parameters import COMPACT, ParameterSet
-from veilhead_protocol.seal_memory import (
-    SEED_BYTES,
-    read_array,
-    read_seeded,
-    seeded_is_readable,
-)
+from veilhead_protocol.seal_memory import read_array, read_seeded, seeded_is_readable
 
 Residues = NDArray[np.uint64]
 
@@ -40,6 +35,8 @@ _UNCOMPRESSED: Final = 0
 _ZSTANDARD: Final = 2
 _MEMBERS: Final = struct.Struct("<4QBQQQdQ")  # parms_id, NTT form, size, N, L, scale, correction
 _COUNT: Final = struct.Struct("<Q")
+SEED_BYTES: Final = 64
+_INFO_BYTES: Final = _HEADER.size + 1 + SEED_BYTES  # of a seed: header, PRNG, seed
 
 #: 1 modulo twice every degree in use, and so small that SEAL's own limit on the modulus holds.
 _SPARE_PRIME: Final = 0x10001
@@ -357,7 +354,15 @@ def _multiply(first: Residues, second: Residues, prime: int) -> Residues:
 
 def save_seeded(serializable: Any) -> tuple[Residues, int, bytes]:
     """c0 [L, N], the PRNG's type byte and the seed of a seeded SEAL ciphertext, in NTT form."""
-    return read_seeded(serializable) if _reads_seeded() else _saved_seeded(serializable)
+    if _reads_seeded():
+        c0, info = read_seeded(serializable, _INFO_BYTES)
+    else:
+        c0, info = _saved_seeded(serializable)
+    magic, header_size, *_, mode, _, size = _HEADER.unpack_from(info)
+    expected = (_MAGIC, _HEADER.size, _UNCOMPRESSED, _INFO_BYTES)
+    if (magic, header_size, mode, size) != expected or len(info) != _INFO_BYTES:
+        raise AssertionError("SEAL wrote seed information that this version does not know")
+    return c0, info[_HEADER.size], info[_HEADER.size + 1 :]
 
 
 @lru_cache(maxsize=1)
@@ -366,10 +371,11 @@ def _reads_seeded() -> bool:
     seal = runtime(COMPACT)
     secret = sealapi.KeyGenerator(seal.context).secret_key()
     zero = sealapi.Encryptor(seal.context, secret).encrypt_zero_symmetric(seal.data_parms_id)
-    return seeded_is_readable(zero, _saved_seeded(zero))
+    return seeded_is_readable(zero, *_saved_seeded(zero))
 
 
-def _saved_seeded(serializable: Any) -> tuple[Residues, int, bytes]:
+def _saved_seeded(serializable: Any) -> tuple[Residues, bytes]:
+    """c0 [L, N] and the seed information, by SEAL's compressed file."""
     members = _inflate(_scratch().save(serializable))
     *_, ntt_form, size, degree, primes, _scale, _correction = _MEMBERS.unpack_from(members)
     (count,) = _COUNT.unpack_from(members, _MEMBERS.size + _HEADER.size)
@@ -377,7 +383,4 @@ def _saved_seeded(serializable: Any) -> tuple[Residues, int, bytes]:
         raise AssertionError("SEAL wrote a ciphertext of another shape or form than expected")
     start = _MEMBERS.size + _HEADER.size + _COUNT.size
     c0 = np.frombuffer(members, dtype="<u8", count=count, offset=start).reshape(primes, degree)
-    info = members[start + 8 * count :]
-    if len(info) != _HEADER.size + 1 + SEED_BYTES:
-        raise AssertionError("SEAL wrote seed information that this version does not know")
-    return c0, info[_HEADER.size], info[_HEADER.size + 1 :]
+    return c0, members[start + 8 * count :]

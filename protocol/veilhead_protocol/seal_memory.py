@@ -10,7 +10,7 @@ a pointer to the value); SEAL 4.3, `DynArray` in native/src/seal/dynarray.h (a m
 two words, the capacity, the size, the address of the first element), `Ciphertext` in ciphertext.h
 (its members and then such an array) and `Serializable` in serializable.h (nothing but what it
 holds), `encrypt_zero_symmetric` in util/rlwe.cpp (a seeded ciphertext has, where its second half
-would begin, a word of ones, and then what makes that half: a header, the generator and the seed).
+would begin, a word of ones, and then what SEAL writes of the generator and the seed).
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ from tenseal import sealapi
 
 _Read = Callable[[int, int], bytes]
 
-SEED_BYTES: Final = 64
-_SEED_MARK: Final = 2**64 - 1
-#: The mark, the magic number and size of the header, its other members, generator and seed.
-_SEED: Final = struct.Struct(f"<QHB5xQB{SEED_BYTES}s")
-_SEED_HEADER: Final = (_SEED_MARK, 0xA15E, 16, 16 + 1 + SEED_BYTES)
+#: In a seeded ciphertext, before what makes its second half.
+_SEED_MARK: Final = b"\xff" * 8
 #: More than any ciphertext here has in one half: a size that is none is not believed.
 _MOST_WORDS: Final = 2**16
 
@@ -56,41 +53,41 @@ def read_array(owner: Any, count: int) -> NDArray[np.uint64]:
     return np.fromiter(map(array.at, range(count)), dtype=_WORD, count=count)
 
 
-def read_seeded(serializable: Any) -> tuple[NDArray[np.uint64], int, bytes]:
-    """Copies of c0 [L, N], the generator's type and the seed of a seeded SEAL ciphertext.
+def read_seeded(serializable: Any, info_bytes: int) -> tuple[NDArray[np.uint64], bytes]:
+    """Copies of c0 [L, N] of a seeded SEAL ciphertext and of its seed information.
 
     Only where `seeded_is_readable` has found what is expected.
 
     Raises:
         AssertionError: when it is not one in NTT form.
     """
-    return _seeded(serializable, ctypes.string_at)
+    return _seeded(serializable, info_bytes, ctypes.string_at)
 
 
-def seeded_is_readable(serializable: Any, expected: tuple[NDArray[np.uint64], int, bytes]) -> bool:
+def seeded_is_readable(serializable: Any, c0: NDArray[np.uint64], info: bytes) -> bool:
     """Whether a seeded ciphertext lies where it is expected: this one, that holds what is known."""
-    c0, prng, seed = expected
 
     def found(read: _Read) -> bool:
-        words, *rest = _seeded(serializable, read)
-        return np.array_equal(words, c0) and rest == [prng, seed]
+        words, seed = _seeded(serializable, len(info), read)
+        return np.array_equal(words, c0) and seed == info
 
     return _IN_PLACE and _tried(found)
 
 
-def _seeded(serializable: Any, read: _Read) -> tuple[NDArray[np.uint64], int, bytes]:
+def _seeded(serializable: Any, info_bytes: int, read: _Read) -> tuple[NDArray[np.uint64], bytes]:
     (value,) = _POINTER.unpack(read(id(serializable) + _HEAD_BYTES, _POINTER.size))
     members = _CIPHERTEXT.unpack(read(value, _CIPHERTEXT.size))
     ntt_form, polynomials, degree, primes, size, first = members
     half = degree * primes
     if not ntt_form or polynomials != 2 or size != 2 * half or half > _MOST_WORDS:
         raise AssertionError("a seeded SEAL ciphertext has another shape or form than expected")
-    bytes_ = _WORD.itemsize * half
+    c0_bytes = _WORD.itemsize * half
     # Nothing after the seed is initialised, so nothing of it is read.
-    *header, prng, seed = _SEED.unpack(read(first + bytes_, _SEED.size))
-    if tuple(header) != _SEED_HEADER:
+    second = read(first + c0_bytes, len(_SEED_MARK) + info_bytes)
+    if not second.startswith(_SEED_MARK):
         raise AssertionError("a seeded SEAL ciphertext has no seed where it is expected")
-    return np.frombuffer(read(first, bytes_), dtype=_WORD).reshape(primes, degree), prng, seed
+    words = np.frombuffer(read(first, c0_bytes), dtype=_WORD).reshape(primes, degree)
+    return words, second[len(_SEED_MARK) :]
 
 
 def is_readable() -> bool:

@@ -166,17 +166,16 @@ def _polynomial_bytes(degree: int, primes: Sequence[int]) -> int:
     return sum(packed_bytes(degree, prime.bit_length()) for prime in primes)
 
 
-def _pack_polynomial(residues: Residues, primes: Sequence[int]) -> bytes:
-    """Residues [L, N], prime after prime, each at the width of its prime."""
-    return b"".join(
-        pack_bits(row, prime.bit_length()) for row, prime in zip(residues, primes, strict=True)
-    )
+def _pack_polynomials(residues: Residues, primes: Sequence[int]) -> list[bytes]:
+    """Residues [P, L, N], each polynomial prime after prime, at the width of its prime."""
+    packed = [pack_rows(residues[:, row], prime.bit_length()) for row, prime in enumerate(primes)]
+    return [b"".join(map(np.ndarray.tobytes, rows)) for rows in zip(*packed, strict=True)]
 
 
 def _unpack_polynomials(
     data: bytes, polynomials: int, degree: int, primes: Sequence[int], *, offset: int, stride: int
 ) -> Residues:
-    """The inverse of `_pack_polynomial` for polynomials that begin `stride` bytes apart: [P, L, N].
+    """The inverse of `_pack_polynomials`, for polynomials `stride` bytes apart: [P, L, N].
 
     Every residue is in range, and none of the polynomials is zero.
     """
@@ -327,11 +326,9 @@ class KeyMessage:
 
     def serialize(self) -> bytes:
         """The message's bytes; their SHA-256 is the key's id."""
-        return (
-            _write_prefix(MessageType.KEY, self.prng, self.domain, self.parameters)
-            + _pack_polynomial(self.b, self.parameters.key_primes)
-            + self.seed
-        )
+        (packed,) = _pack_polynomials(self.b[np.newaxis], self.parameters.key_primes)
+        prefix = _write_prefix(MessageType.KEY, self.prng, self.domain, self.parameters)
+        return prefix + packed + self.seed
 
     @classmethod
     def deserialize(cls, data: bytes) -> KeyMessage:
@@ -403,14 +400,11 @@ class QueryMessage:
     def serialize(self) -> bytes:
         """The message's bytes; a reply repeats their SHA-256."""
         residues = np.stack([polynomial.c0 for polynomial in self.polynomials])  # [P, L, N]
-        packed = [
-            pack_rows(residues[:, row], prime.bit_length())
-            for row, prime in enumerate(self.parameters.data_primes)
-        ]
         parts = [self.header.serialize()]
-        for number, polynomial in enumerate(self.polynomials):
-            parts += [rows[number].tobytes() for rows in packed]
-            parts.append(polynomial.seed)
+        for packed, polynomial in zip(
+            _pack_polynomials(residues, self.parameters.data_primes), self.polynomials, strict=True
+        ):
+            parts += [packed, polynomial.seed]
         return b"".join(parts)
 
     @classmethod

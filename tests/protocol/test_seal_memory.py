@@ -69,10 +69,10 @@ def test_seeded_ciphertexts_are_those_that_seal_writes(
 ) -> None:
     for _ in range(3):
         zero = seeded_zero(parameters, key_level=key_level)
-        c0, prng, seed = seal_memory.read_seeded(zero)
-        saved = seal_io._saved_seeded(zero)
-        assert np.array_equal(c0, saved[0])
-        assert (prng, seed) == saved[1:]
+        c0, info = seal_memory.read_seeded(zero, seal_io._INFO_BYTES)
+        saved, saved_info = seal_io._saved_seeded(zero)
+        assert np.array_equal(c0, saved)
+        assert info == saved_info
 
 
 def test_seeded_ciphertexts_are_read_in_place_here() -> None:
@@ -81,40 +81,46 @@ def test_seeded_ciphertexts_are_read_in_place_here() -> None:
 
 def test_another_seeded_ciphertext_is_noticed() -> None:
     expected = seal_io._saved_seeded(seeded_zero(COMPACT))
-    assert not seal_memory.seeded_is_readable(seeded_zero(COMPACT), expected)
+    assert not seal_memory.seeded_is_readable(seeded_zero(COMPACT), *expected)
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        ("_CIPHERTEXT", "<24x?7xQQQ16x24xQQ"),
-        ("_CIPHERTEXT", "<32x?7xQQQ16x16xQQ"),
-        ("_CIPHERTEXT", "<4096x?7xQQQ16x24xQQ"),
-        ("_SEED", "<QHB5xQ8xB64s"),
-        ("_SEED", "<8xQHB5xQB64s"),
-    ],
+    "layout", ["<24x?7xQQQ16x24xQQ", "<32x?7xQQQ16x16xQQ", "<4096x?7xQQQ16x24xQQ"]
 )
-def test_other_seeded_ciphertexts_are_noticed(
-    monkeypatch: pytest.MonkeyPatch, name: str, layout: str
-) -> None:
+def test_other_seeded_ciphertexts_are_noticed(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """As if SEAL laid them out in another way."""
     zero = seeded_zero(COMPACT)
-    monkeypatch.setattr(seal_memory, name, struct.Struct(layout))
-    assert not seal_memory.seeded_is_readable(zero, seal_io._saved_seeded(zero))
+    monkeypatch.setattr(seal_memory, "_CIPHERTEXT", struct.Struct(layout))
+    assert not seal_memory.seeded_is_readable(zero, *seal_io._saved_seeded(zero))
 
 
 def test_a_ciphertext_without_a_seed_is_refused() -> None:
     with pytest.raises(AssertionError, match="no seed"):
-        seal_memory.read_seeded(fresh_ciphertext(COMPACT))
+        seal_memory.read_seeded(fresh_ciphertext(COMPACT), seal_io._INFO_BYTES)
 
 
-@pytest.mark.parametrize("readable", [True, False])
-def test_queries_are_the_same_either_way(monkeypatch: pytest.MonkeyPatch, readable: bool) -> None:
+@pytest.mark.parametrize("changed", [0, 2, 5, 8], ids=["magic", "header", "mode", "size"])
+def test_seed_information_of_another_form_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changed: int
+) -> None:
     zero = seeded_zero(COMPACT)
-    monkeypatch.setattr(seal_io, "_reads_seeded", lambda: readable)
-    c0, prng, seed = seal_io.save_seeded(zero)
-    assert c0.shape == (1, 2048)
-    assert (prng, len(seed)) == (1, 64)
+    c0, info = seal_io._saved_seeded(zero)
+    other = bytearray(info)
+    other[changed] ^= 1
+    monkeypatch.setattr(seal_io, "read_seeded", lambda *_: (c0, bytes(other)))
+    with pytest.raises(AssertionError, match="seed information"):
+        seal_io.save_seeded(zero)
+
+
+def test_a_seeded_ciphertext_is_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = seeded_zero(COMPACT)
+    found = []
+    for readable in (True, False):
+        monkeypatch.setattr(seal_io, "_reads_seeded", lambda readable=readable: readable)
+        c0, prng, seed = seal_io.save_seeded(zero)
+        found.append((c0.tolist(), prng, seed))
+    assert found[0] == found[1]
+    assert (found[0][1], len(found[0][2])) == (1, 64)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -76,7 +76,7 @@ _MUCH: Final = 1_000_000
 _MODELS: Final = {
     "digits": (10, 64, "compact"),
     "chapters": (22, 384, "compact"),
-    "strong": (5, 384, "strong"),
+    "standard": (5, 384, "standard"),
     "long": (3, 3000, "compact"),  # more dimensions than coefficients: two query polynomials
 }
 _WITH_FILES: Final = "text"
@@ -414,19 +414,17 @@ def _spoilt_residue(generator: random.Random, data: bytes, start: int) -> bytes:
     """A residue at its prime, or all of them zero, at one place of a packed polynomial."""
     parameters = generator.choice(list(PARAMETER_SETS.values()))
     degree = parameters.poly_modulus_degree
-    for prime in parameters.key_primes if start == KEY_HEADER_BYTES else parameters.data_primes:
-        width = prime.bit_length()
-        size = degree * width // 8
-        if len(data) >= start + size and generator.random() < 0.5:
-            index = generator.choice((0, degree // 2, degree - 1))
-            packed = int.from_bytes(data[start : start + size], "little")
-            value = generator.choice((prime, prime - 1, prime + 1, (1 << width) - 1, 0))
-            packed = packed & ~(((1 << width) - 1) << (index * width)) | value << (index * width)
-            if generator.random() < 0.2:
-                packed = 0
-            return data[:start] + packed.to_bytes(size, "little") + data[start + size :]
-        start += size
-    return data
+    prime, width = parameters.prime, parameters.residue_bits
+    size = degree * width // 8
+    if len(data) < start + size:
+        return data
+    index = generator.choice((0, degree // 2, degree - 1))
+    packed = int.from_bytes(data[start : start + size], "little")
+    value = generator.choice((prime, prime - 1, prime + 1, (1 << width) - 1, 0))
+    packed = packed & ~(((1 << width) - 1) << (index * width)) | value << (index * width)
+    if generator.random() < 0.2:
+        packed = 0
+    return data[:start] + packed.to_bytes(size, "little") + data[start + size :]
 
 
 def _mutated(generator: random.Random, data: bytes, others: list[bytes]) -> bytes:

@@ -88,7 +88,7 @@ class AsyncClient:
         backbone_runtime: Runtime = "auto",
         device: str = "auto",
         digest: str | None = None,
-        minimum_parameters: str = "compact",
+        minimum_parameters: str = "standard",
         vendor_key: str | Sequence[str] | None = None,
         api_key: str | None = None,
         deidentify: bool | Deidentifier | None = None,

@@ -60,7 +60,7 @@ _Backbone = Annotated[
 ]
 _Device = Annotated[str, typer.Option(help="auto (CUDA, then MPS, then CPU) or a torch device.")]
 _Minimum = Annotated[
-    str, typer.Option(help="The weakest parameter set to accept: compact or strong.")
+    str, typer.Option(help="The weakest parameter set to accept: standard or compact.")
 ]
 _Digest = Annotated[
     str | None, typer.Option(help="The model version to accept, 64 hexadecimal digits.")
@@ -118,7 +118,7 @@ def classify(
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
-    minimum_parameters: _Minimum = "compact",
+    minimum_parameters: _Minimum = "standard",
     digest: _Digest = None,
     vendor_key: _VendorKey = None,
     api_key_file: _ApiKeyFile = None,
@@ -164,7 +164,7 @@ def evaluate(
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
-    minimum_parameters: _Minimum = "compact",
+    minimum_parameters: _Minimum = "standard",
     digest: _Digest = None,
     vendor_key: _VendorKey = None,
     api_key_file: _ApiKeyFile = None,
@@ -269,7 +269,7 @@ def gateway(
     deidentify: _Deidentify = None,
     backbone: _Backbone = None,
     device: _Device = "auto",
-    minimum_parameters: _Minimum = "compact",
+    minimum_parameters: _Minimum = "standard",
     digest: _Digest = None,
     vendor_key: _VendorKey = None,
     api_key_file: _ApiKeyFile = None,

@@ -47,7 +47,7 @@ class Client:
         backbone_runtime: Runtime = "auto",
         device: str = "auto",
         digest: str | None = None,
-        minimum_parameters: str = "compact",
+        minimum_parameters: str = "standard",
         vendor_key: str | Sequence[str] | None = None,
         api_key: str | None = None,
         deidentify: bool | Deidentifier | None = None,
@@ -71,7 +71,7 @@ class Client:
             device: `auto` (CUDA, then MPS, then CPU), or a torch device; of ONNX Runtime `auto`,
                 `cpu`, `cuda` or `cuda:N`.
             digest: the model version to accept, in hexadecimal; any when it is None.
-            minimum_parameters: the weakest parameter set to accept, `compact` or `strong`.
+            minimum_parameters: the weakest parameter set to accept, `standard` or `compact`.
             vendor_key: the vendor's public key, `ed25519:<base64>`, or several while the vendor
                 changes it: manifests that none of them signed are refused. Without one, any
                 manifest is believed (`digest` pins a single version all the same).

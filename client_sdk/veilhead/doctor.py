@@ -30,7 +30,7 @@ from veilhead_protocol.files import cache_directory
 from veilhead_protocol.loopback import is_loopback
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, NAME_PATTERN, Manifest
-from veilhead_protocol.parameters import COMPACT, STRONG, ParameterSet
+from veilhead_protocol.parameters import PARAMETER_SETS, ParameterSet
 from veilhead_protocol.wire import FORMAT_VERSION, KeyMessage
 
 _PACKAGES: Final = ("veilhead", "tenseal", "numpy", "httpx2", "zstandard")
@@ -73,7 +73,7 @@ def examine(
     """
     checks = [check_python(), *check_packages(_PACKAGES, "veilhead"), *_check_backbone_packages()]
     checks += check_parameters()
-    checks += [_check_encryption(parameters) for parameters in (COMPACT, STRONG)]
+    checks += [_check_encryption(parameters) for parameters in PARAMETER_SETS.values()]
     checks.append(_check_cache())
     api_key = None
     try:
@@ -111,8 +111,8 @@ def _check_encryption(parameters: ParameterSet) -> Check:
         key = SecretKey(parameters)
         read = KeyMessage.deserialize(key.message)
         encrypted = key.encrypt(np.ones(parameters.poly_modulus_degree), _SCALE_BITS)
-        shape = (len(parameters.data_primes), parameters.poly_modulus_degree)
-        if read.parameters is not parameters or encrypted.c0.shape != shape:
+        degree = parameters.poly_modulus_degree
+        if read.parameters is not parameters or len(encrypted.c0) != degree:
             raise AssertionError("SEAL made something else than it was asked for")
     except (AssertionError, RuntimeError, ValueError, VeilheadError) as error:
         advice = "install a tenseal that this version was tested with: 0.3.18"

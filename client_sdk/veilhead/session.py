@@ -53,7 +53,7 @@ class SecretKey:
         secret = sealapi.KeyGenerator(seal.context).secret_key()
         self._encryptor = sealapi.Encryptor(seal.context, secret)
         b, prng, seed = seal_io.save_seeded(
-            self._encryptor.encrypt_zero_symmetric(seal.key_parms_id)
+            seal, self._encryptor.encrypt_zero_symmetric(seal.parms_id)
         )
         message = KeyMessage(parameters, Prng(prng), Domain.NTT, b, seed)
         self.message = message.serialize()
@@ -85,7 +85,7 @@ class SecretKey:
 
     def _encrypt_zero(self) -> SeededPolynomial:
         c0, _, seed = seal_io.save_seeded(
-            self._encryptor.encrypt_zero_symmetric(self._seal.data_parms_id)
+            self._seal, self._encryptor.encrypt_zero_symmetric(self._seal.parms_id)
         )
         return SeededPolynomial(c0, seed)
 
@@ -167,14 +167,7 @@ class Session:
 
     def plan(self, texts: int) -> list[int]:
         """Texts in each request, for so many texts to cost little: the largest requests first."""
-        return plan(
-            self._parameters,
-            texts=texts,
-            dimensions=self._manifest.head.dimensions,
-            classes=len(self._manifest.head.labels),
-            exponent=self._scales.exponent,
-            bulk=self._manifest.policy.bulk,
-        )
+        return plan(self._manifest.shape, texts)
 
     def encrypt(self, embedding: NDArray[np.float64]) -> EncryptedQuery:
         """The query for one embedding [d] in its original scale, under the session's key.
@@ -227,7 +220,7 @@ class Session:
         )
 
     def decrypt(self, query: EncryptedQuery, reply: bytes) -> NDArray[np.float64]:
-        """Logits of a query of one embedding: [C], rounded to multiples of 2^-12.
+        """Logits of a query of one embedding: [C], rounded as `round_logits` does.
 
         Raises:
             WireError: one of its kinds, when the bytes are not the reply to this query. No check

@@ -42,8 +42,8 @@ from veilhead_protocol.manifest import (
     PolicySection,
     valid_name,
 )
-from veilhead_protocol.parameters import MAX_EXPONENT, ParameterSet, parameter_set
-from veilhead_protocol.scales import HeadScales, plan_scales, project
+from veilhead_protocol.parameters import ParameterSet, parameter_set
+from veilhead_protocol.scales import MAX_EXPONENT, HeadScales, plan_scales, project
 
 __all__ = [
     "BACKBONE_DIRECTORY",
@@ -165,7 +165,7 @@ class HeadArtifact:
         *,
         problem_type: str = "single_label",
         name: str | None = None,
-        parameters: str = "compact",
+        parameters: str = "standard",
         embedding_scale: float | EmbeddingSection = 1.0,
         policy: PolicySection | None = None,
         about: Mapping[str, Any] | None = None,
@@ -179,7 +179,7 @@ class HeadArtifact:
             problem_type: `single_label` (probabilities by softmax), `multi_label` (by the sigmoid
                 of each logit) or `regression` (the logits are the values).
             name: the model's name; by default the last component of the directory it is saved to.
-            parameters: `compact` or `strong`.
+            parameters: `standard` or `compact`.
             embedding_scale: a norm that embeddings hardly ever exceed. Clients divide by it, and
                 shorten what is still longer than one; 1 is right for normalised embeddings. It is
                 public. With a manifest's section, its origin is told too.
@@ -439,10 +439,12 @@ class HeadArtifact:
                     "problem_type": self.problem_type,
                     "private_parameters": self.weight.size + self.bias.size,
                     "exponent": scales.exponent,
+                    "downscale_bits": scales.downscale_bits,
                     "scale_bits": scales.scale_bits,
                     "weight_scale_bits": scales.weight_scale_bits,
                     "flood_bits": scales.flood_bits,
                     "reply_bits": scales.reply_bits,
+                    "group_limit": scales.group_limit,
                     "error_bound": scales.error_bound,
                     "commitment": self._commitment,
                 },

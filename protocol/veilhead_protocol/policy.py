@@ -62,7 +62,7 @@ class PolicySection(Section):
     """
 
     preset: PresetName | None = _OPTIONAL
-    minimum_parameters: Literal["compact", "strong"] = "compact"
+    minimum_parameters: Literal["standard", "compact"] = "compact"
     bulk: bool = False
     deidentify: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     query_budget: BudgetClause | None = _OPTIONAL
@@ -170,7 +170,7 @@ def _a_month(budget: BudgetClause) -> int:
 
 
 def _clauses(
-    minimum_parameters: Literal["compact", "strong"],
+    minimum_parameters: Literal["standard", "compact"],
     *,
     bulk: bool,
     deidentify: bool,
@@ -190,14 +190,14 @@ def _clauses(
 PRESETS: Final = MappingProxyType(
     {
         "medical": _clauses(
-            "strong",
+            "standard",
             bulk=False,
             deidentify=True,
             a_day=10_000,
             privacy=PrivacyClause(max_epsilon=4.0, max_delta=1e-5),
         ),
         "finance": _clauses(
-            "strong",
+            "standard",
             bulk=False,
             deidentify=True,
             a_day=100_000,

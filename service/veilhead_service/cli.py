@@ -95,12 +95,9 @@ def train(
         typer.Option(help="Directory of an encoder, or of an artefact; MiniLM when absent."),
     ] = None,
     parameters: Annotated[
-        str | None,
-        typer.Option(
-            help="compact (fast), or strong (for secrets that must last decades); the policy's "
-            "minimum when absent."
-        ),
-    ] = None,
+        str,
+        typer.Option(help="standard, or compact (half the bytes, a thinner margin)."),
+    ] = "standard",
     policy: _PolicyName = None,
     device: Annotated[str, typer.Option(help="auto, or a torch device.")] = "auto",
     dp_epsilon: Annotated[
@@ -167,7 +164,7 @@ def train(
             artifact, report = training(
                 directory,
                 section,
-                parameters=parameters or (asked or PolicySection()).minimum_parameters,
+                parameters=parameters,
                 policy=asked,
                 device=device,
                 privacy=privacy,
@@ -196,8 +193,8 @@ def import_hf(
     name: Annotated[str | None, typer.Option(help="Another name for the model.")] = None,
     parameters: Annotated[
         str,
-        typer.Option(help="compact (fast), or strong (for secrets that must last decades)."),
-    ] = "compact",
+        typer.Option(help="standard, or compact (half the bytes, a thinner margin)."),
+    ] = "standard",
     texts: Annotated[
         Path | None,
         typer.Option(

@@ -201,9 +201,8 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
     key = services.keys.get(tenant, header.key_id)
     if key is None:
         raise key_not_registered()
-    manifest = model.manifest
-    units = charge(layout, manifest.scales.exponent, manifest.parameter_set)
-    async with services.access.charged(tenant, name, units, policy_budget(manifest)):
+    units = charge(layout)
+    async with services.access.charged(tenant, name, units, policy_budget(model.manifest)):
         evaluation = await services.pool.evaluate(model, header.key_id, key, body, layout=layout)
     request.state.queue_seconds = evaluation.queue_seconds
     request.state.evaluate_seconds = evaluation.seconds

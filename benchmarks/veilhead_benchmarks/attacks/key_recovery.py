@@ -60,7 +60,7 @@ def _shared(
     """The logits [C] that a client shares, in units of the reply."""
     scales = pair.artifact.manifest.scales
     if rounded:
-        units = 2.0 ** (scales.reply_bits + scales.scale_bits) / COMPACT.data_modulus
+        units = 2.0 ** (scales.reply_bits + scales.scale_bits) / pair.artifact.parameters.prime
         logits = pair.session.decrypt(query, reply.serialize())
         return np.rint(logits * units).astype(np.int64)
     return query.key.decrypt(reply).reshape(-1).astype(np.int64)

@@ -306,6 +306,7 @@ def gateway(
             vendor_key=_vendor_keys(vendor_key),
             api_key=None if api_key_file is None else read_api_key_file(api_key_file),
             deidentify=deidentify,
+            fresh_keys=True,
             concurrency=max_batch,
             on_query=metrics.queried,
         )

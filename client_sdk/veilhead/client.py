@@ -52,6 +52,7 @@ class Client:
         api_key: str | None = None,
         deidentify: bool | Deidentifier | None = None,
         pad_batches: bool = False,
+        fresh_keys: bool = False,
         concurrency: int = 8,
         timeout: float = 30.0,
         on_query: Callable[[QueryTrace], None] | None = None,
@@ -81,6 +82,9 @@ class Client:
                 None follows the model's policy, and False never does.
             pad_batches: add rows of zeros until their number is a power of two, so that sizes tell
                 less of it. The service charges for them too.
+            fresh_keys: never encrypt two queries under one key. Use it where other people see
+                answers: the answers to one query tell of its key, and would open every query under
+                it. It costs a key message more in each query, and no round trip.
             concurrency: queries in flight at once; fewer for heads of a thousand classes or more.
             timeout: seconds to wait for each connection, write and read; reads of replies of such
                 heads wait longer.
@@ -112,6 +116,7 @@ class Client:
             api_key=api_key,
             deidentify=deidentify,
             pad_batches=pad_batches,
+            fresh_keys=fresh_keys,
             concurrency=concurrency,
             timeout=timeout,
             on_query=on_query,

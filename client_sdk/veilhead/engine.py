@@ -67,8 +67,8 @@ class QueryTrace:
         round_trip_seconds: query bytes out to reply bytes in, retries included.
         evaluate_seconds: what the service says it spent of that.
         decrypt_seconds: reply bytes to logits.
-        key_bytes: size of the key message, which is sent once for many queries.
-        query_bytes: size of the query.
+        key_bytes: size of the key message, which is sent once for many queries, or with this one.
+        query_bytes: size of the query without a key that it carries.
         reply_bytes: size of the reply.
         texts: embeddings in the query.
     """
@@ -105,6 +105,7 @@ class Engine:
     concurrency: int
     on_query: Callable[[QueryTrace], None] | None
     pad_batches: bool = False
+    fresh_keys: bool = False
     vendor_keys: Sequence[VendorKey] = ()
     manifest: Manifest = field(init=False)
     session: Session = field(init=False)
@@ -140,7 +141,7 @@ class Engine:
                 f"this client accepts {minimum.name} at least"
             )
         self.manifest = manifest
-        self.session = Session(manifest)
+        self.session = Session(manifest, fresh_keys=self.fresh_keys)
         # More queries of a large head would only wait in line at the service.
         fitting = max(2, _COST_IN_FLIGHT // manifest.layout.cost)
         self._slots = anyio.Semaphore(min(self.concurrency, fitting))
@@ -222,7 +223,7 @@ class Engine:
                     evaluate_seconds=answer.evaluate_seconds,
                     decrypt_seconds=time.perf_counter() - received,
                     key_bytes=len(query.key.message),
-                    query_bytes=len(query.data),
+                    query_bytes=query.size - (len(query.key.message) if query.carries_key else 0),
                     reply_bytes=len(answer.body),
                     texts=len(embeddings),
                 )
@@ -242,7 +243,8 @@ class Engine:
     async def _ask(self, query: EncryptedQuery) -> tuple[Answer, float]:
         """The answer to a query and the seconds it took; registers the key as often as needed."""
         for attempt in range(1, _REGISTRATIONS + 1):
-            await self._register(query.key)
+            if not query.carries_key:
+                await self._register(query.key)
             started, before = time.perf_counter(), query.encrypt_seconds
             try:
                 answer = await self.transport.infer(
@@ -253,7 +255,8 @@ class Engine:
                     more_seconds=query.layout.cost * _COST_SECONDS,
                 )
             except ServiceResponseError as error:
-                if error.problem != "key-not-registered" or attempt == _REGISTRATIONS:
+                lost = error.problem == "key-not-registered" and not query.carries_key
+                if not lost or attempt == _REGISTRATIONS:
                     raise
                 self._registered.discard(query.key.id)
             else:
@@ -300,6 +303,7 @@ async def opened_engine(
     vendor_keys: Sequence[VendorKey],
     api_key: str | None,
     pad_batches: bool,
+    fresh_keys: bool,
     concurrency: int,
     timeout: float,
     on_query: Callable[[QueryTrace], None] | None,
@@ -309,7 +313,9 @@ async def opened_engine(
     async with Transport(
         url, timeout=timeout, connections=concurrency, api_key=api_key, transport=transport
     ) as connection:
-        engine = Engine(connection, model, concurrency, on_query, pad_batches, vendor_keys)
+        engine = Engine(
+            connection, model, concurrency, on_query, pad_batches, fresh_keys, vendor_keys
+        )
         await engine.open(digest, minimum_parameters)
         try:
             yield engine

@@ -102,6 +102,7 @@ class EncryptedQuery:
     Attributes:
         key: what it is encrypted under.
         layout: the layout of the request, by its number of texts.
+        carries_key: whether the message of the key goes with the query, and is not registered.
         header: what the query message begins with, which is there before the rest is encrypted.
         size: the length of the query message.
         reply_bytes: the exact length of its reply.
@@ -125,8 +126,9 @@ class EncryptedQuery:
         """
         self.key = key
         self.layout = message.layout
-        self.header = message.header.serialize()
-        self.size = QueryMessage.size(message.parameters, message.layout)
+        self.carries_key = bool(message.key_message)
+        self.header = message.header.serialize() + message.key_message
+        self.size = QueryMessage.size(message.parameters, message.layout, has_key=self.carries_key)
         self.reply_bytes = ReplyMessage.size(message.layout, reply_bits)
         self.encrypt_seconds = 0.0
         self._message = message
@@ -154,10 +156,20 @@ class EncryptedQuery:
 
 
 class Session:
-    """Encrypts embeddings for one model and decrypts its replies, under keys that it rotates."""
+    """Encrypts embeddings for one model and decrypts its replies, under keys that it rotates.
 
-    def __init__(self, manifest: Manifest, *, clock: Callable[[], float] = time.monotonic) -> None:
+    With `fresh_keys` no key serves more than one query.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        fresh_keys: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._manifest = manifest
+        self._fresh_keys = fresh_keys
         self._parameters = manifest.parameter_set
         self._scales = manifest.scales
         self._clock = clock
@@ -170,32 +182,37 @@ class Session:
         return plan(self._manifest.shape, texts)
 
     def encrypt(self, embedding: NDArray[np.float64]) -> EncryptedQuery:
-        """The query for one embedding [d] in its original scale, under the session's key.
+        """The query for one embedding [d] in its original scale.
 
+        It is under the session's key, or, where keys are fresh, under one that it carries itself.
         A row that is not finite is encrypted as zeros, so that the service cannot tell; the caller
         raises once everything is sent.
         """
         key = self._fresh_enough_key()
         self._queries += 1
-        return self._query(embedding[np.newaxis], key)
+        if self._fresh_keys:
+            self._key = None
+        return self._query(embedding[np.newaxis], key, carries_key=self._fresh_keys)
 
     def prepare(self) -> None:
         """Do ahead what the next query of one embedding needs and does not depend on it."""
         self._fresh_enough_key().prepare(self._manifest.layout.pieces)
 
     def encrypt_batch(self, embeddings: NDArray[np.float64]) -> EncryptedQuery:
-        """The query for embeddings [b, d], as `encrypt`, under a key of its own.
+        """The query for embeddings [b, d], as `encrypt`, under a key of its own, which it carries.
 
         The session's key is not touched: this may run on another thread.
 
         Raises:
             LayoutError: when the model does not take so many rows at once.
         """
-        query = self._query(embeddings, SecretKey(self._parameters))
+        query = self._query(embeddings, SecretKey(self._parameters), carries_key=True)
         _ = query.data  # now, on this thread
         return query
 
-    def _query(self, embeddings: NDArray[np.float64], key: SecretKey) -> EncryptedQuery:
+    def _query(
+        self, embeddings: NDArray[np.float64], key: SecretKey, *, carries_key: bool
+    ) -> EncryptedQuery:
         layout = self._manifest.layout_of(len(embeddings))
         message = QueryMessage(
             parameters=self._parameters,
@@ -205,6 +222,7 @@ class Session:
             prng=Prng.BLAKE2XB,
             domain=Domain.NTT,
             polynomials=(),
+            key_message=key.message if carries_key else b"",
         )
         encrypt = partial(self._encrypt, embeddings, key, layout)
         return EncryptedQuery(key, message, self._scales.reply_bits, encrypt)

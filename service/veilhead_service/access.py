@@ -83,6 +83,13 @@ class Access(Protocol):
             StateError: when it cannot be known.
         """
 
+    def count_registration(self, tenant: str) -> None:
+        """Count a key that came with an admitted query as the request that it saves.
+
+        Raises:
+            Problem: rate-limited.
+        """
+
     def charged(
         self, tenant: str, model: str, units: int, default: Budget | None = None
     ) -> AbstractAsyncContextManager[None]:
@@ -190,7 +197,16 @@ class TenantAccess:
                 "forbidden",
                 f"the API key lacks the scope {needed}; the vendor can make one that has it",
             )
-        wait = self._limiter.take(key.tenant, self._rate_of(directory, key.tenant))
+        self._take(directory, key.tenant)
+        return key.tenant
+
+    def count_registration(self, tenant: str) -> None:
+        """Take one more request from the tenant's rate."""
+        if self._directory is not None and tenant in self._directory.tenants:
+            self._take(self._directory, tenant)
+
+    def _take(self, directory: _Directory, tenant: str) -> None:
+        wait = self._limiter.take(tenant, self._rate_of(directory, tenant))
         if wait > 0:
             raise Problem(
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -199,7 +215,6 @@ class TenantAccess:
                 retryable=True,
                 headers={"Retry-After": _whole(wait)},
             )
-        return key.tenant
 
     @asynccontextmanager
     async def charged(
@@ -300,6 +315,9 @@ class InsecureAccess:
     async def admit(self, authorization: list[str], path: str) -> str:  # noqa: ARG002
         """Everybody is the same tenant."""
         return INSECURE_TENANT
+
+    def count_registration(self, tenant: str) -> None:
+        """Nothing is counted."""
 
     @asynccontextmanager
     async def charged(

@@ -38,6 +38,7 @@ from veilhead_protocol.wire import (
     KeyMessage,
     QueryHeader,
     QueryMessage,
+    carried_key,
     key_id,
 )
 from veilhead_service.access import Access
@@ -184,8 +185,11 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
                 "read the manifest again and make a new query"
             )
         layout = requested_layout(header, model.manifest)
+        if header.has_key:
+            services.access.count_registration(tenant)
         found.append((header, model, layout))
-        return QueryMessage.size(model.manifest.parameter_set, layout)
+        parameters = model.manifest.parameter_set
+        return QueryMessage.size(parameters, layout, has_key=header.has_key)
 
     try:
         services.pool.admit()  # before the body: a query that must wait too long is not even read
@@ -198,8 +202,9 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
     ((header, model, layout),) = found
     _note_model(request, model)
     request.state.key_id = header.key_id
-    key = services.keys.get(tenant, header.key_id)
-    if key is None:
+    # A key that comes with its query serves this query alone.
+    key = carried_key(body, header) or services.keys.get(tenant, header.key_id)
+    if not key:
         raise key_not_registered()
     units = charge(layout)
     async with services.access.charged(tenant, name, units, policy_budget(model.manifest)):

@@ -89,14 +89,21 @@ class Evaluator:
     def evaluate(
         self, model_digest: bytes, directory: bytes, key_id: bytes, key: bytes, query: bytes
     ) -> bytes:
-        """The reply to a query, under the key of that id and message."""
+        """The reply to a query, under the key of that id and message.
+
+        A key that the query carries serves it alone, and is not kept.
+        """
         head = self.head(model_digest, directory)
-        client_key = self._keys.find(key_id, lambda: ClientKey.from_message(key))
+        header = QueryHeader.deserialize(query)
+        if header.has_key:
+            client_key = ClientKey.from_message(key)
+        else:
+            client_key = self._keys.find(key_id, lambda: ClientKey.from_message(key))
         held = head.held_bytes
         reply = head.evaluate(query, client_key)
         if head.held_bytes != held:  # it has encoded its weights for another layout
             self._heads.trim()
-        if QueryHeader.deserialize(query).counts.texts == 1:  # other keys are never used again
+        if not header.has_key:
             self._expect(client_key, head.layout.replies)
         return reply
 

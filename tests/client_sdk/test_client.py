@@ -405,8 +405,8 @@ class TestOpening:
             make_client("http://127.0.0.1", "model", transport=Broken())
 
     def test_a_minimum_of_parameters_is_kept(self, connect, head_artifact):
-        with pytest.raises(ParameterError, match="strong at least"):
-            connect(head_artifact, minimum_parameters="strong")
+        with pytest.raises(ParameterError, match="standard at least"):
+            connect(head_artifact, minimum_parameters="standard")
         with pytest.raises(ParameterError, match="unknown"):
             connect(head_artifact, minimum_parameters="weak")
 

@@ -34,8 +34,8 @@ def test_this_machine_passes(monkeypatch, tmp_path):
     checks = examine()
     assert healthy(checks)
     found = outcomes(checks)
-    assert {"python", "tenseal", "cache", "backbone", "parameters strong"} <= set(found)
-    assert found["encryption compact"] is found["encryption strong"] is Outcome.OK
+    assert {"python", "tenseal", "cache", "backbone", "parameters compact"} <= set(found)
+    assert found["encryption standard"] is found["encryption compact"] is Outcome.OK
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_real_service_passes(head_artifact, tmp_path):
     for name in ("url", "service", "clock", "formats", "model"):
         assert found[name]["outcome"] == "ok"
     assert "loopback" in found["url"]["found"]
-    assert "compact" in found["model"]["found"]
+    assert "standard" in found["model"]["found"]
     assert absent.exit_code == 1
     assert "404 for absent" in absent.stdout
     assert "-> no such model" in absent.stdout

@@ -22,7 +22,7 @@ from veilhead_benchmarks.attacks import ring
 from veilhead_benchmarks.attacks.key_recovery import recover_secret, secret_of
 from veilhead_protocol import seal_io
 from veilhead_protocol.errors import ReplyError, WireError
-from veilhead_protocol.parameters import COMPACT
+from veilhead_protocol.parameters import STANDARD
 from veilhead_protocol.wire import (
     DIGEST_BYTES,
     REPLY_HEADER_BYTES,
@@ -32,8 +32,8 @@ from veilhead_protocol.wire import (
     ReplyPolynomial,
 )
 
-(PRIME,) = COMPACT.data_primes
-DEGREE = COMPACT.poly_modulus_degree
+PRIME = STANDARD.prime
+DEGREE = STANDARD.poly_modulus_degree
 
 
 # --- the secret key by linear algebra from returned logits ---------------------------------------
@@ -76,10 +76,10 @@ def embedding_difference(pair):
     first, second = unit_rows(2, 384)
     queries = [pair.session.encrypt(row) for row in (first, second)]
     assert queries[0].key is queries[1].key
-    seal = seal_io.runtime(COMPACT)
+    seal = seal_io.runtime(STANDARD)
     found = []
     for query in queries:
-        message = QueryMessage.deserialize(query.data, COMPACT, pair.head.layout)
+        message = QueryMessage.deserialize(query.data, STANDARD, pair.head.layout)
         c0 = message.polynomials[0].c0
         ciphertext = seal_io.load_ciphertext(seal, np.stack([c0, c0]), scale_bits=30)
         seal.evaluator.transform_from_ntt_inplace(ciphertext)
@@ -140,7 +140,7 @@ def test_no_seed_occurs_twice(ahead):
         if ahead:
             pair.session.prepare()
         query = pair.session.encrypt(row)
-        message = QueryMessage.deserialize(query.data, COMPACT, pair.head.layout)
+        message = QueryMessage.deserialize(query.data, STANDARD, pair.head.layout)
         seeds |= {polynomial.seed for polynomial in message.polynomials}
         seeds.add(query.key.message[-64:])
     assert len(seeds) == 41  # one key, forty polynomials
@@ -297,7 +297,7 @@ def test_the_engine_sends_several_texts_under_fresh_keys():
 
 
 def test_a_key_can_be_neither_pickled_nor_copied_nor_read_from_its_repr():
-    key = SecretKey(COMPACT)
+    key = SecretKey(STANDARD)
     for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="secret key"):
             attempt(key)

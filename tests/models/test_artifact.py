@@ -151,7 +151,9 @@ class TestFromWeights:
         with pytest.raises(ParameterError, match="unknown parameter set"):
             random_artifact(parameters="tiny")
         with pytest.raises(ManifestError, match="minimum"):
-            random_artifact(policy=PolicySection(minimum_parameters="strong"))
+            random_artifact(
+                policy=PolicySection(minimum_parameters="standard"), parameters="compact"
+            )
 
     @pytest.mark.parametrize("about", [{"x": float("nan")}, {"x": object()}, {"x": "\ud800"}])
     def test_facts_that_json_cannot_carry_are_refused(self, about: dict[str, Any]) -> None:
@@ -163,7 +165,7 @@ class TestFromWeights:
             _ = random_artifact().manifest
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("parameters", ["compact", "strong"])
+    @pytest.mark.parametrize("parameters", ["standard", "compact"])
     def test_the_largest_head_goes_through(self, tmp_path: Path, parameters: str) -> None:
         generator = np.random.default_rng(0)
         weight = generator.normal(size=(4096, 4096)) / 64
@@ -181,7 +183,7 @@ class TestLogits:
         embeddings = generator.normal(size=(7, 16))
         embeddings *= scale / np.linalg.norm(embeddings, axis=1, keepdims=True)
         artifact = HeadArtifact.from_weights(
-            weight, bias, labels(5), parameters="strong", embedding_scale=scale
+            weight, bias, labels(5), parameters="standard", embedding_scale=scale
         )
         assert artifact.embedding.scale == scale
         np.testing.assert_allclose(
@@ -207,7 +209,7 @@ class TestSaveAndLoad:
     @given(
         classes=st.integers(1, 40),
         dimensions=st.integers(1, 60),
-        parameters=st.sampled_from(["compact", "strong"]),
+        parameters=st.sampled_from(["standard", "compact"]),
         scale=st.sampled_from([0.5, 1.0, 3.0]),
         seed=st.integers(0, 1000),
     )

@@ -41,7 +41,7 @@ def test_a_good_machine_passes(store, tmp_path):
     assert result.exit_code == 0, result.stdout
     assert {item["outcome"] for item in checks.values()} <= {"ok", "warn"}
     assert "model digits" in checks
-    assert checks["parameters compact"]["outcome"] == "ok"
+    assert checks["parameters standard"]["outcome"] == "ok"
     assert "MiB" in checks["memory"]["found"]
     assert {"python", "tenseal", "swap", "core dumps", "clock", "port"} <= set(checks)
     assert not (tmp_path / "state").exists()  # nothing is changed

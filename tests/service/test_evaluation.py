@@ -22,12 +22,12 @@ from veilhead_protocol.errors import (
     ParameterMismatchError,
     ScaleError,
 )
-from veilhead_protocol.parameters import COMPACT, STRONG
+from veilhead_protocol.parameters import COMPACT, STANDARD
 from veilhead_protocol.wire import Domain, Prng, ReplyMessage, pack_bits
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead, multiply_modulo, truncate
 
 
-def head_of(weight, bias, parameters="compact"):
+def head_of(weight, bias, parameters="standard"):
     labels = [f"label {index}" for index in range(len(bias))]
     return HeadArtifact.from_weights(weight, bias, labels, name="model", parameters=parameters)
 
@@ -52,32 +52,32 @@ def check_answers(head, *, rows=2, error=None):
 @pytest.mark.parametrize(
     ("parameters", "dimensions", "classes"),
     [
+        ("standard", 1, 1),
+        ("standard", 1, 200),  # the limit of hints decides
+        ("standard", 7, 3),
+        ("standard", 384, 1),
+        ("standard", 384, 4),
+        ("standard", 384, 5),  # exactly one group
+        ("standard", 384, 6),
+        ("standard", 384, 10),
+        ("standard", 384, 11),
+        ("standard", 384, 77),
+        ("standard", 1000, 3),  # d does not divide N
+        ("standard", 1024, 4),
+        ("standard", 1025, 3),  # one class a polynomial
+        ("standard", 2047, 2),
+        ("standard", 2048, 2),  # d = N
+        ("standard", 2049, 2),  # the second piece holds one feature
+        ("standard", 3000, 3),
+        ("standard", 4096, 2),
         ("compact", 1, 1),
-        ("compact", 1, 200),  # the limit of hints decides
-        ("compact", 7, 3),
-        ("compact", 384, 1),
-        ("compact", 384, 4),
-        ("compact", 384, 5),  # exactly one group
-        ("compact", 384, 6),
-        ("compact", 384, 10),
+        ("compact", 384, 9),
+        ("compact", 384, 10),  # exactly one group
         ("compact", 384, 11),
-        ("compact", 384, 77),
-        ("compact", 1000, 3),  # d does not divide N
-        ("compact", 1024, 4),
-        ("compact", 1025, 3),  # one class a polynomial
-        ("compact", 2047, 2),
-        ("compact", 2048, 2),  # d = N
-        ("compact", 2049, 2),  # the second piece holds one feature
-        ("compact", 3000, 3),
-        ("compact", 4096, 2),
-        ("strong", 1, 1),
-        ("strong", 384, 9),
-        ("strong", 384, 10),  # exactly one group
-        ("strong", 384, 11),
-        ("strong", 768, 6),
-        ("strong", 2049, 2),
-        ("strong", 4095, 2),
-        ("strong", 4096, 2),  # d = N
+        ("compact", 768, 6),
+        ("compact", 2049, 2),
+        ("compact", 4095, 2),
+        ("compact", 4096, 2),  # d = N
     ],
 )
 def test_answers_are_within_the_bound(parameters, dimensions, classes):
@@ -87,14 +87,14 @@ def test_answers_are_within_the_bound(parameters, dimensions, classes):
 
 def test_the_bound_is_a_bound_worth_having():
     """For heads of the size that trained ones have; the rounding is 2^-13 of it."""
-    for parameters in ("compact", "strong"):
+    for parameters in ("standard", "compact"):
         bound = artifact(22, 384, parameters=parameters, scale=0.25).manifest.head.error_bound
         assert bound <= 2.0**-10 + 2.0**-13
 
 
 @pytest.mark.parametrize(
     ("parameters", "exponent"),
-    [("compact", e) for e in range(8)] + [("strong", e) for e in range(13)],
+    [("standard", e) for e in range(8)] + [("compact", e) for e in range(13)],
 )
 def test_heads_of_every_exponent(parameters, exponent):
     random = np.random.default_rng(exponent)
@@ -108,7 +108,7 @@ def test_heads_of_every_exponent(parameters, exponent):
 
 def test_a_logit_at_the_edge_does_not_wrap():
     """The embedding along the weights gives the largest logit there is, and the least."""
-    for parameters, exponent in (("compact", 4), ("strong", 12)):
+    for parameters, exponent in (("standard", 4), ("compact", 12)):
         direction = unit_rows(1, 64)[0]
         largest = 2.0**exponent - 2.0**-5
         weight = np.stack([direction, -direction]) * (largest - 1)
@@ -122,20 +122,20 @@ def test_a_logit_at_the_edge_does_not_wrap():
 
 def test_heads_beyond_every_exponent_are_refused():
     with pytest.raises(ScaleError):
-        head_of(np.full((1, 4), 2.0**12), np.zeros(1), "strong")
+        head_of(np.full((1, 4), 2.0**12), np.zeros(1), "compact")
 
 
 # --- zeros: SEAL refuses to multiply by them ----------------------------------------------------
 
 
-@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize("parameters", ["standard", "compact"])
 @pytest.mark.parametrize("dimensions", [64, 384, 3000, 4096])
 def test_a_head_of_zeros_answers_with_its_bias(parameters, dimensions):
     bias = np.array([0.5, -1.25, 0.0])
     check_answers(head_of(np.zeros((3, dimensions)), bias, parameters))
 
 
-@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize("parameters", ["standard", "compact"])
 @pytest.mark.parametrize("zero_rows", [[0], [21], [3, 4], range(5), range(5, 10), range(15)])
 def test_zero_rows_and_whole_groups_of_them(parameters, zero_rows):
     random = np.random.default_rng(6)
@@ -238,7 +238,7 @@ DIALECTS = list(product([Prng.BLAKE2XB, Prng.SHAKE256], [Domain.COEFFICIENT, Dom
 
 
 @pytest.mark.parametrize(
-    ("parameters", "dimensions"), [("compact", 384), ("compact", 3000), ("strong", 384)]
+    ("parameters", "dimensions"), [("standard", 384), ("standard", 3000), ("compact", 384)]
 )
 def test_every_dialect_of_key_and_query_gives_the_same_logits(independent, parameters, dimensions):
     head = artifact(3, dimensions, parameters=parameters, scale=0.1)
@@ -256,7 +256,7 @@ def test_every_dialect_of_key_and_query_gives_the_same_logits(independent, param
             assert np.abs(found - expected).max() <= head.manifest.head.error_bound
 
 
-def test_compact_messages_are_as_small_as_promised():
+def test_standard_messages_are_as_small_as_promised():
     head = artifact(22, 384)
     pair = Pair.of(head)
     query = pair.session.encrypt(unit_rows(1, 384)[0])
@@ -280,7 +280,7 @@ def parse(pair, query, reply):
     )
 
 
-@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize("parameters", ["standard", "compact"])
 def test_the_same_query_gets_another_reply_with_the_same_logits(parameters):
     pair = Pair.of(artifact(11, 384, parameters=parameters))
     query = pair.session.encrypt(unit_rows(1, 384)[0])
@@ -295,7 +295,7 @@ def test_the_same_query_gets_another_reply_with_the_same_logits(parameters):
     assert all(np.abs(found - logits[0]).max() <= 2 * bound for found in logits)
 
 
-@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize("parameters", ["standard", "compact"])
 def test_the_masks_of_a_zero_head_are_as_random(parameters):
     pair = Pair.of(head_of(np.zeros((2, 384)), np.zeros(2), parameters))
     query = pair.session.encrypt(unit_rows(1, 384)[0])
@@ -307,7 +307,7 @@ def test_the_masks_of_a_zero_head_are_as_random(parameters):
 
 def test_queries_of_other_models_keys_and_sets_are_refused():
     first, second = Pair.of(artifact(3, 64, seed=1)), Pair.of(artifact(3, 64, seed=2))
-    strong = Pair.of(artifact(3, 64, parameters="strong"))
+    compact = Pair.of(artifact(3, 64, parameters="compact"))
     row = unit_rows(1, 64)[0]
     query = first.session.encrypt(row)
     key = ClientKey.from_message(query.key.message)
@@ -316,12 +316,12 @@ def test_queries_of_other_models_keys_and_sets_are_refused():
     other = ClientKey.from_message(second.session.encrypt(row).key.message)
     with pytest.raises(KeyMismatchError):
         first.head.evaluate(query.data, other)
-    strong_query = strong.session.encrypt(row)
-    strong_key = ClientKey.from_message(strong_query.key.message)
+    compact_query = compact.session.encrypt(row)
+    compact_key = ClientKey.from_message(compact_query.key.message)
     with pytest.raises(ParameterMismatchError):
-        first.head.evaluate(query.data, strong_key)
+        first.head.evaluate(query.data, compact_key)
     with pytest.raises(ParameterMismatchError):
-        first.head.evaluate(strong_query.data, key)
+        first.head.evaluate(compact_query.data, key)
 
 
 # --- truncation ---------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def exact(values, modulus, bits):
 
 
 def check_truncation(values, parameters, bits):
-    modulus = parameters.data_modulus
+    modulus = parameters.prime
     residues = np.array(
         [[value % prime for value in values] for prime in parameters.data_primes], dtype=np.uint64
     )
@@ -347,19 +347,19 @@ def check_truncation(values, parameters, bits):
     return ties
 
 
-@pytest.mark.parametrize("parameters", [COMPACT, STRONG], ids=["compact", "strong"])
+@pytest.mark.parametrize("parameters", [STANDARD, COMPACT], ids=["standard", "compact"])
 @pytest.mark.parametrize("bits", [21, 26, 28, 33])
 def test_truncation_rounds_as_whole_numbers_do(parameters, bits):
-    modulus = parameters.data_modulus
+    modulus = parameters.prime
     random = np.random.default_rng(bits)
     values = [int.from_bytes(random.bytes(16), "little") % modulus for _ in range(20_000)]
     ties = check_truncation(values, parameters, bits)
     assert (ties > 2.0**-20).mean() > 0.99
 
 
-@pytest.mark.parametrize("parameters", [COMPACT, STRONG], ids=["compact", "strong"])
+@pytest.mark.parametrize("parameters", [STANDARD, COMPACT], ids=["standard", "compact"])
 def test_truncation_at_the_edges(parameters):
-    modulus, bits = parameters.data_modulus, 28
+    modulus, bits = parameters.prime, 28
     step = modulus >> bits
     values = [0, 1, modulus - 1, modulus // 2, modulus // 2 + 1, step, step - 1, step + 1]
     values += [modulus - step // 2 + offset for offset in (-1000, 1000)]
@@ -375,7 +375,7 @@ def test_truncation_at_the_edges(parameters):
 
 
 def test_the_top_of_the_range_wraps_to_zero():
-    for parameters in (COMPACT, STRONG):
+    for parameters in (STANDARD, COMPACT):
         largest = [[prime - 1] for prime in parameters.data_primes]  # Q - 1
         assert truncate(np.array(largest, dtype=np.uint64), parameters, 28).tolist() == [0]
 
@@ -407,7 +407,7 @@ def test_nothing_of_the_head_is_shown():
 
 
 @pytest.mark.parametrize("bits", [1, 15, 20, 27])
-@pytest.mark.parametrize("prime", [*COMPACT.data_primes, *STRONG.data_primes])
+@pytest.mark.parametrize("prime", [STANDARD.prime, COMPACT.prime])
 def test_matrix_products_modulo_a_prime_are_exact(bits, prime):
     random = np.random.default_rng(bits)
     integers = random.integers(-(2**bits), 2**bits, size=(3, 40), endpoint=True)
@@ -419,7 +419,7 @@ def test_matrix_products_modulo_a_prime_are_exact(bits, prime):
     assert (found == expected).all()
 
 
-@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize("parameters", ["standard", "compact"])
 def test_the_flood_is_uniform_between_its_bounds(parameters):
     served = Pair.of(artifact(3, 8, parameters=parameters)).head
     bound = 2**served._scales.flood_bits
@@ -429,10 +429,10 @@ def test_the_flood_is_uniform_between_its_bounds(parameters):
     counts, _ = np.histogram(drawn, bins=16, range=(-bound, bound))
     assert np.abs(counts - 2500).max() < 250  # five deviations
     assert np.abs(np.bincount(drawn & 15) - 2500).max() < 250
-    assert len(set(drawn.tolist())) == 40_000 or parameters == "compact"
+    assert len(set(drawn.tolist())) == 40_000 or parameters == "standard"
 
 
-@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize("parameters", ["standard", "compact"])
 def test_shifts_in_ntt_form_are_products_with_powers_of_x(parameters):
     made = artifact(1, 8, parameters=parameters).manifest.parameter_set
     seal = seal_io.runtime(made)

@@ -27,7 +27,7 @@ from veilhead_benchmarks.attacks.crafted_messages import (
 from veilhead_protocol import seal_io
 from veilhead_protocol.errors import MessageLayoutError, MessageLengthError, SeedReuseError
 from veilhead_protocol.manifest import PolicySection
-from veilhead_protocol.parameters import COMPACT
+from veilhead_protocol.parameters import STANDARD
 from veilhead_protocol.scales import quantise
 from veilhead_protocol.wire import (
     QueryMessage,
@@ -36,8 +36,8 @@ from veilhead_protocol.wire import (
 )
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 
-(PRIME,) = COMPACT.data_primes
-DEGREE = COMPACT.poly_modulus_degree
+PRIME = STANDARD.prime
+DEGREE = STANDARD.poly_modulus_degree
 
 
 @pytest.fixture
@@ -53,10 +53,10 @@ def weight_polynomials(pair):
 
 def ciphertext_of(pair, query):
     """The SEAL ciphertext of a query of one polynomial."""
-    message = QueryMessage.deserialize(query.data, COMPACT, pair.head.layout)
+    message = QueryMessage.deserialize(query.data, STANDARD, pair.head.layout)
     (polynomial,) = message.polynomials
     return seal_io.load_seeded_ciphertext(
-        seal_io.runtime(COMPACT),
+        seal_io.runtime(STANDARD),
         polynomial.c0,
         polynomial.seed,
         prng=message.prng,
@@ -68,14 +68,14 @@ def ciphertext_of(pair, query):
 def expanded_c1(pair, query):
     """c1 of the query as coefficients: the attacker knows its seed."""
     ciphertext = ciphertext_of(pair, query)
-    seal_io.runtime(COMPACT).evaluator.transform_from_ntt_inplace(ciphertext)
+    seal_io.runtime(STANDARD).evaluator.transform_from_ntt_inplace(ciphertext)
     return seal_io.save_ciphertext(ciphertext)[1, 0]
 
 
 def parse_reply(pair, query_bytes, key_id, reply):
     return ReplyMessage.deserialize(
         reply,
-        COMPACT,
+        STANDARD,
         pair.head.layout,
         pair.artifact.manifest.head.reply_bits,
         model_digest=pair.artifact.manifest.digest,
@@ -122,7 +122,7 @@ def test_a_zero_used_twice_gives_the_difference_of_two_weight_polynomials(monkey
     def reuse(self, product, key):
         if "zero" not in kept:
             kept["zero"] = self._seal.new_ciphertext()
-            key.encryptor.encrypt_zero(self._seal.data_parms_id, kept["zero"])
+            key.encryptor.encrypt_zero(self._seal.parms_id, kept["zero"])
             kept["zero"].scale = product.scale
         total = self._seal.new_ciphertext()
         self._seal.evaluator.add(product, kept["zero"], total)
@@ -143,7 +143,7 @@ def decrypt_every_coefficient(pair, c0, c1):
     secret = np.rint((np.fft.ifft(kept._spectrum) * kept._back).real).astype(int)
     product = ring.centred(ring.multiply(c1, secret, PRIME), PRIME)
     values = ring.centred((product + c0.astype(object)) % modulus, modulus)
-    unit = COMPACT.data_modulus / 2.0 ** (scales.reply_bits + scales.scale_bits)
+    unit = STANDARD.prime / 2.0 ** (scales.reply_bits + scales.scale_bits)
     return np.array(values, dtype=float) * unit
 
 
@@ -221,7 +221,7 @@ def residual_noise(pair, repeats):
     for _ in range(repeats):
         query = pair.session.encrypt(embedding)
         message = parse_reply(pair, query.data, query.key.id, pair.answer(query))
-        unit = COMPACT.data_modulus / 2.0 ** (scales.reply_bits + scales.scale_bits)
+        unit = STANDARD.prime / 2.0 ** (scales.reply_bits + scales.scale_bits)
         values = query.key.decrypt(message).reshape(-1)[:5] * unit
         noise.append(values - exact - pair.artifact.bias)
     return np.array(noise)
@@ -268,8 +268,8 @@ def mask_gap(pair, query, monkeypatch):
 def expected_gap(pair, query):
     """The same difference if both had one mask: what the query and the weights make of it."""
     layout = query.layout
-    seal = seal_io.runtime(COMPACT)
-    message = QueryMessage.deserialize(query.data, COMPACT, layout)
+    seal = seal_io.runtime(STANDARD)
+    message = QueryMessage.deserialize(query.data, STANDARD, layout)
     scale = 2.0**pair.artifact.manifest.scales.weight_scale_bits
     packed = np.rint(layout.pack_weight(pair.artifact.weight) * scale)
     packed = np.pad(packed, ((0, 0), (0, 0), (0, DEGREE - packed.shape[2]))).astype(int)
@@ -300,7 +300,7 @@ def test_every_reply_of_a_request_has_a_mask_of_its_own(texts, monkeypatch):
     def reuse(self, product, key):
         if "zero" not in kept:
             kept["zero"] = self._seal.new_ciphertext()
-            key.encryptor.encrypt_zero(self._seal.data_parms_id, kept["zero"])
+            key.encryptor.encrypt_zero(self._seal.parms_id, kept["zero"])
             kept["zero"].scale = product.scale
         total = self._seal.new_ciphertext()
         self._seal.evaluator.add(product, kept["zero"], total)
@@ -316,7 +316,7 @@ def test_a_reply_carries_no_coefficient_but_the_logits(texts):
     query = pair.session.encrypt_batch(unit_rows(texts, 20))
     reply = ReplyMessage.deserialize(
         pair.answer(query),
-        COMPACT,
+        STANDARD,
         query.layout,
         pair.artifact.manifest.head.reply_bits,
         model_digest=pair.artifact.manifest.digest,
@@ -329,7 +329,7 @@ def test_a_reply_carries_no_coefficient_but_the_logits(texts):
 def test_a_block_stays_within_the_hints_and_bulk_needs_the_models_leave():
     made = artifact(7, 20)
     manifest = made.manifest
-    most = COMPACT.max_wanted(manifest.head.exponent)
+    most = STANDARD.max_wanted(manifest.head.exponent)
     for texts in range(1, most + 1):
         layout = manifest.layout_of(texts)
         assert texts * layout.group <= most

@@ -17,7 +17,7 @@ from veilhead.session import Session
 from veilhead_protocol.errors import LayoutError, MessageLayoutError
 from veilhead_protocol.layout import LayoutKind
 from veilhead_protocol.manifest import PolicySection
-from veilhead_protocol.parameters import COMPACT
+from veilhead_protocol.parameters import STANDARD
 from veilhead_service.app import create_app
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 from veilhead_service.model_store import ModelStore
@@ -40,7 +40,7 @@ def served(request, tmp_path):
 
 def test_lists_of_any_length_are_answered(served):
     client, traces = served
-    most = COMPACT.max_wanted(client.manifest.head.exponent)
+    most = STANDARD.max_wanted(client.manifest.head.exponent)
     for rows in (1, 3, 30, 301):
         traces.clear()
         embeddings = unit_rows(rows, 40)
@@ -61,7 +61,7 @@ def test_bulk_is_another_version_that_its_policy_tells_apart(tmp_path):
     manifests = [store.version("model", bytes.fromhex(one)).manifest for one in (strict, loose)]
     assert [manifest.policy.bulk for manifest in manifests] == [False, True]
     assert manifests[0].head == manifests[1].head
-    rows = unit_rows(COMPACT.max_wanted(HEAD.manifest.head.exponent) + 1, 40)
+    rows = unit_rows(STANDARD.max_wanted(HEAD.manifest.head.exponent) + 1, 40)
     assert Session(manifests[1]).encrypt_batch(rows).layout.kind is LayoutKind.BULK
     with pytest.raises(LayoutError):
         Session(manifests[0]).encrypt_batch(rows)
@@ -75,7 +75,7 @@ def test_a_forged_bulk_request_is_refused_and_the_clause_is_named(tmp_path, prob
     """The client's own rules are no protection: this one ignores them."""
     strict = bytes.fromhex(Vendor(tmp_path).publish(HEAD))
     loose = replace(HEAD, policy=PolicySection(bulk=True)).manifest
-    rows = unit_rows(COMPACT.max_wanted(loose.head.exponent) + 1, 40)
+    rows = unit_rows(STANDARD.max_wanted(loose.head.exponent) + 1, 40)
     query = Session(loose).encrypt_batch(rows)
     assert query.data.count(loose.digest) == 1
     forged = query.data.replace(loose.digest, strict)
@@ -120,7 +120,7 @@ def test_sending_does_not_wait_for_the_encryption_of_the_next_request(served, mo
     assert events[:2] == ["encrypted", "answered"]
 
 
-@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize("parameters", ["standard", "compact"])
 @pytest.mark.parametrize(
     ("classes", "dimensions", "texts"),
     [(1, 1, 1), (3, 1, 31), (77, 384, 3), (2, 4096, 5), (5, 2500, 64), (9, 33, 129), (3, 7, 2048)],

@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from veilhead_protocol.layout import Layout
-from veilhead_protocol.parameters import COMPACT, STRONG
+from veilhead_protocol.parameters import COMPACT, STANDARD
 from veilhead_service.limits import Budget, Period, Rate, RateLimiter, charge
 
 
@@ -25,7 +25,7 @@ class Clock:
 # --- charges ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parameters", [COMPACT, STRONG])
+@pytest.mark.parametrize("parameters", [STANDARD, COMPACT])
 @pytest.mark.parametrize(
     ("dimensions", "classes", "exponent"),
     [(384, 22, 5), (384, 77, 7), (1, 500, 12), (16, 150, 0), (3000, 3, 6), (4096, 1, 12)],
@@ -39,20 +39,20 @@ def test_the_single_layout_costs_one_a_text(parameters, dimensions, classes, exp
 
 def test_beyond_the_hint_bound_an_answer_costs_the_head():
     exponent = 5
-    bound = COMPACT.max_wanted(exponent)
+    bound = STANDARD.max_wanted(exponent)
     assert bound == 72
 
     def layout(texts, dimensions=384):
         return Layout.canonical(
-            COMPACT, texts=texts, dimensions=dimensions, classes=77, exponent=exponent, bulk=True
+            STANDARD, texts=texts, dimensions=dimensions, classes=77, exponent=exponent, bulk=True
         )
 
-    assert charge(layout(bound), exponent, COMPACT) == bound
-    assert charge(layout(bound + 1), exponent, COMPACT) == 385  # d + 1
-    assert charge(layout(bound + 1, 16), exponent, COMPACT) == bound + 1
-    assert charge(layout(2048), exponent, COMPACT) == 2048
+    assert charge(layout(bound), exponent, STANDARD) == bound
+    assert charge(layout(bound + 1), exponent, STANDARD) == 385  # d + 1
+    assert charge(layout(bound + 1, 16), exponent, STANDARD) == bound + 1
+    assert charge(layout(2048), exponent, STANDARD) == 2048
     # The bound depends on the head's exponent.
-    assert charge(layout(bound), exponent + 1, COMPACT) == 385
+    assert charge(layout(bound), exponent + 1, STANDARD) == 385
 
 
 # --- periods ------------------------------------------------------------------------------------

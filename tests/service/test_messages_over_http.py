@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STRONG
+from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STANDARD
 from veilhead_protocol.wire import MAX_KEY_BYTES, MAX_QUERY_BYTES
 from veilhead_service.app import create_app
 from veilhead_service.settings import Settings
@@ -23,7 +23,7 @@ SLOW = os.environ.get("VEILHEAD_PROPERTY_TESTS") == "slow"
 MAGIC, VERSION, TYPE, PRNG, DOMAIN, PARAMETERS = 0, 4, 5, 6, 7, 8
 MODEL, KEY, LAYOUT, RESERVED, COUNTS = 40, 72, 104, 105, 108
 KEY_HEADER, QUERY_HEADER = 40, 136
-QUERY_BYTES = 13_768  # one piece, compact
+QUERY_BYTES = 13_768  # one piece, standard
 COUNT_NAMES = ("texts", "dimensions", "classes", "block_length", "pieces", "polynomials")
 
 
@@ -84,7 +84,7 @@ def queries(service):
 # --- good bytes ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["chapters", "strong", "long", "digits"])
+@pytest.mark.parametrize("name", ["chapters", "compact", "long", "digits"])
 def test_good_queries_are_answered(service, queries, name):
     service.check_answers(name)
     response = service.infer(name, queries[name].data)
@@ -107,7 +107,7 @@ def test_the_content_type_is_read_as_http_says(service, queries, media_type):
     assert response.status_code == 200
 
 
-@pytest.mark.parametrize("name", ["digits", "strong"])
+@pytest.mark.parametrize("name", ["digits", "compact"])
 def test_the_largest_residue_is_still_in_range(service, queries, name):
     """So that the refusals of residues below are about the prime, and not about the bytes."""
     manifest = service.artifacts[name].manifest
@@ -158,7 +158,7 @@ BAD_QUERIES = {
         lambda q: replaced(
             q,
             PARAMETERS,
-            {COMPACT.id: STRONG, STRONG.id: COMPACT}[q[PARAMETERS : PARAMETERS + 32]].id,
+            {STANDARD.id: COMPACT, COMPACT.id: STANDARD}[q[PARAMETERS : PARAMETERS + 32]].id,
         ),
         "wrong-parameters",
     ),
@@ -193,7 +193,7 @@ def test_a_bad_query_is_refused(service, queries, problem, break_it, code):
     service.check_answers("digits")
 
 
-@pytest.mark.parametrize("name", ["strong", "long"])
+@pytest.mark.parametrize("name", ["compact", "long"])
 @pytest.mark.parametrize(
     "case",
     ["truncated by one", "extended by one", "prng 3", "parameters of the other set", "pieces 0"],
@@ -208,7 +208,7 @@ def test_a_bad_query_to_other_models_is_refused(service, queries, problem, name,
     service.check_answers(name)
 
 
-@pytest.mark.parametrize("name", ["digits", "strong", "long"])
+@pytest.mark.parametrize("name", ["digits", "compact", "long"])
 @pytest.mark.parametrize("excess", [0, 1, None], ids=["prime", "prime+1", "largest"])
 def test_a_residue_at_or_above_its_prime_is_refused(service, queries, problem, name, excess):
     manifest = service.artifacts[name].manifest
@@ -236,12 +236,12 @@ def test_either_piece_may_not_be_zero(service, queries, problem):
 
 
 def test_one_zero_residue_row_of_two_is_not_a_zero_polynomial(service, queries, problem):
-    good = queries["strong"].data
+    good = queries["compact"].data
     first, second = 4096 * 36 // 8, 4096 * 35 // 8
     body = replaced(good, QUERY_HEADER, bytes(first))
-    assert service.infer("strong", body).status_code == 200
+    assert service.infer("compact", body).status_code == 200
     body = replaced(good, QUERY_HEADER, bytes(first + second))
-    problem(service.infer("strong", body), 422, "zero-polynomial", sent=body)
+    problem(service.infer("compact", body), 422, "zero-polynomial", sent=body)
 
 
 def test_equal_seeds_within_a_query_are_refused(service, queries, problem):
@@ -252,7 +252,7 @@ def test_equal_seeds_within_a_query_are_refused(service, queries, problem):
     service.check_answers("long")
 
 
-@pytest.mark.parametrize("name", ["digits", "strong", "long"])
+@pytest.mark.parametrize("name", ["digits", "compact", "long"])
 def test_the_keys_seed_in_a_query_is_refused(service, queries, problem, name):
     query = queries[name]
     body = query.data[:-64] + query.key.message[-64:]
@@ -272,7 +272,7 @@ def test_an_unknown_key_is_named_as_such(service, queries, problem):
     service.check_answers()
 
 
-@pytest.mark.parametrize(("name", "other"), [("digits", "strong"), ("strong", "digits")])
+@pytest.mark.parametrize(("name", "other"), [("digits", "compact"), ("compact", "digits")])
 def test_a_key_of_the_other_set_is_refused(service, queries, problem, name, other):
     body = replaced(queries[name].data, KEY, queries[other].key.id)
     problem(service.infer(name, body), 422, "wrong-parameters", sent=body)
@@ -286,7 +286,7 @@ def test_an_unknown_version_of_the_model_is_a_conflict(service, queries, problem
     service.check_answers()
 
 
-@pytest.mark.parametrize("other", ["chapters", "strong", "long"])
+@pytest.mark.parametrize("other", ["chapters", "compact", "long"])
 def test_a_query_to_another_model_is_a_conflict(service, queries, problem, other):
     body = queries["digits"].data
     problem(service.infer(other, body), 409, "wrong-model", sent=body)
@@ -337,7 +337,7 @@ BAD_KEYS = {
         lambda k: replaced(
             k,
             PARAMETERS,
-            {COMPACT.id: STRONG, STRONG.id: COMPACT}[k[PARAMETERS : PARAMETERS + 32]].id,
+            {STANDARD.id: COMPACT, COMPACT.id: STANDARD}[k[PARAMETERS : PARAMETERS + 32]].id,
         ),
         "wrong-length",
     ),
@@ -352,7 +352,7 @@ BAD_KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", ["digits", "strong"])
+@pytest.mark.parametrize("name", ["digits", "compact"])
 @pytest.mark.parametrize(("break_it", "code"), BAD_KEYS.values(), ids=BAD_KEYS)
 def test_a_bad_key_is_refused(service, queries, problem, name, break_it, code):
     body = break_it(queries[name].key.message)
@@ -363,7 +363,7 @@ def test_a_bad_key_is_refused(service, queries, problem, name, break_it, code):
     assert service.client.head(f"/v1/keys/{hashlib.sha256(body).hexdigest()}").status_code == 404
 
 
-@pytest.mark.parametrize("name", ["digits", "strong"])
+@pytest.mark.parametrize("name", ["digits", "compact"])
 def test_a_key_residue_at_or_above_its_prime_is_refused(service, queries, problem, name):
     manifest = service.artifacts[name].manifest
     degree = manifest.layout.degree
@@ -648,21 +648,21 @@ def assert_refused(response, problem, sent):
 def corpus(service, queries):
     """Queries and keys to take parts from, of either set, two of each for the model `digits`."""
     second = service.query("digits", row=1)
-    sources = [queries["digits"], second, queries["chapters"], queries["strong"], queries["long"]]
-    keys = {query.key.id: query.key.message for query in sources if query is not queries["strong"]}
+    sources = [queries["digits"], second, queries["chapters"], queries["compact"], queries["long"]]
+    keys = {query.key.id: query.key.message for query in sources if query is not queries["compact"]}
     return Messages(parts=[query.data for query in sources] + [second.key.message], keys=keys)
 
 
-@pytest.mark.parametrize("name", ["digits", "strong"])
+@pytest.mark.parametrize("name", ["digits", "compact"])
 @settings(max_examples=4000 if SLOW else 200, derandomize=True, deadline=None, database=None)
 @given(mutations=st.lists(MUTATIONS, min_size=1, max_size=3))
 def test_mutated_queries_are_answered_when_valid_and_refused_when_not(
     service, queries, corpus, problem, name, mutations
 ):
-    others, compact_keys = corpus["parts"], corpus["keys"]
+    others, standard_keys = corpus["parts"], corpus["keys"]
     good = queries[name].data
-    strong_keys = {queries["strong"].key.id: queries["strong"].key.message}
-    keys = compact_keys if name == "digits" else strong_keys
+    compact_keys = {queries["compact"].key.id: queries["compact"].key.message}
+    keys = standard_keys if name == "digits" else compact_keys
     body = good
     for mutation in mutations:
         body = mutate(body, mutation, [*others, queries[name].key.message])
@@ -675,7 +675,7 @@ def test_mutated_queries_are_answered_when_valid_and_refused_when_not(
         assert_refused(response, problem, body)
 
 
-@pytest.mark.parametrize("name", ["digits", "strong"])
+@pytest.mark.parametrize("name", ["digits", "compact"])
 @settings(max_examples=3000 if SLOW else 150, derandomize=True, deadline=None, database=None)
 @given(mutations=st.lists(MUTATIONS, min_size=1, max_size=3))
 def test_mutated_keys_are_registered_when_valid_and_refused_when_not(
@@ -684,14 +684,14 @@ def test_mutated_keys_are_registered_when_valid_and_refused_when_not(
     others = corpus["parts"]
     body = queries[name].key.message
     for mutation in mutations:
-        body = mutate(body, mutation, [others[-1], queries["strong"].key.message, *others[:-1]])
+        body = mutate(body, mutation, [others[-1], queries["compact"].key.message, *others[:-1]])
     response = service.put(body)
     if not is_valid_key(body):
         assert_refused(response, problem, body)
         return
     assert response.status_code in (200, 201), response.text
     # Whatever its numbers are, a query under it is answered: only its owner reads nonsense.
-    target = "digits" if body[PARAMETERS:KEY_HEADER] == COMPACT.id else "strong"
+    target = "digits" if body[PARAMETERS:KEY_HEADER] == STANDARD.id else "compact"
     query = replaced(queries[target].data, KEY, hashlib.sha256(body).digest())
     response = service.infer(target, query)
     if query[-64:] == body[-64:]:

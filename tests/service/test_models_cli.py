@@ -158,9 +158,9 @@ def test_a_policy_is_put_on_when_published_and_says_who_sees_to_what(run, vendor
 
 def test_a_violation_of_the_policy_is_named_and_nothing_is_published(run, vendor):
     refused = run("publish", vendor.save(FIRST), "--policy", "medical", code=1)
-    assert "policy.minimum_parameters: the policy medical asks for strong" in refused.stderr
+    assert "policy.minimum_parameters: the policy medical asks for standard" in refused.stderr
     assert ModelStore(vendor.store).current("model") is None
-    strong = vendor.save(artifact(4, 32, parameters="strong", name="strong"))
-    refused = run("publish", strong, "--policy", "finance", code=1)
+    standard = vendor.save(artifact(4, 32, parameters="standard", name="standard"))
+    refused = run("publish", standard, "--policy", "finance", code=1)
     assert "policy.privacy: the policy finance asks for a head trained with" in refused.stderr
-    assert ModelStore(vendor.store).current("strong") is None
+    assert ModelStore(vendor.store).current("standard") is None

@@ -82,7 +82,7 @@ def test_an_empty_and_a_missing_store_list_nothing(client, own_store):
     assert client.get("/v1/models").json() == {"models": []}
 
 
-@pytest.mark.parametrize("name", ["chapters", "strong", "long", "digits"])
+@pytest.mark.parametrize("name", ["chapters", "compact", "long", "digits"])
 def test_a_manifest_is_served_byte_for_byte(service, store, name):
     response = service.client.get(f"/v1/models/{name}")
     on_disk = (published(store, name) / MANIFEST_FILE).read_bytes()
@@ -146,7 +146,7 @@ def test_an_unknown_model_is_not_found(service, problem, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["..", ".", "../store", "digits/../strong", "%2e%2e", "..%2fstore"]
+    "name", ["..", ".", "../store", "digits/../compact", "%2e%2e", "..%2fstore"]
 )
 def test_names_do_not_walk(store, request_raw, name):
     """Paths as a hostile client writes them, and as a server decodes them."""

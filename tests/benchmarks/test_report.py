@@ -67,7 +67,8 @@ def whole_run():
         *(replace(OWN, subject="end-to-end", system="plaintext", classes=8, batch=batch,
                   parameters="p", total_ms=20.0 * batch, server_ms=None)
           for batch in (1, 32, 2048)),
-        Row("fidelity/cfpb", "veilhead", "standard", 384, 8, 100, max_error=4e-4, note="100 of 100"),
+        Row("fidelity/cfpb", "veilhead", "standard", 384, 8, 100, max_error=4e-4,
+            note="100 of 100"),
     ]  # fmt: skip
     two = LOAD | {"workers": 2, "texts_per_second": 720.0, "two_against_one": 1.8}
     return Results(

@@ -41,11 +41,11 @@ DEGREE = STANDARD.poly_modulus_degree
 
 @pytest.fixture(scope="module")
 def wide():
-    return artifact(77, 384)
+    return artifact(77, 384, parameters="compact")  # its key is the shorter one to solve for
 
 
 def test_unrounded_logits_give_the_whole_key(wide, monkeypatch):
-    monkeypatch.setattr("veilhead_protocol.decryption.round_logits", lambda logits: logits)
+    monkeypatch.setattr("veilhead_protocol.decryption.round_logits", lambda served, scales: served)
     pair = Pair.of(wide)
     found = recover_secret(pair, 30, rounded=True)
     secret = secret_of(pair.session._key)
@@ -59,6 +59,24 @@ def test_returned_logits_do_not_give_the_key(wide):
     assert found is not None
     # Guessing which coefficients are zero is right half of the time.
     assert 0.4 < np.mean((found != 0) == (secret != 0)) < 0.6
+
+
+def test_rounding_after_the_multiplication_is_no_rounding_and_gives_the_whole_key(monkeypatch):
+    """A head of large logits is served divided by 2^k: its step would be finer than a reply's."""
+    large = artifact(77, 384, scale=512.0, parameters="compact")
+    assert large.manifest.head.downscale_bits >= 8
+
+    def swapped(served, scales):
+        logits = np.ldexp(served, scales.downscale_bits)
+        return np.rint(logits * 2**12) / 2**12
+
+    pair = Pair.of(large)
+    found = recover_secret(pair, 30, rounded=True)
+    assert 0.4 < np.mean((found != 0) == (secret_of(pair.session._key) != 0)) < 0.6
+    monkeypatch.setattr("veilhead_protocol.decryption.round_logits", swapped)
+    pair = Pair.of(large)
+    found = recover_secret(pair, 30, rounded=True)
+    assert (found == secret_of(pair.session._key)).all()
 
 
 def test_logits_are_multiples_of_the_step(wide):
@@ -83,7 +101,7 @@ def embedding_difference(pair):
         c0 = message.polynomials[0].c0
         ciphertext = seal_io.load_ciphertext(seal, np.stack([c0, c0]), scale_bits=30)
         seal.evaluator.transform_from_ntt_inplace(ciphertext)
-        found.append(seal_io.save_ciphertext(ciphertext)[0, 0].astype(object))
+        found.append(seal_io.save_ciphertext(seal, ciphertext)[0].astype(object))
     scale = 2.0**pair.artifact.manifest.scales.query_scale_bits
     gap = np.array(ring.centred((found[0] - found[1]) % PRIME, PRIME), dtype=float) / scale
     return gap[:384], first - second
@@ -134,7 +152,7 @@ def test_zeros_made_ahead_do_not_give_the_difference_of_two_embeddings():
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_no_seed_occurs_twice(ahead):
-    pair = Pair.of(artifact(3, 3000))  # two polynomials a query
+    pair = Pair.of(artifact(4, 3000))  # three polynomials a query
     seeds = set()
     for row in unit_rows(20, 3000):
         if ahead:
@@ -143,7 +161,7 @@ def test_no_seed_occurs_twice(ahead):
         message = QueryMessage.deserialize(query.data, STANDARD, pair.head.layout)
         seeds |= {polynomial.seed for polynomial in message.polynomials}
         seeds.add(query.key.message[-64:])
-    assert len(seeds) == 41  # one key, forty polynomials
+    assert len(seeds) == 61  # one key, sixty polynomials
 
 
 # --- crafted replies ------------------------------------------------------------------------------
@@ -219,7 +237,7 @@ def refuse_implausible_logits(monkeypatch):
 
     def checked(self, query, reply):
         logits = decrypt(self, query, reply)
-        if np.abs(logits).max() >= 0.9 * 2.0**self._scales.exponent:
+        if np.abs(logits).max() >= 0.9 * 2.0**self._scales.served_exponent:
             raise WireError("implausible logits")
         return logits
 
@@ -264,12 +282,12 @@ def test_every_request_of_several_texts_has_a_key_of_its_own():
     """One crafted reply whose labels become visible may give away the key of that request."""
     pair = Pair.of(artifact(5, 384))
     single = pair.session.encrypt(unit_rows(1, 384)[0])
-    batches = [pair.session.encrypt_batch(unit_rows(3, 384)) for _ in range(3)]
+    batches = [pair.session.encrypt_batch(unit_rows(4, 384)) for _ in range(3)]
     assert len({query.key.id for query in (single, *batches)}) == 4
     assert pair.session.encrypt(unit_rows(1, 384)[0]).key is single.key
 
 
-@pytest.mark.parametrize("texts", [3, 64])
+@pytest.mark.parametrize("texts", [4, 64])
 def test_logits_of_several_texts_are_multiples_of_the_step(texts):
     pair = Pair.of(artifact(5, 384))
     rows = unit_rows(texts, 384)
@@ -283,12 +301,19 @@ def test_logits_of_several_texts_are_multiples_of_the_step(texts):
 def test_the_engine_sends_several_texts_under_fresh_keys():
     service = MaliciousService(artifact(5, 384).manifest)
     keys = []
-    service.craft = lambda query: keys.append(QueryHeader.deserialize(query).key_id) or b""
+
+    def craft(query):
+        header = QueryHeader.deserialize(query)
+        if header.counts.texts > 1:
+            keys.append(header.key_id)
+        return b""
+
+    service.craft = craft
     with (
         Client("http://127.0.0.1", "model", transport=service) as client,
         pytest.raises(BatchError),
     ):
-        client.logits(unit_rows(200, 384))
+        client.logits(unit_rows(256, 384))
     assert len(keys) > 1
     assert len(set(keys)) == len(keys)
 

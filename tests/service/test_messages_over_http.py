@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.heads import unit_rows
 
+from veilhead.session import Session
 from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STANDARD
 from veilhead_protocol.wire import MAX_KEY_BYTES, MAX_QUERY_BYTES
 from veilhead_service.app import create_app
@@ -23,8 +25,11 @@ SLOW = os.environ.get("VEILHEAD_PROPERTY_TESTS") == "slow"
 MAGIC, VERSION, TYPE, PRNG, DOMAIN, PARAMETERS = 0, 4, 5, 6, 7, 8
 MODEL, KEY, LAYOUT, RESERVED, COUNTS = 40, 72, 104, 105, 108
 KEY_HEADER, QUERY_HEADER = 40, 136
-QUERY_BYTES = 13_768  # one piece, standard
-COUNT_NAMES = ("texts", "dimensions", "classes", "block_length", "pieces", "polynomials")
+BODY_BYTES = 4096 * 53 // 8  # of a polynomial, standard
+QUERY_BYTES = QUERY_HEADER + BODY_BYTES + 64  # one piece, standard
+COUNT_NAMES = (
+    "texts", "dimensions", "classes", "block_length", "pieces", "group", "polynomials"
+)  # fmt: skip
 
 
 def replaced(data, offset, content):
@@ -32,13 +37,10 @@ def replaced(data, offset, content):
     return data[:offset] + content + data[offset + len(content) :]
 
 
-def residue_offsets(start, primes, degree):
-    """(prime, width, first byte) of every row of a packed polynomial."""
-    rows = []
-    for prime in primes:
-        rows.append((prime, prime.bit_length(), start))
-        start += degree * prime.bit_length() // 8
-    return rows, start
+def residue_row(start, parameters):
+    """(prime, width, first byte) of a packed polynomial, and where it ends."""
+    width = parameters.prime.bit_length()
+    return (parameters.prime, width, start), start + parameters.poly_modulus_degree * width // 8
 
 
 def with_residue(data, row, degree, index, value):
@@ -112,11 +114,10 @@ def test_the_largest_residue_is_still_in_range(service, queries, name):
     """So that the refusals of residues below are about the prime, and not about the bytes."""
     manifest = service.artifacts[name].manifest
     degree = manifest.layout.degree
-    rows, _ = residue_offsets(QUERY_HEADER, manifest.parameter_set.data_primes, degree)
-    for row in rows:
-        for index in spread(degree):
-            body = with_residue(queries[name].data, row, degree, index, row[0] - 1)
-            assert service.infer(name, body).status_code == 200
+    row, _ = residue_row(QUERY_HEADER, manifest.parameter_set)
+    for index in spread(degree):
+        body = with_residue(queries[name].data, row, degree, index, row[0] - 1)
+        assert service.infer(name, body).status_code == 200
 
 
 # --- bad queries --------------------------------------------------------------------------------
@@ -140,10 +141,12 @@ BAD_QUERIES = {
     "a megabyte long": (lambda q: q + bytes(2**20), "wrong-length"),
     "magic": (lambda q: replaced(q, MAGIC, b"veil"), "wrong-message-type"),
     "version 0": (lambda q: replaced(q, VERSION, b"\0"), "unsupported-format-version"),
-    "version 2": (lambda q: replaced(q, VERSION, b"\2"), "unsupported-format-version"),
+    "version 1": (lambda q: replaced(q, VERSION, b"\1"), "unsupported-format-version"),
+    "version 3": (lambda q: replaced(q, VERSION, b"\3"), "unsupported-format-version"),
     "type 0": (lambda q: replaced(q, TYPE, b"\0"), "wrong-message-type"),
     "type key": (lambda q: replaced(q, TYPE, b"\1"), "wrong-message-type"),
     "type reply": (lambda q: replaced(q, TYPE, b"\3"), "wrong-message-type"),
+    "type with a key": (lambda q: replaced(q, TYPE, b"\4"), "wrong-length"),
     "type 255": (lambda q: replaced(q, TYPE, b"\xff"), "wrong-message-type"),
     "prng none": (lambda q: replaced(q, PRNG, b"\0"), "unknown-prng"),
     "prng 3": (lambda q: replaced(q, PRNG, b"\3"), "unknown-prng"),
@@ -166,7 +169,7 @@ BAD_QUERIES = {
     "layout 2": (lambda q: replaced(q, LAYOUT, b"\2"), "wrong-layout"),
     "reserved 0": (lambda q: replaced(q, RESERVED, b"\1"), "nonzero-padding"),
     "reserved 2": (lambda q: replaced(q, RESERVED + 2, b"\x80"), "nonzero-padding"),
-    "c0 zero": (lambda q: replaced(q, QUERY_HEADER, bytes(13568)), "zero-polynomial"),
+    "c0 zero": (lambda q: replaced(q, QUERY_HEADER, bytes(BODY_BYTES)), "zero-polynomial"),
     "all ones": (
         lambda q: q[:QUERY_HEADER] + b"\xff" * (len(q) - QUERY_HEADER),
         "residue-out-of-range",
@@ -215,8 +218,8 @@ def test_a_residue_at_or_above_its_prime_is_refused(service, queries, problem, n
     degree = manifest.layout.degree
     rows, start = [], QUERY_HEADER
     for _ in range(manifest.layout.pieces):
-        found, end = residue_offsets(start, manifest.parameter_set.data_primes, degree)
-        rows += found
+        row, end = residue_row(start, manifest.parameter_set)
+        rows.append(row)
         start = end + 64
     for row in rows:
         value = (1 << row[1]) - 1 if excess is None else row[0] + excess
@@ -228,25 +231,15 @@ def test_a_residue_at_or_above_its_prime_is_refused(service, queries, problem, n
 
 def test_either_piece_may_not_be_zero(service, queries, problem):
     good = queries["long"].data
-    body_bytes = 2048 * 53 // 8
-    for piece in range(2):
-        body = replaced(good, QUERY_HEADER + piece * (body_bytes + 64), bytes(body_bytes))
+    for piece in range(service.artifacts["long"].manifest.layout.pieces):
+        body = replaced(good, QUERY_HEADER + piece * (BODY_BYTES + 64), bytes(BODY_BYTES))
         problem(service.infer("long", body), 422, "zero-polynomial", sent=body)
     service.check_answers("long")
 
 
-def test_one_zero_residue_row_of_two_is_not_a_zero_polynomial(service, queries, problem):
-    good = queries["compact"].data
-    first, second = 4096 * 36 // 8, 4096 * 35 // 8
-    body = replaced(good, QUERY_HEADER, bytes(first))
-    assert service.infer("compact", body).status_code == 200
-    body = replaced(good, QUERY_HEADER, bytes(first + second))
-    problem(service.infer("compact", body), 422, "zero-polynomial", sent=body)
-
-
 def test_equal_seeds_within_a_query_are_refused(service, queries, problem):
     good = queries["long"].data
-    first = QUERY_HEADER + 2048 * 53 // 8
+    first = QUERY_HEADER + BODY_BYTES
     body = good[:-64] + good[first : first + 64]
     problem(service.infer("long", body), 422, "seed-reused", sent=body)
     service.check_answers("long")
@@ -295,7 +288,7 @@ def test_a_query_to_another_model_is_a_conflict(service, queries, problem, other
 def test_a_query_that_only_names_the_other_model_is_refused(service, queries, problem):
     """The right digest for the address, over the body of another model's query."""
     body = replaced(queries["digits"].data, MODEL, service.artifacts["chapters"].manifest.digest)
-    problem(service.infer("chapters", body), 422, "wrong-length", sent=body)
+    problem(service.infer("chapters", body), 422, "wrong-layout", sent=body)
     body = replaced(queries["digits"].data, MODEL, service.artifacts["long"].manifest.digest)
     problem(service.infer("long", body), 422, "wrong-length", sent=body)
 
@@ -310,7 +303,8 @@ def test_a_key_message_is_no_query_and_a_query_no_key(service, queries, problem)
     query = queries["digits"]
     sent = query.key.message
     problem(service.infer("digits", sent), 422, "wrong-message-type", sent=sent)
-    problem(service.put(query.data), 422, "wrong-message-type", sent=query.data)
+    short = queries["compact"].data  # than the longest key
+    problem(service.put(short), 422, "wrong-message-type", sent=short)
     reply = service.infer("digits", query.data).content
     problem(service.infer("digits", reply), 422, "wrong-message-type", sent=reply)
 
@@ -326,7 +320,7 @@ BAD_KEYS = {
     "without a seed": (lambda k: k[:-64], "wrong-length"),
     "extended": (lambda k: k + b"\0", "wrong-length"),
     "magic": (lambda k: replaced(k, MAGIC, b"VEIN"), "wrong-message-type"),
-    "version": (lambda k: replaced(k, VERSION, b"\2"), "unsupported-format-version"),
+    "version": (lambda k: replaced(k, VERSION, b"\1"), "unsupported-format-version"),
     "type query": (lambda k: replaced(k, TYPE, b"\2"), "wrong-message-type"),
     "type reply": (lambda k: replaced(k, TYPE, b"\3"), "wrong-message-type"),
     "prng none": (lambda k: replaced(k, PRNG, b"\0"), "unknown-prng"),
@@ -367,18 +361,85 @@ def test_a_bad_key_is_refused(service, queries, problem, name, break_it, code):
 def test_a_key_residue_at_or_above_its_prime_is_refused(service, queries, problem, name):
     manifest = service.artifacts[name].manifest
     degree = manifest.layout.degree
-    rows, end = residue_offsets(KEY_HEADER, manifest.parameter_set.key_primes, degree)
+    row, end = residue_row(KEY_HEADER, manifest.parameter_set)
     good = queries[name].key.message
     assert end + 64 == len(good)
-    for row in rows:
-        for index in spread(degree):
-            for value in (row[0], (1 << row[1]) - 1):
-                body = with_residue(good, row, degree, index, value)
-                problem(service.put(body), 422, "residue-out-of-range", sent=body)
-            assert service.put(with_residue(good, row, degree, index, row[0] - 1)).status_code in (
-                200,
-                201,
-            )
+    for index in spread(degree):
+        for value in (row[0], (1 << row[1]) - 1):
+            body = with_residue(good, row, degree, index, value)
+            problem(service.put(body), 422, "residue-out-of-range", sent=body)
+        largest = service.put(with_residue(good, row, degree, index, row[0] - 1))
+        assert largest.status_code in (200, 201)
+    service.check_answers(name)
+
+
+# --- queries that carry their key -----------------------------------------------------------------
+
+
+@pytest.fixture(params=["digits", "compact", "long"])
+def carried(request, service):
+    """A model's name and a query that carries its key, which nobody registered."""
+    name = request.param
+    session = Session(service.artifacts[name].manifest, fresh_keys=True)
+    dimensions = service.artifacts[name].manifest.head.dimensions
+    query = session.encrypt(unit_rows(1, dimensions)[0])
+    assert query.carries_key
+    return name, session, query
+
+
+def test_a_query_that_carries_its_key_is_answered_and_the_key_is_not_kept(service, carried):
+    name, session, query = carried
+    row = unit_rows(1, service.artifacts[name].manifest.head.dimensions)
+    for _ in range(2):  # a retry sends the same bytes
+        response = service.infer(name, query.data)
+        assert response.status_code == 200, response.text
+        expected = service.artifacts[name].logits(row)[0]
+        bound = service.artifacts[name].manifest.head.error_bound
+        assert np.abs(session.decrypt(query, response.content) - expected).max() <= bound
+        assert service.client.head(f"/v1/keys/{query.key.id.hex()}").status_code == 404
+
+
+KEY_START, KEY_SEED = QUERY_HEADER, -64
+
+BAD_CARRIED = {
+    "without the key": (
+        lambda q, size: q[:QUERY_HEADER] + q[QUERY_HEADER + size :],
+        "wrong-length",
+    ),
+    "another id": (lambda q, size: replaced(q, KEY, bytes(32)), "wrong-key"),
+    "one bit of the key": (
+        lambda q, size: replaced(q, KEY_START + 100, bytes([q[KEY_START + 100] ^ 1])),
+        "wrong-key",
+    ),
+    "truncated by one": (lambda q, size: q[:-1], "wrong-length"),
+    "said to be without": (lambda q, size: replaced(q, TYPE, b"\2"), "wrong-length"),
+    "the key's seed": (
+        lambda q, size: q[:-64] + q[KEY_START + size - 64 : KEY_START + size],
+        "seed-reused",
+    ),
+}
+for case, part, code in (
+    ("version", (VERSION, b"\1"), "unsupported-format-version"),
+    ("type", (TYPE, b"\2"), "wrong-message-type"),
+    ("prng", (PRNG, b"\3"), "unknown-prng"),
+    ("set", (PARAMETERS, bytes(32)), "wrong-parameters"),
+    ("residues", (KEY_HEADER, b"\xff" * 64), "residue-out-of-range"),
+):
+
+    def with_other_key(q, size, part=part):
+        """The key is bad in itself, and its id is right."""
+        key = replaced(q[KEY_START : KEY_START + size], *part)
+        named = replaced(q, KEY, hashlib.sha256(key).digest())
+        return replaced(named, KEY_START, key)
+
+    BAD_CARRIED[f"a key of another {case}"] = (with_other_key, code)
+
+
+@pytest.mark.parametrize(("break_it", "code"), BAD_CARRIED.values(), ids=BAD_CARRIED)
+def test_a_bad_query_with_its_key_is_refused(service, carried, problem, break_it, code):
+    name, _, query = carried
+    body = break_it(query.data, len(query.key.message))
+    problem(service.infer(name, body), 422, code, sent=body)
     service.check_answers(name)
 
 
@@ -512,7 +573,7 @@ def test_random_bytes_are_refused(service, problem, queries):
         body = random.bytes(size)
         code = "wrong-length" if size < QUERY_HEADER else "wrong-message-type"
         problem(service.infer("digits", body), 422, code, sent=body)
-    for size in (1, 39, 40, 13672, MAX_KEY_BYTES):
+    for size in (1, 39, 40, 12904, MAX_KEY_BYTES):
         body = random.bytes(size)
         code = "wrong-length" if size < KEY_HEADER else "wrong-message-type"
         problem(service.put(body), 422, code, sent=body)
@@ -602,24 +663,22 @@ def mutate(data, mutation, others):
     return data[:at] + others[argument % len(others)][at:]
 
 
-def has_valid_residues(data, start, primes, degree):
-    rows, _ = residue_offsets(start, primes, degree)
-    found = [residues_of(data, row, degree) for row in rows]
-    in_range = all(int(row.max()) < prime for row, prime in zip(found, primes, strict=True))
-    return in_range and any(row.any() for row in found)
+def has_valid_residues(data, start, parameters):
+    row, _ = residue_row(start, parameters)
+    found = residues_of(data, row, parameters.poly_modulus_degree)
+    return int(found.max()) < parameters.prime and bool(found.any())
 
 
 def is_valid_key(data):
     """What the specification says of a key message, in other words than the product's."""
-    if len(data) < KEY_HEADER or data[:6] != b"VEIL\1\1":
+    if len(data) < KEY_HEADER or data[:6] != b"VEIL\2\1":
         return False
     if data[PRNG] not in (1, 2) or data[DOMAIN] not in (0, 1):
         return False
     for parameters in PARAMETER_SETS.values():
         if data[PARAMETERS:KEY_HEADER] == parameters.id:
-            degree, primes = parameters.poly_modulus_degree, parameters.key_primes
-            _, end = residue_offsets(KEY_HEADER, primes, degree)
-            return len(data) == end + 64 and has_valid_residues(data, KEY_HEADER, primes, degree)
+            _, end = residue_row(KEY_HEADER, parameters)
+            return len(data) == end + 64 and has_valid_residues(data, KEY_HEADER, parameters)
     return False
 
 
@@ -634,8 +693,7 @@ def is_valid_query(data, good, keys):
     if key is None or key[-64:] == data[-64:]:
         return False
     (parameters,) = (p for p in PARAMETER_SETS.values() if p.id == data[8:40])
-    primes, degree = parameters.data_primes, parameters.poly_modulus_degree
-    return has_valid_residues(data, QUERY_HEADER, primes, degree)
+    return has_valid_residues(data, QUERY_HEADER, parameters)
 
 
 def assert_refused(response, problem, sent):

@@ -34,8 +34,9 @@ _IDLE_SECONDS: Final = 4.0
 #: What was sent and is not taken for so long ends its connection, whoever still waits for it.
 _UNREAD_SECONDS: Final = 60.0
 
-#: Open connections have so long to end by themselves when all are closed.
+#: Open connections have so long to end by themselves when all are closed, and then once more.
 _CLOSE_SECONDS: Final = 0.5
+_LOOK_SECONDS: Final = 0.01
 
 #: Of a proxy that refuses, what may be otherwise a moment later.
 _PASSING_STATUSES: Final = frozenset({408, 425, 429})
@@ -96,12 +97,16 @@ class Connections(httpx2.AsyncBaseTransport):
         if self._session is None:
             return
         # It waits until what was sent is taken, which a peer may never do.
-        with anyio.move_on_after(_CLOSE_SECONDS, shield=True) as scope:
+        with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
             await self._session.close()
-        if scope.cancelled_caught:
-            for opened in list(self._sockets):
-                with suppress(OSError):  # closed meanwhile
-                    opened.shutdown(socket.SHUT_RDWR)
+        # And of connections that were given up it knows nothing.
+        left = [opened for opened in self._sockets if opened.fileno() != -1]
+        for opened in left:
+            with suppress(OSError):  # not connected yet
+                opened.shutdown(socket.SHUT_RDWR)
+        with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
+            while any(opened.fileno() != -1 for opened in left):
+                await anyio.sleep(_LOOK_SECONDS)
 
     def _new_socket(self, address: tuple[Any, ...]) -> socket.socket:
         family, kind, protocol, _, _ = address

@@ -90,7 +90,7 @@ class QueryTrace:
 class Call:
     """One call of the user's: once a row shows that none can succeed, no further one is sent.
 
-    Its time limit depends on the clock alone, so that nothing that is sent, or not, tells more.
+    Its time limit depends on the clock alone: what is sent, or not, tells no more.
 
     Attributes:
         hopeless: what showed it.

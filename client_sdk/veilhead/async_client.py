@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
+import anyio
 import httpx2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -47,6 +48,7 @@ from veilhead.tokens import AggregationStrategy, Entity, TokenShape
 from veilhead.transport import check_url
 from veilhead.window import Window
 from veilhead_protocol.errors import (
+    CallTimeoutError,
     ClientError,
     InputError,
     NoBackboneError,
@@ -96,6 +98,7 @@ class AsyncClient:
         fresh_keys: bool = False,
         concurrency: int = 8,
         timeout: float = 30.0,
+        call_timeout: float | None = None,
         on_query: Callable[[QueryTrace], None] | None = None,
         on_download: Callable[[str, int], None] | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
@@ -109,6 +112,12 @@ class AsyncClient:
         """
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        for name, seconds in (
+            ("timeout", timeout),
+            ("call_timeout", 1.0 if call_timeout is None else call_timeout),
+        ):
+            if not 0 < seconds < float("inf"):
+                raise ValueError(f"{name} must be a number of seconds above 0, got {seconds}")
         check_url(url)
         check_runtime(backbone_runtime)
         self._opening = partial(
@@ -123,10 +132,12 @@ class AsyncClient:
             fresh_keys=fresh_keys,
             concurrency=concurrency,
             timeout=timeout,
+            call_timeout=call_timeout,
             on_query=on_query,
             transport=transport,
         )
         self._model = model
+        self._call_timeout = call_timeout
         self._deidentify = deidentify
         self._deidentifier: Deidentifier | None = None
         self._runtime: Runtime = backbone_runtime
@@ -161,7 +172,8 @@ class AsyncClient:
         Raises:
             AccessError: when the service wants another API key.
             ServiceResponseError: when the service knows no such model.
-            TransportError: when it does not answer.
+            TransportError: when it does not answer, not in time, or the environment's proxy cannot
+                be used.
             ManifestError: when its manifest is not one, or not the pinned one.
             SignatureError: when no accepted vendor key signed it.
             ParameterError: when the model's parameters are below the minimum.
@@ -314,7 +326,8 @@ class AsyncClient:
         """As `Client.classify_tokens`."""
         self._check_task("token-classification")
         shape = TokenShape.of(self.labels, aggregation_strategy, ignore_labels, stride)
-        backbone, call = await self._ready_backbone(), Call()
+        call = Call(self._call_timeout)
+        backbone = await call.in_time(self._ready_backbone())
         single = isinstance(texts, str)
         rows = await self._collect(
             partial(self._infer_tokens, backbone, text, row, shape, call)
@@ -354,7 +367,7 @@ class AsyncClient:
     async def logits(self, embeddings: ArrayLike) -> NDArray[np.float64]:
         """As `Client.logits`."""
         rows = as_rows(embeddings, self.manifest.head.dimensions)
-        call, size = Call(), self._engine.chunk
+        call, size = Call(self._call_timeout), self._engine.chunk
         return self._stacked(
             await self._collect(
                 partial(self._infer, rows[start : start + size], call)
@@ -371,7 +384,7 @@ class AsyncClient:
 
     async def card(self) -> str:
         """As `Client.card`."""
-        return await self._engine.card()
+        return await Call(self._call_timeout).in_time(self._engine.card())
 
     @property
     def _engine(self) -> Engine:
@@ -418,7 +431,8 @@ class AsyncClient:
     async def _logits_of(self, texts: Sequence[Any]) -> list[Row]:
         """Logits or an error for every text. Everything is sent before any error is seen."""
         self._check_task("text-classification")
-        backbone, call = await self._ready_backbone(), Call()
+        call = Call(self._call_timeout)
+        backbone = await call.in_time(self._ready_backbone())
         texts = list(texts)
         rows = embedded_rows(backbone, texts, self._deidentifier)
         # A request goes out as soon as its rows are embedded.
@@ -457,7 +471,10 @@ class AsyncClient:
         """The places of the next rows, and logits or an error for each; none once all is lost."""
         if call.hopeless is not None:  # nothing would be sent: do not embed either
             return []
-        taken = await self._on_backbone_thread(lambda: list(islice(rows, count)))
+        try:
+            taken = await call.in_time(self._on_backbone_thread(lambda: list(islice(rows, count))))
+        except CallTimeoutError:
+            return []
         answers = await self._infer(np.array([row.embedding for row in taken]), call)
         return [
             (row.place, answer if row.error is None else row.error)
@@ -468,9 +485,16 @@ class AsyncClient:
         self, backbone: Embedder, text: Any, row: int, shape: TokenShape, call: Call
     ) -> list[list[Entity] | VeilheadError]:
         """The entities of one text, whose tokens are sent together, or an error: one row."""
-        windows, error = await self._on_backbone_thread(
-            lambda: embed_token_rows(backbone, text, row, shape.stride, self._deidentifier)
-        )
+        if call.hopeless is not None:
+            return [call.not_sent()]
+        try:
+            windows, error = await call.in_time(
+                self._on_backbone_thread(
+                    lambda: embed_token_rows(backbone, text, row, shape.stride, self._deidentifier)
+                )
+            )
+        except CallTimeoutError as late:
+            return [late]
         logits: list[Row] = []
         if windows:
             rows = np.concatenate([window.embeddings for window in windows])  # [tokens, d]
@@ -500,15 +524,19 @@ class AsyncClient:
                 f"{self.manifest.head.dimensions} values yourself and call `logits`"
             )
         async with self._backbone_lock:
-            if self._backbone is None:
-                plan = plan_backbone(section, self._runtime, self._device)
-                directory = self._backbone_directory
-                if directory is None:
-                    directory = await fetch_backbone(
-                        engine.transport, self.manifest, plan.files, progress=self._on_download
-                    )
-                self._backbone = await self._on_backbone_thread(partial(plan.load, directory))
-            return self._backbone
+            if self._backbone is not None:
+                return self._backbone
+            plan = plan_backbone(section, self._runtime, self._device)
+            directory = self._backbone_directory
+            if directory is None:
+                directory = await fetch_backbone(
+                    engine.transport, self.manifest, plan.files, progress=self._on_download
+                )
+            # A call whose time is over meanwhile leaves it to the next.
+            with anyio.CancelScope(shield=True):
+                loaded = await self._on_backbone_thread(partial(plan.load, directory))
+            self._backbone = loaded
+            return loaded
 
     async def _on_backbone_thread(self, work: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -525,7 +553,7 @@ class Stream:
         self._client = client
         self._shape = shape
         self._window = window
-        self._call = Call()
+        self._call = Call(client._call_timeout, each_chunk=True)
         self._answered = start
         self.chunk = client._engine.chunk
 
@@ -588,6 +616,11 @@ async def _chunks(
 async def _each(texts: Iterable[_Text]) -> AsyncIterator[_Text]:
     for text in texts:
         yield text
+
+
+def _check_seconds(name: str, seconds: float) -> None:
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{name} must be a number of seconds above 0, got {seconds}")
 
 
 def _vendor_keys(given: str | Sequence[str] | None) -> tuple[VendorKey, ...]:

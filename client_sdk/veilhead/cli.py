@@ -84,6 +84,16 @@ _Deidentify = Annotated[
         "by default, as the model's policy says.",
     ),
 ]
+_Timeout = Annotated[
+    float, typer.Option(help="Seconds that each attempt of a request may take, of five.")
+]
+_CallTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that the service may take with each chunk of texts, attempts and pauses "
+        "together; after that the command stops, and keeps what was answered."
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
@@ -122,6 +132,8 @@ def classify(
     digest: _Digest = None,
     vendor_key: _VendorKey = None,
     api_key_file: _ApiKeyFile = None,
+    timeout: _Timeout = 30.0,
+    call_timeout: _CallTimeout = None,
 ) -> None:
     """Classify texts, files or standard input.
 
@@ -143,6 +155,8 @@ def classify(
             vendor_key,
             api_key_file,
             deidentify,
+            timeout,
+            call_timeout,
         ) as client:
             shape = Shape.of(client.manifest.head, top_k, function_to_apply)
             if table is None or out is None:
@@ -168,6 +182,8 @@ def evaluate(
     digest: _Digest = None,
     vendor_key: _VendorKey = None,
     api_key_file: _ApiKeyFile = None,
+    timeout: _Timeout = 30.0,
+    call_timeout: _CallTimeout = None,
 ) -> None:
     """Measure a model on your own labelled texts, over the encrypted path.
 
@@ -187,6 +203,8 @@ def evaluate(
             vendor_key,
             api_key_file,
             deidentify,
+            timeout,
+            call_timeout,
         ) as client:
             shape = Shape.of(client.manifest.head, 1, None)
             rows = list(_answers(client, labelled, shape))
@@ -266,6 +284,10 @@ def gateway(
     ] = 2048,
     max_texts: Annotated[int, typer.Option(help="Texts in one request.")] = 256,
     max_body_bytes: Annotated[int, typer.Option(help="Bytes of one request.")] = 2 * 2**20,
+    timeout: _Timeout = 30.0,
+    call_timeout: Annotated[
+        float, typer.Option(help="Seconds that the vendor's service may take with each batch.")
+    ] = 60.0,
     deidentify: _Deidentify = None,
     backbone: _Backbone = None,
     device: _Device = "auto",
@@ -308,6 +330,8 @@ def gateway(
             deidentify=deidentify,
             fresh_keys=True,
             concurrency=max_batch,
+            timeout=timeout,
+            call_timeout=call_timeout,
             on_query=metrics.queried,
         )
         limits = Limits(
@@ -361,6 +385,8 @@ def _opened(
     vendor_key: list[str] | None,
     api_key_file: Path | None,
     deidentify: bool | None,
+    timeout: float = 30.0,
+    call_timeout: float | None = None,
 ) -> Iterator[Client]:
     def announce(path: str, size: int) -> None:
         if _errors.is_terminal:
@@ -376,6 +402,8 @@ def _opened(
         vendor_key=_vendor_keys(vendor_key),
         api_key=None if api_key_file is None else read_api_key_file(api_key_file),
         deidentify=deidentify,
+        timeout=timeout,
+        call_timeout=call_timeout,
         on_download=announce,
     ) as client:
         if deidentify is None and client.deidentifier is not None:

@@ -55,6 +55,7 @@ class Client:
         fresh_keys: bool = False,
         concurrency: int = 8,
         timeout: float = 30.0,
+        call_timeout: float | None = None,
         on_query: Callable[[QueryTrace], None] | None = None,
         on_download: Callable[[str, int], None] | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
@@ -86,8 +87,13 @@ class Client:
                 answers: the answers to one query tell of its key, and would open every query under
                 it. It costs a key message more in each query, and no round trip.
             concurrency: queries in flight at once; fewer for heads of a thousand classes or more.
-            timeout: seconds to wait for each connection, write and read; reads of replies of such
-                heads wait longer.
+            timeout: seconds that each attempt of a request may take in all, until its answer is
+                read; those at such heads may take longer. Files of the backbone may take any time
+                that brings 4,096 bytes for each second, judged over `timeout` seconds.
+            call_timeout: seconds that each call may take in all, this one too: rows without an
+                answer fail with CallTimeoutError then, and the others keep theirs. With
+                `classify_many` so long may the service take with each chunk. None: five attempts of
+                each request, and the pauses between them.
             on_query: called with the cost of every answered query, on another thread.
             on_download: called with path and size of each file of the backbone before it is
                 fetched.
@@ -98,7 +104,8 @@ class Client:
             InputError: when the API key is not one.
             AccessError: when the service wants another API key.
             ServiceResponseError: when the service knows no such model.
-            TransportError: when it does not answer.
+            TransportError: when it does not answer, not in time, or the environment's proxy cannot
+                be used.
             ManifestError: when its manifest is not one, or not the pinned one.
             SignatureError: when no accepted vendor key signed it, or a vendor key is not one.
             ParameterError: when the model's parameters are below the minimum.
@@ -119,6 +126,7 @@ class Client:
             fresh_keys=fresh_keys,
             concurrency=concurrency,
             timeout=timeout,
+            call_timeout=call_timeout,
             on_query=on_query,
             on_download=on_download,
             transport=transport,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import Final, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from veilhead.session import EncryptedQuery, SecretKey, Session
 from veilhead.transport import Answer, Transport
 from veilhead_protocol.errors import (
+    CallTimeoutError,
     ManifestError,
     NotSentError,
     ParameterError,
@@ -57,6 +59,8 @@ _PREPARE_SECONDS: Final = 0.001
 
 Row = NDArray[np.float64] | VeilheadError  # logits [C], or why there are none
 
+_Value = TypeVar("_Value")
+
 
 @dataclass(frozen=True)
 class QueryTrace:
@@ -83,17 +87,60 @@ class QueryTrace:
     texts: int = 1
 
 
-@dataclass
 class Call:
-    """One call of the user's: once a row shows that none can succeed, no further one is sent."""
+    """One call of the user's: once a row shows that none can succeed, no further one is sent.
 
-    hopeless: VeilheadError | None = None
+    Its time limit depends on the clock alone: what is sent, or not, tells no more.
 
-    def not_sent(self) -> NotSentError:
+    Attributes:
+        hopeless: what showed it.
+    """
+
+    def __init__(self, seconds: float | None = None, *, each_chunk: bool = False) -> None:
+        """Begin it.
+
+        Args:
+            seconds: what it may take in all; None for ever.
+            each_chunk: of a stream: so long may the service take with each chunk.
+        """
+        self.hopeless: VeilheadError | None = None
+        self._seconds = seconds
+        self._is_stream = each_chunk
+        is_limited = seconds is not None and not each_chunk
+        self._ends = anyio.current_time() + (seconds or 0) if is_limited else math.inf
+
+    def not_sent(self) -> VeilheadError:
         """What becomes of a further row."""
+        if isinstance(self.hopeless, CallTimeoutError) and not self._is_stream:
+            return self.hopeless
         return NotSentError(
             f"not sent, since an earlier row failed for all of them: {self.hopeless}"
         )
+
+    async def in_time(self, work: Awaitable[_Value]) -> _Value:
+        """What `work` gives before the call's time is over, that of a stream never.
+
+        Raises:
+            CallTimeoutError: when it is over; no further row is sent.
+        """
+        return await self._until(self._ends, work)
+
+    async def answered_in_time(self, work: Awaitable[_Value]) -> _Value:
+        """As `in_time`; the service may take the call's seconds with a chunk of a stream."""
+        if self._is_stream and self._seconds is not None:
+            return await self._until(anyio.current_time() + self._seconds, work)
+        return await self._until(self._ends, work)
+
+    async def _until(self, moment: float, work: Awaitable[_Value]) -> _Value:
+        if moment == math.inf:
+            return await work
+        with anyio.CancelScope(deadline=moment):
+            return await work
+        self.hopeless = CallTimeoutError(
+            f"no answer within the {self._seconds:g} s that call_timeout gives: give more, or "
+            "fewer texts in one call"
+        )
+        raise self.hopeless
 
 
 @dataclass
@@ -162,13 +209,25 @@ class Engine:
         """Logits, or an error, for each row of embeddings [batch, d].
 
         The rows go out in as few requests as are cheap. One is encrypted while others are on the
-        wire. With `pad_batches` rows of zeros make their number a power of two.
+        wire. With `pad_batches` rows of zeros make their number a power of two. Rows that are
+        answered before the call's time is over keep their answers.
         """
         count = len(embeddings)
         if self.pad_batches and count > 0:
             padding = (1 << (count - 1).bit_length()) - count
             embeddings = np.pad(embeddings, ((0, padding), (0, 0)))
-        rows: list[Row] = [NotSentError("not sent")] * len(embeddings)
+        rows: list[Row | None] = [None] * len(embeddings)
+        unanswered: VeilheadError = NotSentError("not sent")
+        try:
+            await call.answered_in_time(self._infer_into(rows, embeddings, call))
+        except CallTimeoutError as late:
+            unanswered = late
+        return [unanswered if row is None else row for row in rows[:count]]
+
+    async def _infer_into(
+        self, rows: list[Row | None], embeddings: NDArray[np.float64], call: Call
+    ) -> None:
+        """Put logits, or an error, for each row of embeddings [batch, d] into `rows`."""
 
         async def one(start: int, size: int) -> None:
             async with self._slots:
@@ -178,7 +237,7 @@ class Engine:
         sizes, unused = self.session.plan(len(embeddings)), self._take_unused_keys()
         if len(sizes) == 1 and not unused:
             await one(0, *sizes)
-            return rows[:count]
+            return
         async with anyio.create_task_group() as tasks:
             for key_id in unused:  # of earlier calls: no call waits for its own
                 tasks.start_soon(self._delete, key_id)
@@ -186,7 +245,6 @@ class Engine:
             for size in sizes:
                 tasks.start_soon(one, start, size)
                 start += size
-        return rows[:count]
 
     async def _infer_rows(
         self, embeddings: NDArray[np.float64], call: Call
@@ -280,7 +338,8 @@ class Engine:
 
     async def _delete(self, key_id: bytes) -> None:
         """Let the service drop a key; when it does not hear this, the key expires."""
-        with suppress(httpx2.HTTPError):
+        # A call waits for this too.
+        with suppress(httpx2.HTTPError), anyio.move_on_after(_GOODBYE_SECONDS):
             await self.transport.delete_key(key_id)
 
     async def close(self) -> None:
@@ -306,6 +365,7 @@ async def opened_engine(
     fresh_keys: bool,
     concurrency: int,
     timeout: float,
+    call_timeout: float | None,
     on_query: Callable[[QueryTrace], None] | None,
     transport: httpx2.AsyncBaseTransport | None,
 ) -> AsyncIterator[Engine]:
@@ -316,7 +376,7 @@ async def opened_engine(
         engine = Engine(
             connection, model, concurrency, on_query, pad_batches, fresh_keys, vendor_keys
         )
-        await engine.open(digest, minimum_parameters)
+        await Call(call_timeout).in_time(engine.open(digest, minimum_parameters))
         try:
             yield engine
         finally:

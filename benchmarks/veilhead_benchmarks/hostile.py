@@ -74,10 +74,10 @@ _MUCH: Final = 1_000_000
 
 #: name: (classes, dimensions, parameter set)
 _MODELS: Final = {
-    "digits": (10, 64, "compact"),
-    "chapters": (22, 384, "compact"),
-    "standard": (5, 384, "standard"),
-    "long": (3, 3000, "compact"),  # more dimensions than coefficients: two query polynomials
+    "digits": (10, 64, "standard"),
+    "chapters": (22, 384, "standard"),
+    "compact": (5, 384, "compact"),
+    "long": (4, 3000, "standard"),  # more dimensions than coefficients: two query polynomials
 }
 _WITH_FILES: Final = "text"
 _RETIRED: Final = "retired"

@@ -167,7 +167,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def publish_random(
-    store: Path, work: Path, name: str, classes: int, dimensions: int, parameters: str = "compact"
+    store: Path, work: Path, name: str, classes: int, dimensions: int, parameters: str = "standard"
 ) -> HeadArtifact:
     """Publish a head of random weights, of the size that trained ones have."""
     generator = np.random.default_rng(classes)

@@ -164,7 +164,7 @@ def invert(
     embeddings: _Array,
     *,
     train_rows: int,
-    parameters: str = "compact",
+    parameters: str = "standard",
     naive_service: bool = True,
 ) -> list[AttackResult]:
     """Both attackers on every kind of vector.

@@ -187,6 +187,17 @@ def test_the_layout_is_the_cheapest_of_those_that_are_allowed(head: tuple[HeadSh
         assert (layout.cost, layout.group) <= (cost, group)
 
 
+@given(REQUESTS)
+def test_groups_stay_within_the_hint_limit(head: tuple[HeadShape, int]) -> None:
+    """Of no reply polynomial but those of bulk are more coefficients sent than the hints allow."""
+    shape, texts = head
+    layout = existing(shape, texts)
+    if layout.kind is not LayoutKind.BULK:
+        hints = 2900 if shape.parameters is STANDARD else 1152
+        assert len(layout.wanted(0)) * (shape.exponent + 11) <= hints
+        assert layout.group <= shape.group_limit
+
+
 def test_layouts_of_usual_heads() -> None:
     def of(shape: HeadShape, texts: int) -> Any:
         layout = Layout.canonical(shape, texts)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from veilhead_protocol import errors, seal_io, wire
+from veilhead_protocol.decryption import rounded_logits
 from veilhead_protocol.encoding import coefficients_to_slots, slots_to_coefficients
 from veilhead_protocol.layout import block_sizes
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.parameters import PARAMETER_SETS
-from veilhead_protocol.scales import round_logits
 from veilhead_protocol.wire import Domain, KeyMessage, Prng, QueryMessage, ReplyMessage
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead, truncate
 from veilhead_service.limits import requested_layout
@@ -149,9 +149,7 @@ class TestMessages:
     def test_rounding(self, name: str, cases) -> None:
         case = cases[name]
         manifest = Manifest.deserialize(read(f"{name}.manifest.json"))
-        bits = case["scales"]["reply_bits"] + case["scales"]["scale_bits"]
-        unit = manifest.parameter_set.prime / 2**bits
-        rounded = round_logits(np.array(case["decrypted"]) * unit, manifest.scales)
+        rounded = rounded_logits(np.array(case["decrypted"]), manifest)
         assert rounded.tolist() == case["rounded_logits"]
         error = np.abs(rounded - case["plaintext_logits"]).max()
         assert error <= manifest.head.error_bound

@@ -166,11 +166,14 @@ def _plan_served(
 ) -> HeadScales | None:
     """Scales of a head that is served as it is; None when it has to be made smaller first."""
     # Rows whose logits are far too large need not be quantised to be refused.
-    if (np.linalg.norm(weight, axis=1) + np.abs(bias)).max() > 2.0 ** (MAX_SERVED_EXPONENT + 1):
+    with np.errstate(over="ignore"):
+        largest_row = (np.linalg.norm(weight, axis=1) + np.abs(bias)).max()
+    if largest_row > 2.0 ** (MAX_SERVED_EXPONENT + 1):
         return None
     quantised, weight_scale_bits, quantisation_error = _quantised(weight)
     norms = np.linalg.norm(quantised, axis=1)  # [C]
     largest_logit = float((norms + np.abs(bias)).max())
+    # 2^-8 is room for flood, noise and truncation: no answer reaches half the prime.
     exponent = max(0, math.ceil(math.log2(largest_logit + 2.0**-8)))
     if exponent > MAX_SERVED_EXPONENT:
         return None
@@ -203,8 +206,6 @@ def _plan_served(
     truncation = (
         TAIL * math.sqrt((secret_weight + 1) / 12) * parameters.prime / 2.0**scales.reply_bits
     )
-    if largest_logit * delta + flood + noise(group_limit) + truncation >= parameters.prime / 2:
-        return None
     error = quantisation_error + LOGIT_STEP / 2
     error += (flood + noise(group_limit) + truncation) / delta
     return HeadScales.of_exponent(

@@ -422,8 +422,8 @@ class QueryMessage:
     ) -> QueryMessage:
         """The query of these bytes, which must be in `layout`.
 
-        With `key_seed` the seeds are also checked against the key's: c1 = a would let a client
-        read the reply's mask.
+        The seeds are also checked against those of its keys, `key_seed` and that of a carried key:
+        c1 = a would let a client read the reply's mask.
 
         Raises:
             WireError: one of its kinds, for the first thing that is wrong.
@@ -442,8 +442,8 @@ class QueryMessage:
         stride = _polynomial_bytes(parameters) + SEED_BYTES
         ends = range(start + stride, len(data) + 1, stride)
         seeds = [data[end - SEED_BYTES : end] for end in ends]
-        distinct = set(seeds) if key_seed is None else {key_seed, *seeds}
-        if len(distinct) != len(seeds) + (key_seed is not None):
+        of_keys = {seed for seed in (key_seed, key_message[-SEED_BYTES:]) if seed}
+        if len(of_keys | set(seeds)) != len(of_keys) + len(seeds):
             raise SeedReuseError("a seed occurs twice, in the query or in the query and its key")
         residues = _unpack_polynomials(data, layout.pieces, parameters, offset=start, stride=stride)
         return cls(
@@ -462,11 +462,14 @@ def carried_key(data: bytes, header: QueryHeader) -> bytes:
     """The key message that a query of this header carries; empty where it carries none.
 
     Raises:
+        MessageLengthError: when it is not all there.
         KeyMismatchError: when its SHA-256 is not the key id of the header.
     """
     if not header.has_key:
         return b""
     end = QUERY_HEADER_BYTES + KeyMessage.size(header.parameters)
+    if len(data) < end:
+        raise MessageLengthError(f"got {len(data)} bytes, expected a key up to byte {end}")
     key_message = data[QUERY_HEADER_BYTES:end]
     if not hmac.compare_digest(key_id(key_message), header.key_id):
         raise KeyMismatchError("the SHA-256 of the carried key is not the key id of the query")

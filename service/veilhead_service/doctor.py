@@ -48,9 +48,9 @@ _PROBE_SECONDS: Final = 2.0
 #: Not getrusage's maximum: that begins with what the parent had when it forked.
 _MEASURE: Final = """\
 from veilhead_protocol import seal_io
-from veilhead_protocol.parameters import COMPACT, STRONG
+from veilhead_protocol.parameters import PARAMETER_SETS
 import veilhead_service.worker
-for parameters in (COMPACT, STRONG):
+for parameters in PARAMETER_SETS.values():
     seal_io.runtime(parameters)
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM:"):

@@ -11,8 +11,8 @@ power of two that fits C rows, I rows to a repetition:
   giant steps share, and `giant` rotations of sums, after the modulus has been cut by one prime;
 - log2(D / I) rotations and additions gather each row's columns in slot k D + j, j < I.
 
-A head of more rows than fit is cut into parts, each with a ciphertext of its own down; the rotations
-of the query are shared.
+A head of more rows than fit is cut into parts, each with a ciphertext of its own down; the
+rotations of the query are shared.
 
 Only the keys of these rotations are made. Hoisting (one decomposition for all baby steps) is what
 SEAL lacks. Nothing here hides the head: other slots of the reply hold partial sums of it.

@@ -84,12 +84,12 @@ def block_sizes(head: Head) -> list[int]:
         found = _cheapest(head, texts)
         if found is None or found[3] * found[4] > left:
             continue
-        # (cost + 100) / texts, without fractions
-        if best is None or (found[0] + 100) * best[1] < best[0] * texts:
-            best = (found[0] + 100, texts)
+        # (cost + 40) / texts, without fractions
+        if best is None or (found[0] + 40) * best[1] < best[0] * texts:
+            best = (found[0] + 40, texts)
     if best is not None:
         last = _cheapest(head, sizes[-1]) if sizes else None
-        if last is None or best[0] * sizes[-1] < (last[0] + 100) * best[1]:
+        if last is None or best[0] * sizes[-1] < (last[0] + 40) * best[1]:
             sizes.append(best[1])
     return sizes
 

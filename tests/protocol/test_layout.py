@@ -303,7 +303,7 @@ def test_the_larger_size_is_the_cheapest_for_each_text(shape: HeadShape) -> None
     sizes = block_sizes(shape)
     if len(sizes) > 1 and sizes[-1] & (sizes[-1] - 1):
         before, best = (
-            Fraction(Layout.canonical(shape, size).cost + 100, size) for size in sizes[-2:]
+            Fraction(Layout.canonical(shape, size).cost + 40, size) for size in sizes[-2:]
         )
         assert best < before
 
@@ -329,7 +329,7 @@ def test_unused_coefficients_are_zero() -> None:
 
 def cost_of(requests: list[int], shape: HeadShape) -> int:
     return sum(
-        Layout.canonical(shape, texts).cost + (100 if texts > 1 else 0) for texts in requests
+        Layout.canonical(shape, texts).cost + (40 if texts > 1 else 0) for texts in requests
     )
 
 

@@ -161,7 +161,7 @@ def block_sizes(head: Head) -> list[int]:
     for texts in range(2, head.most_wanted + 1):
         shape = shape_of(head, texts)
         if shape is not None:
-            each[texts] = Fraction(shape.cost + 100, texts)
+            each[texts] = Fraction(shape.cost + 40, texts)
             if shape.products > left and texts not in sizes:
                 del each[texts]
     last = sizes[-1] if sizes else 1

@@ -50,7 +50,6 @@ from veilhead_protocol.errors import (
     ClientError,
     InputError,
     NoBackboneError,
-    NotFiniteError,
     SignatureError,
     VeilheadError,
 )
@@ -484,10 +483,7 @@ class AsyncClient:
 
     async def _infer(self, embeddings: NDArray[np.float64], call: Call) -> list[Row]:
         """Logits or an error for each row of embeddings [<= chunk, d]."""
-        rows = await self._engine.infer(embeddings, call)
-        for place in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
-            rows[place] = NotFiniteError("the embedding holds NaN or infinity")
-        return rows
+        return await self._engine.infer(embeddings, call)
 
     async def _ready_backbone(self) -> Embedder:
         """The loaded backbone; the first caller fetches and loads it."""

@@ -22,7 +22,7 @@ class EmbeddedRow:
 
     Attributes:
         place: the text's place among all of them.
-        embedding: [d]; zeros when there is none, so that the service sees no difference.
+        embedding: [d]; NaN when there is none: a decoy is sent, and the service sees no difference.
         error: why there is none.
     """
 
@@ -41,7 +41,7 @@ def embedded_rows(
             checked = _checked(text)
             usable[place] = checked if deidentifier is None else deidentifier(checked).text
         except VeilheadError as error:
-            yield EmbeddedRow(place, np.zeros(backbone.dimensions), error)
+            yield EmbeddedRow(place, np.full(backbone.dimensions, np.nan), error)
     yield from _embedded(backbone, usable)
 
 
@@ -57,7 +57,7 @@ def _embedded(backbone: Embedder, texts: dict[int, str]) -> Iterator[EmbeddedRow
         rest = list(left.items())
         if len(rest) == 1:
             failure = BackboneError(f"the backbone failed on the text: {type(error).__name__}")
-            yield EmbeddedRow(rest[0][0], np.zeros(backbone.dimensions), failure)
+            yield EmbeddedRow(rest[0][0], np.full(backbone.dimensions, np.nan), failure)
             return
         # In halves: those that can be embedded are, and less memory is needed.
         yield from _embedded(backbone, dict(rest[: len(rest) // 2]))
@@ -127,7 +127,8 @@ def as_rows(embeddings: ArrayLike, dimensions: int) -> NDArray[np.float64]:
             f"got an array of shape {list(array.shape)} and type {array.dtype}, "
             f"expected real numbers of shape [batch, {dimensions}]"
         )
-    return array.astype(np.float64)
+    with np.errstate(over="ignore"):  # of longer floats: infinity is sent as a decoy
+        return array.astype(np.float64)
 
 
 def named(error: VeilheadError, row: int) -> VeilheadError:

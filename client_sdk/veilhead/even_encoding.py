@@ -46,9 +46,9 @@ def _masks(parameters: ParameterSet, scale_bits: int) -> list[_Mask]:
     found = []
     for _ in range(_MASKS):
         integers = generator.integers(1 << scale_bits, 2 << scale_bits, size=degree)
-        fractions = generator.uniform(-_FRACTION, _FRACTION, size=degree)
-        negated = encode(seal, integers * -unit, scale_bits)
-        found.append(_Mask((integers + fractions) * unit, negated))
+        whole = integers.astype(np.float64) * unit
+        fractions = generator.uniform(-_FRACTION, _FRACTION, size=degree) * unit
+        found.append(_Mask(whole + fractions, encode(seal, -whole, scale_bits)))
     return found
 
 

@@ -13,7 +13,7 @@ from veilhead.deidentify import Deidentified, Deidentifier
 from veilhead_protocol.errors import BackboneError, BatchError, InputError, VeilheadError
 
 if TYPE_CHECKING:
-    from veilhead_models.embedder import Embedder, TokenWindow
+    from veilhead_models.embedder import Embedder, Token, TokenWindow
 
 
 @dataclass(frozen=True)
@@ -64,30 +64,56 @@ def _embedded(backbone: Embedder, texts: dict[int, str]) -> Iterator[EmbeddedRow
         yield from _embedded(backbone, dict(rest[len(rest) // 2 :]))
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """A text's tokens, and their embeddings.
+
+    Attributes:
+        windows: the tokens of each of its windows; none when there is an error.
+        embeddings: [tokens of all windows, d]; NaN where there are none: decoys are sent.
+        error: why there are none.
+    """
+
+    windows: list[tuple[Token, ...]] = field(repr=False)
+    embeddings: NDArray[np.float64] = field(repr=False)
+    error: VeilheadError | None = None
+
+
 def embed_token_rows(
     backbone: Embedder,
     text: Any,
     row: int,
     stride: int | None,
     deidentifier: Deidentifier | None = None,
-) -> tuple[list[TokenWindow], VeilheadError | None]:
-    """The windows of one text, or none and the error. `row` is its number, for messages.
+) -> TokenRows:
+    """The tokens of one text, or the error. `row` is its number, for messages.
 
-    The places of tokens are those in the text as it was given, de-identified or not.
+    The places of tokens are those in the text as it was given, de-identified or not. A backbone
+    that fails on a text is the vendor's: there are then as many decoys as the text has tokens, and
+    one where not even these can be counted.
     """
+    count = 1
+    error: VeilheadError
     try:
         checked = _checked(text)
-        if deidentifier is None:
-            return backbone.embed_tokens([checked], stride=stride)[0], None
-        safe = deidentifier(checked)
-        windows = backbone.embed_tokens([safe.text], stride=stride)[0]
-        return [_in_original(window, safe) for window in windows], None
-    except VeilheadError as error:  # no text, a detector that failed, or a stride that is none
-        return [], error
+        safe = None if deidentifier is None else deidentifier(checked)
+        clean = checked if safe is None else safe.text
+        count = backbone.count_tokens(clean, stride=stride)
+        windows = backbone.embed_tokens([clean], stride=stride)[0]
+        if safe is not None:
+            windows = [_in_original(window, safe) for window in windows]
+        nothing = np.zeros((0, backbone.dimensions))
+        return TokenRows(
+            [window.tokens for window in windows],
+            np.concatenate([nothing, *(window.embeddings for window in windows)]),
+        )
+    except VeilheadError as found:  # no text, a detector that failed, or a stride that is none
+        error = found
     except Exception as failure:  # out of memory, say: whatever torch raises
-        return [], BackboneError(
+        error = BackboneError(
             f"the backbone failed on the text of row {row}: {type(failure).__name__}"
         )
+    return TokenRows([], np.full((count, backbone.dimensions), np.nan), error)
 
 
 def _in_original(window: TokenWindow, safe: Deidentified) -> TokenWindow:

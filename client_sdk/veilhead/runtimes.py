@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -47,9 +48,7 @@ def plan_backbone(section: BackboneSection, runtime: Runtime, device: str) -> Pl
     if runtime == "auto":
         runtime = _installed_runtime(section)
     if runtime == "torch":
-        from veilhead_models.backbone import Backbone
-
-        return Plan(section.files, lambda place: Backbone.load(place, section, device=device))
+        return Plan(section.files, partial(_load_torch, section=section, device=device))
 
     from veilhead_models.onnx_backbone import OnnxBackbone, onnx_files
 
@@ -58,6 +57,16 @@ def plan_backbone(section: BackboneSection, runtime: Runtime, device: str) -> Pl
         onnx_files(section, precision),
         lambda place: OnnxBackbone.load(place, section, precision=precision, device=device),
     )
+
+
+def _load_torch(place: Path, *, section: BackboneSection, device: str) -> Embedder:
+    import torch
+
+    from veilhead_models.backbone import Backbone
+
+    # Of this thread and those that it starts: before any of them is. `subnormals.py` says why.
+    torch.set_flush_denormal(True)
+    return Backbone.load(place, section, device=device)
 
 
 def _installed_runtime(section: BackboneSection) -> Runtime:

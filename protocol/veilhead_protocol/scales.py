@@ -181,8 +181,8 @@ def project(embeddings: NDArray[np.float64], scale: float) -> NDArray[np.float64
 
     Every finite row has a finite projection, however large it is, and a row that holds NaN or
     infinity becomes NaN throughout: nothing is raised. What is below 2^-100 of a row's largest
-    value, or below 2^-500, becomes zero, by its bits and before any arithmetic: on subnormal numbers
-    that takes a hundred times as long, which would tell of them.
+    value, or below 2^-500, becomes zero, by its bits and before any arithmetic: on subnormal
+    numbers that takes a hundred times as long, which would tell of them.
     """
     bits = np.asarray(embeddings, dtype=np.float64).view(np.int64)
     exponents = (bits >> _MANTISSA_BITS) & _NOT_FINITE  # biased; 0 of zeros and subnormal numbers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -48,7 +47,12 @@ def plan_backbone(section: BackboneSection, runtime: Runtime, device: str) -> Pl
     if runtime == "auto":
         runtime = _installed_runtime(section)
     if runtime == "torch":
-        return Plan(section.files, partial(_load_torch, section=section, device=device))
+        from veilhead_models.backbone import Backbone
+
+        return Plan(
+            section.files,
+            lambda place: Backbone.load(place, section, device=device, flush_subnormals=True),
+        )
 
     from veilhead_models.onnx_backbone import OnnxBackbone, onnx_files
 
@@ -57,16 +61,6 @@ def plan_backbone(section: BackboneSection, runtime: Runtime, device: str) -> Pl
         onnx_files(section, precision),
         lambda place: OnnxBackbone.load(place, section, precision=precision, device=device),
     )
-
-
-def _load_torch(place: Path, *, section: BackboneSection, device: str) -> Embedder:
-    import torch
-
-    from veilhead_models.backbone import Backbone
-
-    # Of this thread and those that it starts: before any of them is. `subnormals.py` says why.
-    torch.set_flush_denormal(True)
-    return Backbone.load(place, section, device=device)
 
 
 def _installed_runtime(section: BackboneSection) -> Runtime:

@@ -37,8 +37,9 @@ MIN_FLOOD_RATIO_BITS: Final = 6.0
 #: Deviations at which a sum of independent noise terms counts as bounded.
 TAIL: Final = 8.0
 
-_FEWEST_WEIGHT_BITS: Final = 8
-_MOST_WEIGHT_BITS: Final = 30
+#: log2 of the scales that weights are quantised with.
+FEWEST_WEIGHT_BITS: Final = 8
+MOST_WEIGHT_BITS: Final = 30
 
 #: Of a double: the bits of its mantissa, the bias of its exponent, and the biased exponent of NaN
 #: and infinity (IEEE 754).
@@ -115,7 +116,7 @@ def plan_scales(
     """
     degree = parameters.poly_modulus_degree
     quantisation_error = math.inf
-    for weight_scale_bits in range(_FEWEST_WEIGHT_BITS, _MOST_WEIGHT_BITS + 1):
+    for weight_scale_bits in range(FEWEST_WEIGHT_BITS, MOST_WEIGHT_BITS + 1):
         quantised = quantise(weight, weight_scale_bits)
         quantisation_error = float(np.linalg.norm(weight - quantised, axis=1).max())
         if quantisation_error <= QUANTISATION_TOLERANCE:

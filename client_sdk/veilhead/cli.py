@@ -84,6 +84,14 @@ _Deidentify = Annotated[
         "by default, as the model's policy says.",
     ),
 ]
+_EmbedFirst = Annotated[
+    bool,
+    typer.Option(
+        "--embed-first",
+        help="Embed all texts of a chunk before any is sent: the gaps between its requests then "
+        "tell nothing of their lengths.",
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
@@ -115,6 +123,7 @@ def classify(
         typer.Option(help="Scores by softmax, sigmoid or none (logits); else the model's own."),
     ] = None,
     deidentify: _Deidentify = None,
+    embed_first: _EmbedFirst = False,
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
@@ -143,6 +152,7 @@ def classify(
             vendor_key,
             api_key_file,
             deidentify,
+            embed_first,
         ) as client:
             shape = Shape.of(client.manifest.head, top_k, function_to_apply)
             if table is None or out is None:
@@ -161,6 +171,7 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Its column of texts.")],
     label: Annotated[str, typer.Option(help="Its column of true labels, which stay here.")],
     deidentify: _Deidentify = None,
+    embed_first: _EmbedFirst = False,
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
@@ -187,6 +198,7 @@ def evaluate(
             vendor_key,
             api_key_file,
             deidentify,
+            embed_first,
         ) as client:
             shape = Shape.of(client.manifest.head, 1, None)
             rows = list(_answers(client, labelled, shape))
@@ -306,6 +318,7 @@ def gateway(
             vendor_key=_vendor_keys(vendor_key),
             api_key=None if api_key_file is None else read_api_key_file(api_key_file),
             deidentify=deidentify,
+            embed_first=True,
             concurrency=max_batch,
             on_query=metrics.queried,
         )
@@ -360,6 +373,7 @@ def _opened(
     vendor_key: list[str] | None,
     api_key_file: Path | None,
     deidentify: bool | None,
+    embed_first: bool = False,
 ) -> Iterator[Client]:
     def announce(path: str, size: int) -> None:
         if _errors.is_terminal:
@@ -375,6 +389,7 @@ def _opened(
         vendor_key=_vendor_keys(vendor_key),
         api_key=None if api_key_file is None else read_api_key_file(api_key_file),
         deidentify=deidentify,
+        embed_first=embed_first,
         on_download=announce,
     ) as client:
         if deidentify is None and client.deidentifier is not None:

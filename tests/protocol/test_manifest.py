@@ -278,7 +278,7 @@ def test_weights_must_leave_room_for_the_query() -> None:
     assert Manifest.deserialize(canonical(edited)).scales.query_scale_bits == 10
     for weight_scale_bits in (7, 31):
         head["weight_scale_bits"] = weight_scale_bits
-        with pytest.raises(ManifestError, match="head.weight_scale_bits"):
+        with pytest.raises(ManifestError, match=r"head\.weight_scale_bits"):
             Manifest.deserialize(canonical(edited))
 
 

@@ -11,6 +11,7 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
+    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -37,6 +38,7 @@ from veilhead.engine import Call, Engine, QueryTrace, Row, opened_engine
 from veilhead.predictions import FunctionToApply, Prediction, Shape, default_function, scores
 from veilhead.rows import (
     EmbeddedRow,
+    TokenRows,
     as_rows,
     embed_token_rows,
     embedded_rows,
@@ -44,7 +46,8 @@ from veilhead.rows import (
     raise_errors,
 )
 from veilhead.runtimes import Runtime, check_runtime, plan_backbone
-from veilhead.tokens import AggregationStrategy, Entity, TokenShape
+from veilhead.subnormals import flush_subnormals
+from veilhead.tokens import AggregationStrategy, Entity, TokenLogits, TokenShape
 from veilhead.transport import check_url
 from veilhead.window import Window
 from veilhead_protocol.errors import (
@@ -52,7 +55,6 @@ from veilhead_protocol.errors import (
     ClientError,
     InputError,
     NoBackboneError,
-    NotFiniteError,
     SignatureError,
     VeilheadError,
 )
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
 CHUNKS: Final = 8
 
 _Value = TypeVar("_Value")
+_Made = TypeVar("_Made")
 _Text = TypeVar("_Text")
 
 #: Predictions of a text, best first, or why there are none.
@@ -96,6 +99,7 @@ class AsyncClient:
         deidentify: bool | Deidentifier | None = None,
         pad_batches: bool = False,
         fresh_keys: bool = False,
+        embed_first: bool = False,
         concurrency: int = 8,
         timeout: float = 30.0,
         call_timeout: float | None = None,
@@ -138,6 +142,7 @@ class AsyncClient:
         )
         self._model = model
         self._call_timeout = call_timeout
+        self._embed_first = embed_first
         self._deidentify = deidentify
         self._deidentifier: Deidentifier | None = None
         self._runtime: Runtime = backbone_runtime
@@ -147,11 +152,16 @@ class AsyncClient:
         self._stack = AsyncExitStack()
         self._connected: Engine | None = None
         self._closed = False
-        self._windows: weakref.WeakSet[Window[Any]] = weakref.WeakSet()
+        self._windows: weakref.WeakSet[Window[Any, Any]] = weakref.WeakSet()
         self._backbone: Embedder | None = None
         self._backbone_lock = asyncio.Lock()
         # One thread, since a backbone takes one batch at a time and uses every core for it.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="veilhead-backbone")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="veilhead-backbone", initializer=flush_subnormals
+        )
+        # Another, since the time that it takes to make an answer depends on what was decrypted: no
+        # request of this call or of others waits for it.
+        self._answers_thread = ThreadPoolExecutor(1, thread_name_prefix="veilhead-answers")
 
     @classmethod
     def local(cls, directory: str | Path, **options: Any) -> AsyncClient:
@@ -203,7 +213,8 @@ class AsyncClient:
         self._closed = True
         for window in list(self._windows):
             await window.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._thread, self._answers_thread):
+            thread.shutdown(wait=False, cancel_futures=True)
         await self._stack.aclose()
 
     def __repr__(self) -> str:
@@ -258,7 +269,7 @@ class AsyncClient:
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
         single = isinstance(texts, str)
         rows = await self._logits_of([texts] if single else texts)
-        found = [_answer(row, shape) for row in rows]
+        found = await self._answers(rows, shape)
         if single and isinstance(found[0], VeilheadError):
             raise found[0]
         raise_errors(found)
@@ -329,10 +340,19 @@ class AsyncClient:
         call = Call(self._call_timeout)
         backbone = await call.in_time(self._ready_backbone())
         single = isinstance(texts, str)
-        rows = await self._collect(
-            partial(self._infer_tokens, backbone, text, row, shape, call)
+        embeds = [
+            partial(embed_token_rows, backbone, text, row, shape.stride, self._deidentifier)
             for row, text in enumerate([texts] if single else texts)
-        )
+        ]
+        if self._embed_first:
+            whole = await self._on_backbone_thread(lambda: [embed() for embed in embeds])
+            embeds = [partial(_given, rows) for rows in whole]
+        found = await self._collect(partial(self._infer_tokens, embed, call) for embed in embeds)
+
+        def entities(row: TokenLogits | VeilheadError) -> list[Entity] | VeilheadError:
+            return row if isinstance(row, VeilheadError) else shape.entities(row, backbone.join)
+
+        rows = await self._on_answers_thread(lambda: [entities(row) for row in found])
         if single and isinstance(rows[0], VeilheadError):
             raise rows[0]
         raise_errors(rows)
@@ -348,7 +368,8 @@ class AsyncClient:
         function = default_function(self.manifest.head)
         if function == "none":
             raise InputError(f"the model {self._model!r} predicts numbers, not probabilities")
-        return scores(self._stacked(await self._logits_of(texts)), function)
+        logits = self._stacked(await self._logits_of(texts))
+        return await self._on_answers_thread(lambda: scores(logits, function))
 
     async def classify_frame(
         self,
@@ -362,7 +383,9 @@ class AsyncClient:
 
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
         rows = await self._logits_of(list(texts))
-        return as_frame(texts.index, [_answer(row, shape) for row in rows], shape)
+        return await self._on_answers_thread(
+            lambda: as_frame(texts.index, [_answer(row, shape) for row in rows], shape)
+        )
 
     async def logits(self, embeddings: ArrayLike) -> NDArray[np.float64]:
         """As `Client.logits`."""
@@ -408,7 +431,7 @@ class AsyncClient:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         self._check_task("text-classification")
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
-        return Stream(self, shape, self._window(concurrency), start)
+        return Stream(self, shape, concurrency, start)
 
     def _check_task(self, task: str) -> None:
         if self.manifest.task != task:
@@ -418,10 +441,15 @@ class AsyncClient:
                 f"call `{method}`"
             )
 
-    def _window(self, limit: int) -> Window[Any]:
-        window: Window[Any] = Window(limit)
+    def _window(
+        self, limit: int, finish: Callable[[list[_Value]], Awaitable[list[_Made]]]
+    ) -> Window[_Value, _Made]:
+        window = Window(limit, finish)
         self._windows.add(window)
         return window
+
+    async def _answers(self, rows: list[Row], shape: Shape) -> list[Answer]:
+        return await self._on_answers_thread(lambda: [_answer(row, shape) for row in rows])
 
     def _stacked(self, rows: list[Row]) -> NDArray[np.float64]:
         """Logits [rows, C], when no row is an error."""
@@ -435,7 +463,9 @@ class AsyncClient:
         backbone = await call.in_time(self._ready_backbone())
         texts = list(texts)
         rows = embedded_rows(backbone, texts, self._deidentifier)
-        # A request goes out as soon as its rows are embedded.
+        if self._embed_first:
+            rows = iter(await self._on_backbone_thread(partial(list, rows)))
+        # Otherwise a request goes out as soon as its rows are embedded.
         size = self._engine.chunk
         return _in_order(
             await self._collect(
@@ -449,7 +479,7 @@ class AsyncClient:
     async def _collect(
         self, chunks: Iterable[Callable[[], Coroutine[Any, Any, list[_Value]]]]
     ) -> list[_Value]:
-        window: Window[_Value] = self._window(CHUNKS)
+        window: Window[_Value, _Value] = self._window(CHUNKS, _as_they_are)
         rows: list[_Value] = []
         try:
             for chunk in chunks:
@@ -482,38 +512,28 @@ class AsyncClient:
         ]
 
     async def _infer_tokens(
-        self, backbone: Embedder, text: Any, row: int, shape: TokenShape, call: Call
-    ) -> list[list[Entity] | VeilheadError]:
-        """The entities of one text, whose tokens are sent together, or an error: one row."""
+        self, embed: Callable[[], TokenRows], call: Call
+    ) -> list[TokenLogits | VeilheadError]:
+        """The logits of one text's tokens, which are sent together, or an error: one row."""
         if call.hopeless is not None:
             return [call.not_sent()]
         try:
-            windows, error = await call.in_time(
-                self._on_backbone_thread(
-                    lambda: embed_token_rows(backbone, text, row, shape.stride, self._deidentifier)
-                )
-            )
+            rows = await call.in_time(self._on_backbone_thread(embed))
         except CallTimeoutError as late:
             return [late]
-        logits: list[Row] = []
-        if windows:
-            rows = np.concatenate([window.embeddings for window in windows])  # [tokens, d]
-            logits = await self._infer(rows, call)
-        failed = next((found for found in logits if isinstance(found, VeilheadError)), error)
+        logits = await self._infer(rows.embeddings, call)
+        failed = next((found for found in logits if isinstance(found, VeilheadError)), None)
+        failed = failed if rows.error is None else rows.error
         if failed is not None:
             return [failed]
         made = np.array(logits, dtype=np.float64).reshape(-1, len(self.labels))  # [tokens, C]
-        ends = np.cumsum([len(window.tokens) for window in windows])
-        parts = np.split(made, ends[:-1]) if windows else []
-        tokens = [window.tokens for window in windows]
-        return [shape.entities(list(zip(tokens, parts, strict=True)), backbone.join)]
+        ends = np.cumsum([len(tokens) for tokens in rows.windows])
+        parts = np.split(made, ends[:-1]) if rows.windows else []
+        return [list(zip(rows.windows, parts, strict=True))]
 
     async def _infer(self, embeddings: NDArray[np.float64], call: Call) -> list[Row]:
         """Logits or an error for each row of embeddings [<= chunk, d]."""
-        rows = await self._engine.infer(embeddings, call)
-        for place in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
-            rows[place] = NotFiniteError("the embedding holds NaN or infinity")
-        return rows
+        return await self._engine.infer(embeddings, call)
 
     async def _ready_backbone(self) -> Embedder:
         """The loaded backbone; the first caller fetches and loads it."""
@@ -541,6 +561,11 @@ class AsyncClient:
     async def _on_backbone_thread(self, work: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
+    async def _on_answers_thread(self, work: Callable[[], _Value]) -> _Value:
+        if self._closed:
+            raise ClientError("the client was closed while a call was under way")
+        return await asyncio.get_running_loop().run_in_executor(self._answers_thread, work)
+
 
 class Stream:
     """Texts that come chunk by chunk, and their answers in the same order.
@@ -549,10 +574,11 @@ class Stream:
         chunk: texts that are best sent together.
     """
 
-    def __init__(self, client: AsyncClient, shape: Shape, window: Window[Row], start: int) -> None:
+    def __init__(self, client: AsyncClient, shape: Shape, concurrency: int, start: int) -> None:
         self._client = client
-        self._shape = shape
-        self._window = window
+        self._window: Window[Row, Answer] = client._window(
+            concurrency, lambda rows: client._answers(rows, shape)
+        )
         self._call = Call(client._call_timeout, each_chunk=True)
         self._answered = start
         self.chunk = client._engine.chunk
@@ -560,25 +586,22 @@ class Stream:
     async def send(self, texts: Sequence[Any]) -> list[Answer]:
         """Start a chunk; the answers of earlier ones that are due."""
         backbone = await self._client._ready_backbone()
-        return self._answers(
-            await self._window.start(
-                partial(self._client._infer_texts, backbone, texts, self._call)
-            )
-        )
+        infer = partial(self._client._infer_texts, backbone, texts, self._call)
+        return self._numbered(await self._window.start(infer))
 
     async def rest(self) -> list[Answer]:
         """The next chunk's answers; none once there are no more."""
-        return self._answers(await self._window.rest())
+        return self._numbered(await self._window.rest())
 
     async def cancel(self) -> None:
         """Stop whatever is under way."""
         await self._window.cancel()
 
-    def _answers(self, rows: list[Row]) -> list[Answer]:
-        first, self._answered = self._answered, self._answered + len(rows)
+    def _numbered(self, answers: list[Answer]) -> list[Answer]:
+        first, self._answered = self._answered, self._answered + len(answers)
         return [
             named(answer, number) if isinstance(answer, VeilheadError) else answer
-            for number, answer in enumerate((_answer(row, self._shape) for row in rows), first)
+            for number, answer in enumerate(answers, first)
         ]
 
 
@@ -587,6 +610,14 @@ def reported(answers: list[Answer], progress: Callable[[int], Any] | None) -> li
     if answers and progress is not None:
         progress(len(answers))
     return answers
+
+
+async def _as_they_are(rows: list[_Value]) -> list[_Value]:
+    return rows
+
+
+def _given(rows: TokenRows) -> TokenRows:
+    return rows
 
 
 def _answer(row: Row, shape: Shape) -> Answer:

@@ -94,6 +94,14 @@ _CallTimeout = Annotated[
         "together; after that the command stops, and keeps what was answered."
     ),
 ]
+_EmbedFirst = Annotated[
+    bool,
+    typer.Option(
+        "--embed-first",
+        help="Embed all texts of a chunk before any is sent: the gaps between its requests then "
+        "tell nothing of their lengths.",
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
@@ -125,6 +133,7 @@ def classify(
         typer.Option(help="Scores by softmax, sigmoid or none (logits); else the model's own."),
     ] = None,
     deidentify: _Deidentify = None,
+    embed_first: _EmbedFirst = False,
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
@@ -157,6 +166,7 @@ def classify(
             deidentify,
             timeout,
             call_timeout,
+            embed_first,
         ) as client:
             shape = Shape.of(client.manifest.head, top_k, function_to_apply)
             if table is None or out is None:
@@ -175,6 +185,7 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Its column of texts.")],
     label: Annotated[str, typer.Option(help="Its column of true labels, which stay here.")],
     deidentify: _Deidentify = None,
+    embed_first: _EmbedFirst = False,
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
@@ -205,6 +216,7 @@ def evaluate(
             deidentify,
             timeout,
             call_timeout,
+            embed_first,
         ) as client:
             shape = Shape.of(client.manifest.head, 1, None)
             rows = list(_answers(client, labelled, shape))
@@ -329,6 +341,7 @@ def gateway(
             api_key=None if api_key_file is None else read_api_key_file(api_key_file),
             deidentify=deidentify,
             fresh_keys=True,
+            embed_first=True,
             concurrency=max_batch,
             timeout=timeout,
             call_timeout=call_timeout,
@@ -387,6 +400,7 @@ def _opened(
     deidentify: bool | None,
     timeout: float = 30.0,
     call_timeout: float | None = None,
+    embed_first: bool = False,
 ) -> Iterator[Client]:
     def announce(path: str, size: int) -> None:
         if _errors.is_terminal:
@@ -404,6 +418,7 @@ def _opened(
         deidentify=deidentify,
         timeout=timeout,
         call_timeout=call_timeout,
+        embed_first=embed_first,
         on_download=announce,
     ) as client:
         if deidentify is None and client.deidentifier is not None:

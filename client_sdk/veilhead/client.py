@@ -53,6 +53,7 @@ class Client:
         deidentify: bool | Deidentifier | None = None,
         pad_batches: bool = False,
         fresh_keys: bool = False,
+        embed_first: bool = False,
         concurrency: int = 8,
         timeout: float = 30.0,
         call_timeout: float | None = None,
@@ -81,11 +82,14 @@ class Client:
             deidentify: replace e-mail addresses, account numbers and the like by placeholders
                 before a text is embedded: True for the built-in detectors, or a `Deidentifier`.
                 None follows the model's policy, and False never does.
-            pad_batches: add rows of zeros until their number is a power of two, so that sizes tell
+            pad_batches: add decoys until the number of rows is a power of two, so that sizes tell
                 less of it. The service charges for them too.
             fresh_keys: never encrypt two queries under one key. Use it where other people see
                 answers: the answers to one query tell of its key, and would open every query under
                 it. It costs a key message more in each query, and no round trip.
+            embed_first: embed all texts of a call before any is sent (of `classify_many` all of a
+                chunk). Otherwise the longest are sent while others are embedded, and the gaps
+                between the requests are a profile of the texts' lengths.
             concurrency: queries in flight at once; fewer for heads of a thousand classes or more.
             timeout: seconds that each attempt of a request may take in all, until its answer is
                 read; those at such heads may take longer. Files of the backbone may take any time
@@ -124,6 +128,7 @@ class Client:
             deidentify=deidentify,
             pad_batches=pad_batches,
             fresh_keys=fresh_keys,
+            embed_first=embed_first,
             concurrency=concurrency,
             timeout=timeout,
             call_timeout=call_timeout,
@@ -257,8 +262,9 @@ class Client:
             texts: any iterable of texts, endless ones too.
             top_k: labels for each text; None for all.
             function_to_apply: as for `classify`.
-            concurrency: chunks of texts under way at once, which bounds the memory; the queries in
-                flight are those of the client's own `concurrency`.
+            concurrency: chunks of texts under way at once; with those whose answers are there but
+                not yet taken, at most twice as many, which bounds the memory. The queries in flight
+                are those of the client's own `concurrency`.
             progress: called with the number of rows whenever some are answered; the `update` of a
                 tqdm bar fits.
             start: the number of the first row, in the messages of errors.

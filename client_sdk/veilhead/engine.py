@@ -23,6 +23,7 @@ from veilhead.session import EncryptedQuery, SecretKey, Session
 from veilhead.transport import Answer, Transport
 from veilhead_protocol.errors import (
     CallTimeoutError,
+    EncryptionError,
     ManifestError,
     NotSentError,
     ParameterError,
@@ -209,13 +210,14 @@ class Engine:
         """Logits, or an error, for each row of embeddings [batch, d].
 
         The rows go out in as few requests as are cheap. One is encrypted while others are on the
-        wire. With `pad_batches` rows of zeros make their number a power of two. Rows that are
-        answered before the call's time is over keep their answers.
+        wire. With `pad_batches` decoys make their number a power of two. Rows that are answered
+        before the call's time is over keep their answers.
         """
         count = len(embeddings)
         if self.pad_batches and count > 0:
             padding = (1 << (count - 1).bit_length()) - count
-            embeddings = np.pad(embeddings, ((0, padding), (0, 0)))
+            # Rows that hold nothing: the session encrypts decoys in their places.
+            embeddings = np.pad(embeddings, ((0, padding), (0, 0)), constant_values=np.nan)
         rows: list[Row | None] = [None] * len(embeddings)
         unanswered: VeilheadError = NotSentError("not sent")
         try:
@@ -256,11 +258,14 @@ class Engine:
             query = self.session.encrypt(embeddings[0])
         else:
             # On a thread: what is on the wire goes on meanwhile.
-            query = await anyio.to_thread.run_sync(self.session.encrypt_batch, embeddings)
+            try:
+                query = await anyio.to_thread.run_sync(self.session.encrypt_batch, embeddings)
+            except EncryptionError as error:
+                return error
         self._in_use[query.key.id] += 1
         try:
             answer, waited = await self._ask(query)
-        except ReplyError as error:
+        except (ReplyError, EncryptionError) as error:
             return error
         except (TransportError, ServiceResponseError) as error:
             call.hopeless = error
@@ -288,7 +293,10 @@ class Engine:
             )
         if len(embeddings) == 1:
             self._prepare_later()
-        return list(logits)
+        rows: list[Row] = list(logits)
+        for place, failure in query.failures.items():
+            rows[place] = failure
+        return rows
 
     def _prepare_later(self) -> None:
         """Encrypt zeros for the next single query, in a moment that is likely to be idle."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tenseal import sealapi
 
+from veilhead.even_encoding import encode_evenly
 from veilhead_protocol import seal_io
 from veilhead_protocol.decryption import (
     DecryptionKey,
@@ -25,7 +26,7 @@ from veilhead_protocol.decryption import (
     secret_coefficients,
     wanted_values,
 )
-from veilhead_protocol.encoding import encode
+from veilhead_protocol.errors import EncryptionError, NotFiniteError, VeilheadError
 from veilhead_protocol.layout import Layout, plan
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.parameters import ParameterSet
@@ -73,10 +74,12 @@ class SecretKey:
 
         It is one of zero, made now or ahead, plus the plaintext.
         """
-        plaintext = encode(self._seal, coefficients, scale_bits)
         # Taken out: two messages over one zero would show their difference to anybody.
         zero = self._zeros.pop() if self._zeros else self._encrypt_zero()
-        return SeededPolynomial(seal_io.add_plaintext(self._seal, zero.c0, plaintext), zero.seed)
+        c0 = zero.c0
+        for plaintext in encode_evenly(self._seal, coefficients, scale_bits):
+            c0 = seal_io.add_plaintext(self._seal, c0, plaintext)
+        return SeededPolynomial(c0, zero.seed)
 
     def prepare(self, count: int) -> None:
         """Encrypt zeros ahead, so that the next `count` polynomials take little time."""
@@ -107,6 +110,7 @@ class EncryptedQuery:
         size: the length of the query message.
         reply_bytes: the exact length of its reply.
         encrypt_seconds: what encryption took; 0 before it.
+        failures: why rows could not be encrypted, by their places; none before encryption.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class EncryptedQuery:
         message: QueryMessage,
         reply_bits: int,
         encrypt: Callable[[], tuple[SeededPolynomial, ...]],
+        failures: dict[int, VeilheadError] | None = None,
     ) -> None:
         """Describe it.
 
@@ -123,6 +128,7 @@ class EncryptedQuery:
             message: the query message, still without polynomials.
             reply_bits: kappa of the model.
             encrypt: what makes the polynomials; it is called once.
+            failures: what `encrypt` writes failures into.
         """
         self.key = key
         self.layout = message.layout
@@ -131,12 +137,17 @@ class EncryptedQuery:
         self.size = QueryMessage.size(message.parameters, message.layout, has_key=self.carries_key)
         self.reply_bytes = ReplyMessage.size(message.layout, reply_bits)
         self.encrypt_seconds = 0.0
+        self.failures = {} if failures is None else failures
         self._message = message
         self._encrypt = encrypt
 
     @cached_property
     def data(self) -> bytes:
-        """The query message."""
+        """The query message.
+
+        Raises:
+            EncryptionError: when not even decoys can be encrypted.
+        """
         started = time.perf_counter()
         data = replace(self._message, polynomials=self._encrypt()).serialize()
         self.encrypt_seconds = time.perf_counter() - started
@@ -176,6 +187,7 @@ class Session:
         self._key: SecretKey | None = None
         self._queries = 0
         self._expires = 0.0
+        self._random = np.random.default_rng()  # seeded by the operating system; for decoys only
 
     def plan(self, texts: int) -> list[int]:
         """Texts in each request, for so many texts to cost little: the largest requests first."""
@@ -185,7 +197,8 @@ class Session:
         """The query for one embedding [d] in its original scale.
 
         It is under the session's key, or, where keys are fresh, under one that it carries itself.
-        A row that is not finite is encrypted as zeros, so that the service cannot tell; the caller
+        In the place of a row that is not finite, or that encryption fails on, a decoy is encrypted,
+        so that the service cannot tell: `failures` of the query then says why, and the caller
         raises once everything is sent.
         """
         key = self._fresh_enough_key()
@@ -224,14 +237,44 @@ class Session:
             polynomials=(),
             key_message=key.message if carries_key else b"",
         )
-        encrypt = partial(self._encrypt, embeddings, key, layout)
-        return EncryptedQuery(key, message, self._scales.reply_bits, encrypt)
+        failures: dict[int, VeilheadError] = {}
+        encrypt = partial(self._encrypt, embeddings, key, layout, failures)
+        return EncryptedQuery(key, message, self._scales.reply_bits, encrypt, failures)
 
     def _encrypt(
-        self, embeddings: NDArray[np.float64], key: SecretKey, layout: Layout
+        self,
+        embeddings: NDArray[np.float64],
+        key: SecretKey,
+        layout: Layout,
+        failures: dict[int, VeilheadError],
     ) -> tuple[SeededPolynomial, ...]:
-        finite = np.isfinite(embeddings).all(axis=1, keepdims=True)
-        rows = project(np.where(finite, embeddings, 0.0), self._manifest.embedding.scale)
+        """Polynomials of embeddings [b, d], whatever these are: the header may be sent already.
+
+        Raises:
+            EncryptionError: when not even decoys can be encrypted.
+        """
+        # Drawn whether they are needed or not: that would show in the time.
+        decoys = self._random.random(embeddings.shape) - 0.5
+        decoys /= np.linalg.norm(decoys, axis=1, keepdims=True)
+        try:
+            rows = project(embeddings, self._manifest.embedding.scale)
+            finite = np.isfinite(rows).all(axis=1, keepdims=True)  # [b, 1]
+            polynomials = self._encrypted(np.where(finite, rows, decoys), key, layout)
+        except Exception as error:  # SEAL, NumPy and Python raise whatever they raise
+            failure = EncryptionError(f"the row could not be encrypted: {type(error).__name__}")
+            failure.__cause__ = error
+            failures.update(dict.fromkeys(range(len(embeddings)), failure))
+            try:
+                return self._encrypted(decoys, key, layout)
+            except Exception:
+                raise failure from error
+        for place in np.flatnonzero(~finite).tolist():
+            failures[place] = NotFiniteError("the embedding holds NaN or infinity")
+        return polynomials
+
+    def _encrypted(
+        self, rows: NDArray[np.float64], key: SecretKey, layout: Layout
+    ) -> tuple[SeededPolynomial, ...]:
         return tuple(
             key.encrypt(piece, self._scales.query_scale_bits)
             for piece in layout.pack_embeddings(rows)

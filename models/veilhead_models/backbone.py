@@ -139,7 +139,12 @@ class Backbone(Embedder):
 
     @classmethod
     def load(
-        cls, directory: str | Path, section: BackboneSection, *, device: str = "auto"
+        cls,
+        directory: str | Path,
+        section: BackboneSection,
+        *,
+        device: str = "auto",
+        flush_subnormals: bool = False,
     ) -> Backbone:
         """Load a backbone from local files, after checking them against `section`.
 
@@ -148,6 +153,8 @@ class Backbone(Embedder):
             section: the manifest's account of the backbone.
             device: `auto` (CUDA, then MPS, then CPU) or a torch device. Half precision is used on
                 CUDA only.
+            flush_subnormals: let torch take subnormal numbers for zero, on this thread and those
+                that it starts from now on. Otherwise a backbone may take long over some texts.
 
         Raises:
             BackboneError: when a file is missing or differs, torch or transformers is not
@@ -159,6 +166,8 @@ class Backbone(Embedder):
 
             from veilhead_models.embedding_module import EmbeddingModule, quiet
 
+            if flush_subnormals:
+                torch.set_flush_denormal(True)
             chosen = _best_device() if device == "auto" else device
             dtype = torch.float16 if chosen.startswith("cuda") else torch.float32
             with quiet():

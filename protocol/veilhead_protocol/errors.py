@@ -413,6 +413,12 @@ class InputError(ClientError):
     code = "input"
 
 
+class EncryptionError(ClientError):
+    """A row could not be encrypted: a decoy was sent in its place."""
+
+    code = "encryption"
+
+
 class NotFiniteError(InputError):
     """An embedding that contains NaN or infinity."""
 

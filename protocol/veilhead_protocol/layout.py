@@ -42,10 +42,11 @@ MAX_LOGITS: Final = 2**20
 #: that a service encodes for them, each once.
 MAX_BLOCK_PRODUCTS: Final = 4096
 
-#: The cost of a layout in units of about 41 microseconds under `standard`, of both sides and 1 Gbit/s between them:
-#: a query polynomial (encrypted, sent, checked, expanded), a reply polynomial (zero encryption,
-#: inverse transform, sent, decrypted) and a product. docs/protocol.md has the measurements. These
-#: are part of the protocol: other numbers are other layouts.
+#: The cost of a layout in units of about 41 microseconds under `standard`, of both sides and of
+#: 1 Gbit/s between them: a query polynomial (encrypted, sent, checked, expanded), a reply
+#: polynomial (zero encryption, inverse transform, sent, decrypted) and a product.
+#: docs/protocol.md has the measurements. These are part of the protocol: other numbers are other
+#: layouts.
 QUERY_COST: Final = 20
 REPLY_COST: Final = 20
 PRODUCT_COST: Final = 1

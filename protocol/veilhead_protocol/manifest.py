@@ -26,7 +26,13 @@ from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS, HeadShape, Lay
 from veilhead_protocol.parameters import MAX_SERVED_EXPONENT, PARAMETER_SETS, ParameterSet
 from veilhead_protocol.policy import PolicySection as PolicySection
 from veilhead_protocol.policy import Section
-from veilhead_protocol.scales import BOUND_STEP, MAX_EXPONENT, HeadScales
+from veilhead_protocol.scales import (
+    BOUND_STEP,
+    FEWEST_WEIGHT_BITS,
+    MAX_EXPONENT,
+    MOST_WEIGHT_BITS,
+    HeadScales,
+)
 
 FORMAT: Final = "veilhead-manifest/2"
 
@@ -35,6 +41,17 @@ MAX_MANIFEST_BYTES: Final = 4 * 2**20
 
 #: A client fetches no backbone that is larger in all.
 MAX_BACKBONE_BYTES: Final = 16 * 2**30
+
+#: What an embedding may be divided by. No backbone's come near either end; beyond, a division by it
+#: could overflow, or leave nothing.
+MIN_EMBEDDING_SCALE: Final = 1e-9
+MAX_EMBEDDING_SCALE: Final = 1e9
+
+#: The largest whole number that every reader of JSON holds exactly.
+_MAX_COUNT: Final = 2**53
+
+#: How deep lists and objects of `about` may be in each other: no reader recurses further.
+_MAX_ABOUT_DEPTH: Final = 32
 
 #: Embeddings, overrides and isolates of the Unicode bidirectional algorithm.
 _BIDIRECTIONAL_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -71,6 +88,20 @@ def _safe_path(path: str) -> str:
     return path
 
 
+def _shallow(about: dict[str, Any]) -> dict[str, Any]:
+    found: list[Any] = [about]
+    for _ in range(_MAX_ABOUT_DEPTH):
+        inner = [
+            list(value.values()) if isinstance(value, dict) else value
+            for value in found
+            if isinstance(value, dict | list)
+        ]
+        found = [item for items in inner for item in items]
+    if any(isinstance(value, dict | list) for value in found):
+        raise ValueError(f"expected at most {_MAX_ABOUT_DEPTH} levels of lists and objects")
+    return about
+
+
 class HeadSection(Section):
     """The head's public numbers; `scales` holds what each of them means.
 
@@ -83,11 +114,11 @@ class HeadSection(Section):
     dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)]
     labels: Annotated[tuple[Annotated[str, Field(max_length=512)], ...], Field(strict=False)]
     problem_type: Literal["single_label", "multi_label", "regression"]
-    private_parameters: int
+    private_parameters: Annotated[int, Field(ge=2, le=MAX_CLASSES * (MAX_DIMENSIONS + 1))]
     exponent: Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
     downscale_bits: Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
     scale_bits: Annotated[int, Field(ge=1, le=53)]
-    weight_scale_bits: Annotated[int, Field(ge=1, le=30)]
+    weight_scale_bits: Annotated[int, Field(ge=FEWEST_WEIGHT_BITS, le=MOST_WEIGHT_BITS)]
     flood_bits: Annotated[int, Field(ge=1, le=53)]
     reply_bits: Annotated[int, Field(ge=21, le=27)]
     group_limit: Annotated[int, Field(ge=1, le=256)]
@@ -115,7 +146,7 @@ class HeadSection(Section):
 class CalibrationSection(Section):
     """How a scale was measured: `margin` times the `quantile` of the norms of `rows` embeddings."""
 
-    rows: Annotated[int, Field(ge=1)]
+    rows: Annotated[int, Field(ge=1, le=_MAX_COUNT)]
     quantile: Annotated[float, Field(gt=0, le=1)]
     margin: Annotated[float, Field(ge=1, le=100)]
 
@@ -128,7 +159,7 @@ class EmbeddingSection(Section):
     `calibrated` (measured as `calibration` says) or `given` (set by whoever made the artefact).
     """
 
-    scale: Annotated[float, Field(gt=0, le=1e9)]
+    scale: Annotated[float, Field(ge=MIN_EMBEDDING_SCALE, le=MAX_EMBEDDING_SCALE)]
     scale_origin: Literal["normalised", "derived", "calibrated", "given"]
     calibration: CalibrationSection | None = None
 
@@ -203,7 +234,7 @@ class BackboneSection(Section):
     normalise: bool
     max_tokens: Annotated[int, Field(ge=2, le=8192)]
     token_types: bool = False
-    public_parameters: Annotated[int, Field(ge=1)]
+    public_parameters: Annotated[int, Field(ge=1, le=_MAX_COUNT)]
     files: Annotated[tuple[FileEntry, ...], Field(strict=False, min_length=1, max_length=64)]
     onnx: OnnxSection | None = None
 
@@ -248,7 +279,7 @@ class Manifest(Section):
     embedding: EmbeddingSection
     backbone: BackboneSection | None
     policy: PolicySection
-    about: dict[str, Any]
+    about: Annotated[dict[str, Any], AfterValidator(_shallow)]
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:

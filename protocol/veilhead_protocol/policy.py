@@ -7,6 +7,7 @@ by whoever reads it, with the clause that it breaks.
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
@@ -117,9 +118,12 @@ class PolicySection(Section):
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
         return float(value)
-    return None
+    except OverflowError:  # `about` may hold whole numbers of any length
+        return math.inf
 
 
 class Guard(StrEnum):

@@ -40,8 +40,20 @@ TAIL: Final = 8.0
 #: Largest exponent e of a head.
 MAX_EXPONENT: Final = 24
 
-_FEWEST_WEIGHT_BITS: Final = 8
-_MOST_WEIGHT_BITS: Final = 30
+#: log2 of the scales that weights are quantised with.
+FEWEST_WEIGHT_BITS: Final = 8
+MOST_WEIGHT_BITS: Final = 30
+
+#: Of a double: the bits of its mantissa, the bias of its exponent, and the biased exponent of NaN
+#: and infinity (IEEE 754).
+_MANTISSA_BITS: Final = 52
+_BIAS: Final = 1023
+_NOT_FINITE: Final = 2047
+
+#: What `project` keeps of a row, below its largest value: far more than a sum of squares does. And
+#: the power of two below which it keeps nothing.
+_RANGE_BITS: Final = 100
+_MOST_POWER: Final = 500
 
 
 @dataclass(frozen=True)
@@ -220,7 +232,7 @@ def _plan_served(
 
 def _quantised(weight: NDArray[np.float64]) -> tuple[NDArray[np.float64], int, float]:
     """Quantised weights [C, d], log2 Delta_w, and the largest norm of a row's error."""
-    for bits in range(_FEWEST_WEIGHT_BITS, _MOST_WEIGHT_BITS + 1):
+    for bits in range(FEWEST_WEIGHT_BITS, MOST_WEIGHT_BITS + 1):
         quantised = quantise(weight, bits)
         error = float(np.linalg.norm(weight - quantised, axis=1).max())
         if error <= QUANTISATION_TOLERANCE:
@@ -229,15 +241,28 @@ def _quantised(weight: NDArray[np.float64]) -> tuple[NDArray[np.float64], int, f
 
 
 def project(embeddings: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
-    """Embeddings [batch, d] divided by the manifest's scale, then projected onto the unit ball.
+    """Embeddings [..., d] divided by the manifest's scale, then projected onto the unit ball.
 
     Rows of norm above one are shortened to norm one, not refused: half of all normalised float32
     embeddings have a norm a hair above one.
+
+    Every finite row has a finite projection, however large it is, and a row that holds NaN or
+    infinity becomes NaN throughout: nothing is raised. What is below 2^-100 of a row's largest
+    value, or below 2^-500, becomes zero, by its bits and before any arithmetic: on subnormal
+    numbers that takes a hundred times as long, which would tell of them.
     """
-    scaled = np.asarray(embeddings, dtype=np.float64) / scale
-    norms = np.linalg.norm(scaled, axis=-1, keepdims=True)
-    projected: NDArray[np.float64] = scaled / np.maximum(1.0, norms)
-    return projected
+    bits = np.asarray(embeddings, dtype=np.float64).view(np.int64)
+    exponents = (bits >> _MANTISSA_BITS) & _NOT_FINITE  # biased; 0 of zeros and subnormal numbers
+    largest = exponents.max(axis=-1, keepdims=True, initial=0)  # [..., 1]
+    kept = exponents > np.maximum(largest - _RANGE_BITS, _BIAS - _MOST_POWER)
+    # Each row times a power of two, exactly: its largest value is now in [1, 2), or all is zero.
+    powers = np.clip(largest - _BIAS, -_MOST_POWER, None)
+    reduced = ((bits - (powers << _MANTISSA_BITS)) * kept).view(np.float64)
+    norms = np.linalg.norm(reduced, axis=-1, keepdims=True)
+    # x / max(scale, |x|), where no scale counts beside the norms of the largest rows.
+    ones = np.ldexp(scale, -np.minimum(powers, _MOST_POWER))
+    projected = reduced / np.maximum(ones, norms)
+    return np.where(largest == _NOT_FINITE, np.nan, projected)
 
 
 def round_logits(served: NDArray[np.float64], scales: HeadScales) -> NDArray[np.float64]:

@@ -328,9 +328,7 @@ def test_unused_coefficients_are_zero() -> None:
 
 
 def cost_of(requests: list[int], shape: HeadShape) -> int:
-    return sum(
-        Layout.canonical(shape, texts).cost + (40 if texts > 1 else 0) for texts in requests
-    )
+    return sum(Layout.canonical(shape, texts).cost + (40 if texts > 1 else 0) for texts in requests)
 
 
 @given(

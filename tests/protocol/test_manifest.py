@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def test_weights_must_leave_room_for_the_query() -> None:
     head["exponent"], head["scale_bits"], head["flood_bits"], head["reply_bits"] = 6, 43, 32, 27
     head["weight_scale_bits"] = 30
     assert Manifest.deserialize(canonical(edited)).scales.query_scale_bits == 13
-    for bits in (0, 31, 43):
+    for bits in (7, 31, 43):
         head["weight_scale_bits"] = bits
         with pytest.raises(ManifestError, match="weight_scale_bits"):
             Manifest.deserialize(canonical(edited))
@@ -369,6 +370,69 @@ def test_parameters() -> None:
         Manifest.deserialize(changed(("policy", "minimum_parameters"), "standard"))
     standard = Manifest.deserialize((VECTORS / "standard-384.manifest.json").read_bytes())
     assert standard.policy.minimum_parameters == "standard"
+
+
+@pytest.mark.parametrize(
+    ("path", "least", "most"),
+    [
+        (("embedding", "scale"), 1e-9, 1e9),
+        (("embedding", "calibration", "rows"), 1, 2**53),
+        (("embedding", "calibration", "quantile"), 2.0**-1074, 1.0),
+        (("embedding", "calibration", "margin"), 1.0, 100.0),
+        (("head", "error_bound"), 2.0**-14, 0.5),
+        (("head", "weight_scale_bits"), 8, 30),
+        (("backbone", "public_parameters"), 1, 2**53),
+        (("backbone", "max_tokens"), 2, 8192),
+        (("backbone", "files", 0, "bytes"), 0, 2**33),
+        (("policy", "query_budget", "units"), 0, 2**53),
+        (("policy", "privacy", "max_epsilon"), 2.0**-1074, 1000.0),
+        (("policy", "privacy", "max_delta"), 2.0**-1074, 1 - 2.0**-53),
+    ],
+    ids=str,
+)
+def test_every_number_has_bounds(path: tuple[Any, ...], least: float, most: float) -> None:
+    edited = document()
+    calibration = {"rows": 9, "quantile": 0.99, "margin": 1.0}
+    edited["embedding"] |= {"scale_origin": "calibrated", "calibration": calibration}
+    edited["policy"] |= {
+        "query_budget": {"units": 5, "period": "day"},
+        "privacy": {"max_epsilon": 2.0**-1074, "max_delta": 2.0**-1074},
+    }
+    edited["about"]["privacy"] = {"epsilon": 0, "delta": 0}
+    place: Any = edited
+    for part in path[:-1]:
+        place = place[part]
+    for good in (least, most):
+        place[path[-1]] = good
+        assert Manifest.deserialize(canonical(edited))
+    if isinstance(least, int):
+        beyond: list[Any] = [least - 1, 10**400, -(10**400), *([most + 1] if most < 2**33 else [])]
+    else:
+        beyond = [math.nextafter(least, -1), math.nextafter(most, 2e9), 1e308, -1.0, 10**400]
+    for bad in beyond:
+        place[path[-1]] = bad
+        with pytest.raises(ManifestError, match=str(path[-1])):
+            Manifest.deserialize(canonical(edited))
+
+
+def test_whole_numbers_of_any_length_in_about_break_nothing() -> None:
+    edited = document()
+    edited["policy"]["privacy"] = {"max_epsilon": 4.0, "max_delta": 1e-5}
+    edited["about"]["privacy"] = {"epsilon": 10**400, "delta": 0}
+    with pytest.raises(ManifestError, match="this one has inf and 0"):
+        Manifest.deserialize(canonical(edited))
+
+
+def test_about_is_not_deeper_than_readers_recurse() -> None:
+    inner: Any = 1
+    for _ in range(31):
+        inner = [inner]
+    assert Manifest.deserialize(changed(("about",), {"x": inner}))
+    for deeper in (1, 500, 50_000):
+        data = canonical(document() | {"about": {"x": "DEEP"}})
+        data = data.replace(b'"DEEP"', b"[" * (31 + deeper) + b"1" + b"]" * (31 + deeper))
+        with pytest.raises(ManifestError):
+            Manifest.deserialize(data)
 
 
 def test_a_newer_format_is_named() -> None:

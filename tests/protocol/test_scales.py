@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -370,15 +371,65 @@ def test_projection(embeddings: Any, scale: float) -> None:
     projected = project(embeddings, scale)
     norms = np.linalg.norm(projected, axis=1)
     assert norms.max() <= 1 + 1e-12
-    for row, scaled, norm in zip(projected, embeddings / scale, norms, strict=True):
+    counted = np.abs(embeddings) >= 2.0**-99 * np.abs(embeddings).max(axis=1, keepdims=True)
+    counted &= np.abs(embeddings) >= 2.0**-499  # what is smaller is as good as nothing
+    counts = np.where(counted, embeddings, 0) / scale
+    for row, scaled, norm, keep in zip(projected, counts, norms, counted, strict=True):
         length = np.linalg.norm(scaled)
         if length <= 1:
-            assert np.array_equal(row, scaled)  # untouched, to the last bit
+            assert np.array_equal(row[keep], scaled[keep])  # untouched, to the last bit
         else:
             assert abs(norm - 1) < 1e-12
-            assert np.allclose(row * length, scaled, rtol=1e-12, atol=1e-300)
+            assert np.allclose(row * length, scaled, rtol=1e-12, atol=1e-20)
+        assert np.abs(row[~keep]).max(initial=0) <= 2.0**-98 * np.abs(row).max() + 1e-149
     again = project(projected, 1.0)
-    assert np.allclose(again, projected, rtol=1e-15, atol=1e-300)
+    assert np.allclose(again, projected, rtol=1e-15, atol=1e-29)
+
+
+ANY_FLOAT = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True)
+#: What a vendor, by its backbone and its scale, may make of a row.
+EXTREMES = st.sampled_from(
+    [
+        0.0,
+        -0.0,
+        5e-324,
+        -2.2e-308,
+        1e-200,
+        1e-154,
+        1.0,
+        1e154,
+        -1.7976931348623157e308,
+        np.inf,
+        np.nan,
+    ]
+)
+
+
+@given(
+    npst.arrays(
+        np.float64, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=ANY_FLOAT | EXTREMES
+    ),
+    st.floats(1e-9, 1e9) | st.sampled_from([1e-9, 1e9]),
+)
+def test_every_finite_row_has_a_projection_and_nothing_is_raised(
+    embeddings: Any, scale: float
+) -> None:
+    with np.errstate(all="raise"):
+        projected = project(embeddings, scale)
+    finite = np.isfinite(embeddings).all(axis=1)
+    assert np.isnan(projected[~finite]).all()
+    found = projected[finite]
+    assert (np.abs(found[found != 0]) >= 2.0**-700).all()  # and no number is subnormal
+    for row, got in zip(embeddings[finite], found, strict=True):
+        exact = [Fraction(value) / Fraction(scale) for value in row.tolist()]
+        length = math.sqrt(min(sum(value * value for value in exact), Fraction(4)))
+        if length < 2:
+            expected = [float(value) / max(1.0, length) for value in exact]
+            assert np.allclose(got, expected, rtol=1e-12, atol=1e-28)
+        else:
+            largest = max(map(abs, exact))
+            direction = np.array([float(value / largest) for value in exact])
+            assert np.allclose(got, direction / np.linalg.norm(direction), rtol=1e-12, atol=1e-28)
 
 
 def test_projection_works_in_double_precision() -> None:

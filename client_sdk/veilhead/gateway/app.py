@@ -173,7 +173,9 @@ class Gateway:
         for outcome in outcomes:
             if isinstance(outcome, VeilheadError):
                 raise outcome
-            rows.append(_shaped(outcome, self.client.labels, function))
+            # On a thread: it takes longer for some logits than for others, and the service chooses
+            # them. No batch waits for it.
+            rows.append(await asyncio.to_thread(_shaped, outcome, self.client.labels, function))
         return JSONResponse(rows[0] if asked.is_single else rows)
 
 

@@ -4,9 +4,13 @@ that nothing of a message reaches a disk. Those that are not installed here are 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shlex
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -503,6 +507,46 @@ def test_requests_at_once_are_counted(tmp_path, service, certificate, zone):
         until(lambda: http.get("/livez").status_code == 429)
         open_ones.pop_all().close()
         until(lambda: http.get("/livez").status_code == 200)
+
+
+#: Run in a network of its own: how many of 80 connections at once, by each address, are accepted.
+COUNTED = """
+import contextlib, fcntl, json, socket, struct, sys
+with socket.socket() as up:  # the loopback device: IFF_UP
+    fcntl.ioctl(up, 0x8914, struct.pack("16sh14x", b"lo", 1))
+found = {}
+for address in ("127.0.0.1", "127.0.0.2", "::1"):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.ExitStack() as open_ones:
+        server = socket.create_server((address, 443), family=family, backlog=200)
+        open_ones.enter_context(server)
+        found[address] = 0
+        for _ in range(80):
+            connection = open_ones.enter_context(socket.socket(family))
+            connection.settimeout(5)
+            connection.bind((address, 0))
+            with contextlib.suppress(OSError):
+                connection.connect((address, 443))
+                found[address] += 1
+print(json.dumps(found))
+"""
+
+
+def in_a_network_of_its_own(script):
+    return subprocess.run(["unshare", "-n", "sh", "-ec", script], capture_output=True, text=True)
+
+
+@needs("nft")
+def test_the_kernel_counts_connections_of_one_address():
+    if in_a_network_of_its_own("nft list ruleset").returncode != 0:
+        pytest.skip("no network of its own can be made here")
+    count = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(COUNTED)}"
+    rules = f"nft -f {shlex.quote(str(DEPLOY / 'connections.nft'))}; "
+    counted = in_a_network_of_its_own(rules + count)
+    assert counted.returncode == 0, counted.stderr
+    assert json.loads(counted.stdout) == dict.fromkeys(("127.0.0.1", "127.0.0.2", "::1"), 64)
+    uncounted = json.loads(in_a_network_of_its_own(count).stdout)
+    assert set(uncounted.values()) == {80}
 
 
 def test_a_proxy_writes_no_paths(program, tmp_path, certificate):

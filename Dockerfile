@@ -12,9 +12,9 @@
 # plain HTTP: publish the port on loopback only, or put a proxy with TLS in front of it.
 #
 # What is installed is pinned: packages by version and hash (locks/), the base by digest. No digest is
-# written here, since none was verified where this file was written: `make pin-base` asks your registry
-# and keeps its answer in base-image.txt, which belongs into your repository. A base that is only a tag
-# is refused, unless UNPINNED_BASE=yes says that whatever the tag stands for today will do.
+# written here, since none could be verified where this file was written: `make pin-base` asks your
+# registry and keeps its answer in base-image.txt; keep that file, and builds stay on the same base. A base
+# that is only a tag is refused, unless UNPINNED_BASE=yes says that whatever it stands for today will do.
 
 ARG PYTHON_IMAGE=python:3.11-slim
 

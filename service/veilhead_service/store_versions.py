@@ -23,6 +23,7 @@ from veilhead_models.artifact import (
 from veilhead_protocol.errors import ArtifactError, BackboneError, HeadKeyError, StoreError
 from veilhead_protocol.files import verify
 from veilhead_protocol.formats import format_complaint, format_line, read_format
+from veilhead_protocol.manifest import NAME_PATTERN
 from veilhead_service.head_encryption import HEADER_BYTES, HeadKey, key_id_of
 from veilhead_service.store_files import sync_directory, write_atomically
 
@@ -44,7 +45,7 @@ _PUBLISH_AGAIN: Final = (
 _DIGEST: Final = "[0-9a-f]{64}"
 _ASIDE: Final = re.compile(rf"\.old-({_DIGEST})")
 _LEFT: Final = re.compile(
-    rf"\.(veilhead-(new|old)-.*|(new|old)-{_DIGEST}"
+    rf"\.(veilhead-new-.*|(new|old)-{_DIGEST}"
     rf"|(current|{re.escape(FORMAT_FILE)}|{re.escape(ENCRYPTED_FILE)}|{re.escape(ENCRYPTED_HEAD_FILE)}"
     rf"|{_DIGEST}\.[a-z.]+)\.[a-z0-9_]{{8}})"
 )
@@ -90,8 +91,8 @@ def takes_encrypted_heads_only(store: Path) -> bool:
     return (store / ENCRYPTED_FILE).exists() or any(store.glob(f"*/*/{ENCRYPTED_HEAD_FILE}"))
 
 
-def settle(store: Path, home: Path) -> None:
-    """Remove what publishers that were killed left in a store and in the home of one model.
+def settle(store: Path) -> None:
+    """Remove what publishers that were killed left in a store.
 
     A damaged version that one of them had moved aside is put back: it says whether its head was
     encrypted.
@@ -99,11 +100,13 @@ def settle(store: Path, home: Path) -> None:
     Raises:
         OSError: when that cannot be done.
     """
-    for directory in (store, home, *home.glob("[0-9a-f]*")):
+    homes = [path for path in store.iterdir() if NAME_PATTERN.fullmatch(path.name)]
+    versions = [version for home in homes for version in home.glob("[0-9a-f]*")]
+    for directory in (store, *homes, *versions):
         for path in list(directory.iterdir()) if directory.is_dir() else ():
             aside = _ASIDE.fullmatch(path.name)
-            if aside is not None and not (home / aside[1]).exists():
-                path.rename(home / aside[1])
+            if aside is not None and not path.with_name(aside[1]).exists():
+                path.rename(path.with_name(aside[1]))
             elif _LEFT.fullmatch(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -119,7 +122,7 @@ def put_version(store: Path, artifact: HeadArtifact, head_key: HeadKey | None) -
     """
     home = store / artifact.manifest.name
     version = home / artifact.manifest.digest.hex()
-    settle(store, home)
+    settle(store)
     if head_key is not None:
         # First: whatever becomes of this publisher, the next one knows.
         if not (store / ENCRYPTED_FILE).exists():

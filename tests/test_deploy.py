@@ -155,6 +155,39 @@ def test_compose_mounts_files_that_exist(compose):
             assert secret in compose["secrets"]
 
 
+def test_compose_contains_its_services(compose):
+    """Nothing of an image changes, no privileges, bounded logs, enough descriptors."""
+    for name, service in compose["services"].items():
+        assert service["read_only"] is True, name
+        assert any(place.startswith("/tmp") for place in service["tmpfs"])  # noqa: S108
+        assert service["cap_drop"] == ["ALL"]
+        assert "no-new-privileges:true" in service["security_opt"]
+        options = service["logging"]["options"]
+        assert service["logging"]["driver"] == "json-file"
+        assert options["max-size"] == "10m"
+        assert int(options["max-file"]) > 1
+        limits = service["ulimits"]
+        assert limits["core"] == 0
+        assert limits["nofile"]["soft"] == limits["nofile"]["hard"] >= 65536
+        writable = {
+            volume.split(":")[1] for volume in service["volumes"] if not volume.endswith(":ro")
+        }
+        assert len(writable) == 1  # its own data
+
+
+def test_compose_and_the_image_ask_for_readiness(compose):
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    (check,) = re.findall(r"^HEALTHCHECK (.*)$", text, re.M)
+    flags, _, command = check.partition(" CMD ")
+    health = compose["services"]["veilhead"]["healthcheck"]
+    assert health["test"] == ["CMD", *json.loads(command)]
+    assert "/readyz" in health["test"][-1]
+    given = dict(re.findall(r"--([a-z-]+)=(\S+)", flags))
+    assert {name.replace("-", "_"): value for name, value in given.items()} == {
+        name: str(value) for name, value in health.items() if name != "test"
+    }
+
+
 def test_compose_publishes_on_loopback_only(compose):
     for service in compose["services"].values():
         for port in service["ports"]:

@@ -28,7 +28,7 @@ from veilhead_models.embedder import Embedder
 from veilhead_models.packages import PackagePin, read_member
 from veilhead_models.sentence_transformer import SentenceTransformer
 from veilhead_protocol.errors import BackboneError, DatasetError, ManifestError
-from veilhead_protocol.files import cache_directory, describe_file, verify_files
+from veilhead_protocol.files import cache_directory, describe_file, verify
 from veilhead_protocol.manifest import BackboneSection, FileEntry, Manifest
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _loading(directory: str | Path, section: BackboneSection) -> Iterator[Path]:
     transformers would pick up others too, adapters and chat templates among them.
     """
     source = Path(directory).resolve()
-    verify_files(source, section)
+    verify(source, section.files)
     with tempfile.TemporaryDirectory(prefix="veilhead-backbone-") as view:
         for entry in section.files:
             link = Path(view) / entry.path
@@ -276,7 +276,7 @@ def minilm() -> tuple[Path, BackboneSection]:
                 f"the backbone {_MINILM.name} cannot be fetched: {error} "
                 f"Installing it helps too: pip install {_MINILM_PIN.name}=={_MINILM_PIN.version}"
             ) from error
-        verify_files(cached, _MINILM)
+        verify(cached, _MINILM.files)
     return cached, _MINILM
 
 
@@ -512,7 +512,7 @@ def _best_device() -> str:
 
 def _holds(directory: Path, section: BackboneSection) -> bool:
     try:
-        verify_files(directory, section)
+        verify(directory, section.files)
     except BackboneError:
         return False
     return True

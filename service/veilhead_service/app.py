@@ -22,6 +22,7 @@ from veilhead_service.model_store import ModelSource, ModelStore
 from veilhead_service.observation import ObservationMiddleware
 from veilhead_service.routes import Services
 from veilhead_service.settings import Settings
+from veilhead_service.store_versions import check_store_format
 from veilhead_service.telemetry import Telemetry
 from veilhead_service.tracing import Tracing
 from veilhead_service.workers import WorkerPool, current_models
@@ -75,10 +76,14 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         models: where models come from; the store of the settings when it is None.
 
     The workers start and end with the application's lifespan.
+
+    Raises:
+        StoreError: when the store is of another format.
     """
     head_key = settings.open_head_key()
     source = models
     if source is None:
+        check_store_format(settings.store)
         source = ModelStore(
             settings.store,
             head_key_id=None if head_key is None else head_key.id,

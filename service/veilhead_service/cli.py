@@ -14,9 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from veilhead_protocol.errors import StoreError
 from veilhead_protocol.policy import GUARDS, PRESETS, PolicySection, preset_policy
 from veilhead_service import access_log_cli, card_cli, logs, models_cli, settings_cli
 from veilhead_service.doctor import doctor
+from veilhead_service.head_encryption import HeadKey
 from veilhead_service.reporting import reported
 from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
 from veilhead_service.tenants_cli import app as tenants_app
@@ -306,25 +308,22 @@ def publish(
     """Put an artefact into a store. A service that runs on the store notices by itself.
 
     The head first answers a self-test. Published again, the same artefact gains a signature or
-    an encrypted head.
+    an encrypted head, and what was damaged is written anew. A store with an encrypted head takes
+    no plaintext one.
 
     Example: veilhead-server publish artifacts/icd10-chapters --store store
     """
     with reported():
         from veilhead_service.card_cli import read_card
-        from veilhead_service.head_encryption import HeadKey
         from veilhead_service.model_store import publish as publish_artifact
         from veilhead_service.retirement import Retirement
-        from veilhead_service.settings import Settings
         from veilhead_service.signing import SigningKey
 
         manifest = publish_artifact(
             directory,
             store,
             signing_key=None if sign_with is None else SigningKey.load(sign_with),
-            head_key=(
-                Settings().open_head_key() if head_key_file is None else HeadKey.load(head_key_file)
-            ),
+            head_key=_head_key(head_key_file),
             retire_previous=(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
@@ -336,6 +335,22 @@ def publish(
     for line in _policy_lines(manifest.policy):
         typer.echo(line)
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")
+
+
+def _head_key(file: Path | None) -> HeadKey | None:
+    """The head key of a flag, or else of the service's settings, which may ask for one."""
+    from veilhead_service.settings import Settings
+
+    if file is not None:
+        return HeadKey.load(file)
+    settings = Settings()
+    head_key = settings.open_head_key()
+    if head_key is None and settings.require_encrypted_heads:
+        raise StoreError(
+            "VEILHEAD_SERVER_REQUIRE_ENCRYPTED_HEADS is set and no head key was given: "
+            "publish with --head-key-file"
+        )
+    return head_key
 
 
 @app.command()

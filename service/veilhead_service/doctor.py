@@ -103,6 +103,7 @@ def examine(settings: Settings) -> list[Check]:
 def check_store(settings: Settings) -> list[Check]:
     """Whether the store can be read, only its owner writes to it, and heads are private."""
     from veilhead_service.model_store import ModelStore
+    from veilhead_service.store_versions import check_store_format
 
     store = settings.store
     if not store.is_dir():
@@ -132,6 +133,7 @@ def check_store(settings: Settings) -> list[Check]:
         require_encrypted_heads=settings.require_encrypted_heads,
     )
     try:
+        check_store_format(store)
         names = source.names()
         for name in names:
             model = source.current(name)

@@ -18,6 +18,7 @@ from veilhead_service.model_store import ModelStore, StoredModel, retire
 from veilhead_service.reporting import reported
 from veilhead_service.retirement import Retirement
 from veilhead_service.signing import SigningKey
+from veilhead_service.store_versions import check_store_format
 
 models_app = typer.Typer(no_args_is_help=True, help="Look at what a store holds.")
 signing_key_app = typer.Typer(
@@ -70,6 +71,7 @@ def list_models(
 def _rows(store: Path, now: datetime) -> Iterator[dict[str, Any]]:
     if not store.is_dir():
         raise StoreError(f"{store} is not a directory: expected a store that `publish` made")
+    check_store_format(store)
     models = ModelStore(store, check_heads=False)
     for name in models.names():
         current = models.current_digest(name)

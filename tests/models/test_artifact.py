@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from veilhead_models.artifact import (
     BACKBONE_DIRECTORY,
+    FORMAT_FILE,
     HEAD_FILE,
     MANIFEST_FILE,
     REPORT_FILE,
@@ -32,7 +33,7 @@ from veilhead_protocol.errors import (
     ParameterError,
     ScaleError,
 )
-from veilhead_protocol.files import describe_file, verify_files
+from veilhead_protocol.files import describe_file, verify
 from veilhead_protocol.manifest import BackboneSection, Manifest, PolicySection
 
 Floats = NDArray[np.float64]
@@ -296,7 +297,7 @@ class TestReplacing:
         random_artifact(classes=3).save(target, report={})
         manifest = random_artifact(classes=4).save(target)
         assert HeadArtifact.load(target).manifest == manifest
-        assert sorted(content(target)) == [HEAD_FILE, MANIFEST_FILE]
+        assert sorted(content(target)) == [FORMAT_FILE, HEAD_FILE, MANIFEST_FILE]
         assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
     @pytest.mark.parametrize("foreign", ["notes.txt", MANIFEST_FILE, HEAD_FILE])
@@ -504,7 +505,7 @@ class TestBackboneFiles:
             HeadArtifact.load(tmp_path / "m")
         damage(tmp_path / "source")
         with pytest.raises(BackboneError, match=r"nested/model\.safetensors"):
-            verify_files(tmp_path / "source", section)
+            verify(tmp_path / "source", section.files)
         with pytest.raises(BackboneError):
             random_artifact().with_backbone(tmp_path / "source", section)
         with pytest.raises((ArtifactError, BackboneError)):
@@ -516,7 +517,7 @@ class TestBackboneFiles:
         (tmp_path / "source" / "config.json").write_text("[]")
         got = describe_file(tmp_path / "source", "config.json").sha256
         with pytest.raises(BackboneError, match=f"{got}, expected {section.files[0].sha256}"):
-            verify_files(tmp_path / "source", section)
+            verify(tmp_path / "source", section.files)
 
 
 class TestSecrecy:

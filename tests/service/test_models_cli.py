@@ -104,6 +104,12 @@ def test_the_head_key_of_the_environment_is_used(run, listed, vendor, tmp_path, 
     assert [row["head"] for row in listed()] == ["encrypted"]
 
 
+def test_where_plaintext_heads_are_forbidden_none_is_published(run, vendor, monkeypatch):
+    monkeypatch.setenv("VEILHEAD_SERVER_REQUIRE_ENCRYPTED_HEADS", "true")
+    assert "--head-key-file" in run("publish", vendor.save(FIRST), code=1).stderr
+    assert not vendor.store.exists()
+
+
 def test_a_damaged_version_is_shown_beside_the_others(run, listed, vendor):
     sound, damaged = vendor.publish(FIRST), vendor.publish(SECOND)
     (vendor.version("model", damaged) / "manifest.json").write_text("{}")

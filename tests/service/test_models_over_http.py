@@ -12,7 +12,13 @@ import pytest
 from starlette.testclient import TestClient
 from support.heads import artifact
 
-from veilhead_models.artifact import BACKBONE_DIRECTORY, HEAD_FILE, MANIFEST_FILE, HeadArtifact
+from veilhead_models.artifact import (
+    BACKBONE_DIRECTORY,
+    FORMAT_FILE,
+    HEAD_FILE,
+    MANIFEST_FILE,
+    HeadArtifact,
+)
 from veilhead_protocol.errors import ArtifactError, StoreError
 from veilhead_service.app import create_app
 from veilhead_service.model_store import ModelStore, publish
@@ -407,8 +413,10 @@ def test_publishing_twice_changes_nothing(put_out, own_store):
     assert tree(own_store) == before
     digest = manifest.digest.hex()
     assert set(before) == {
+        ".format",
         ".lock",
         "model/current",
+        f"model/{digest}/{FORMAT_FILE}",
         f"model/{digest}/{HEAD_FILE}",
         f"model/{digest}/{MANIFEST_FILE}",
     }

@@ -142,12 +142,14 @@ def of_error(error: VeilheadError) -> Problem:
         )
     if isinstance(error, ModelRetiredError):
         return Problem(HTTPStatus.GONE, "model-retired", str(error))
-    if isinstance(error, ModelUnavailableError):
+    if isinstance(error, StoreError):
         logger.error("a model cannot be served: %s", error)
         return Problem(
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-            "model-unavailable",
-            "this version is published here but cannot be served; the service's log says why",
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            ModelUnavailableError.code,
+            "what is published here cannot be read or served; the service's log says why",
+            retryable=True,
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
     if isinstance(error, StateError):
         logger.error("the state failed: %s", error)
@@ -158,8 +160,6 @@ def of_error(error: VeilheadError) -> Problem:
             retryable=True,
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
-    if isinstance(error, StoreError):
-        logger.error("the model store failed: %s", error)
     return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the service failed")
 
 

@@ -2,10 +2,10 @@
 
 A version that no worker has loaded yet may be the one that ends whoever loads it: a head too large
 for the memory, a fault in a library. So each is first loaded by one worker while the others go on.
-When two workers in a row die or hang while they load it, it is quarantined: queries for it are
-refused at once, and no worker of the pool loads it again. From time to time it is tried alone, in a
-process that serves nothing else; once that goes well it is served like any other. A worker that
-dies while it loads nothing counts against no version.
+If that one dies or hangs, the version is tried alone, in a process that serves nothing else. If
+that ends like the first, it is quarantined: queries for it are refused at once, and it is tried
+alone again from time to time. Once that goes well it is served like any other. A worker that dies
+while it loads nothing counts against no version, nor does one death where loads went well before.
 
 What cannot be read, and what a worker refuses to answer with, is named here too.
 """
@@ -13,6 +13,7 @@ What cannot be read, and what a worker refuses to answer with, is named here too
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -131,7 +132,7 @@ class _Trouble:
 
     @property
     def is_quarantined(self) -> bool:
-        return self.why is Why.QUARANTINED and self.deaths >= _DEATHS
+        return self.deaths >= _DEATHS
 
 
 class Loads:
@@ -158,7 +159,8 @@ class Loads:
         """See whether a worker may be given this version.
 
         Raises:
-            ModelUnavailableError: when it is quarantined, or too large for any worker.
+            ModelUnavailableError: when it cost a worker and was not tried alone since, is
+                quarantined, or is too large for any worker.
         """
         digest = model.manifest.digest
         if digest in self._proven:
@@ -167,10 +169,11 @@ class Loads:
         if trouble is not None and trouble.stamp != _stamp(model):
             del self._troubles[digest]  # it was published again
             trouble = None
-        if trouble is not None and trouble.is_quarantined:
-            raise ModelUnavailableError(
-                f"the model {model.manifest.name} is quarantined: {trouble.reason}"
+        if trouble is not None and trouble.deaths:
+            what = (
+                "is quarantined" if trouble.is_quarantined else "cost a worker and is tried alone"
             )
+            raise ModelUnavailableError(f"the model {model.manifest.name} {what}: {trouble.reason}")
         needed = head_bytes(model.manifest)
         if needed > self._memory_bytes:
             reason = (
@@ -198,13 +201,14 @@ class Loads:
 
     def died(self, model: StoredModel, reason: str) -> None:
         """A worker was lost while it loaded this version."""
-        self._proven.discard(model.manifest.digest)
         trouble = self._trouble(model, Why.QUARANTINED)
         trouble.deaths += 1
         name = model.manifest.name
         logger.error("a worker was lost while it loaded the model %s: %s", name, reason)
-        if trouble.deaths < _DEATHS:
+        if not trouble.is_quarantined:
+            trouble.why, trouble.reason, trouble.next_attempt = Why.QUARANTINED, reason, -math.inf
             return
+        self._proven.discard(model.manifest.digest)
         self._failed(trouble, Why.QUARANTINED, reason)
         logger.error(
             "the model %s, version %s, is quarantined: %s; it is tried again, alone, in %g "
@@ -240,14 +244,15 @@ class Loads:
         now = self._clock()
         return [
             trouble.model
-            for trouble in self._troubles.values()
-            if trouble.failures and trouble.next_attempt <= now
+            for digest, trouble in self._troubles.items()
+            if digest not in self._proven and trouble.next_attempt <= now
         ]
 
     def is_put_off(self, model: StoredModel) -> bool:
-        """Whether this version failed, and is not to be loaded before it has been tried alone."""
-        trouble = self._troubles.get(model.manifest.digest)
-        return trouble is not None and trouble.failures > 0 and trouble.stamp == _stamp(model)
+        """Whether this version failed, and is not to be loaded ahead until it was tried alone."""
+        digest = model.manifest.digest
+        trouble = self._troubles.get(digest)
+        return digest not in self._proven and trouble is not None and trouble.stamp == _stamp(model)
 
     def retry(self, name: str) -> bool:
         """Try the versions of this name again soon; whether there were any to try."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -131,7 +132,8 @@ def serve(app: FastAPI, settings: Settings, *, host: str, port: int) -> None:
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )
     server = _Server(config, app.state.services.pool, settings)
-    server.run()
+    with suppress(SystemExit):  # how uvicorn says that it has not started
+        server.run()
     if not server.started:
         failure = getattr(app.state, "failure", None)
-        raise failure or ServiceError("the service did not start; its log says why")
+        raise failure or ServiceError(f"cannot listen on {host} port {port}; the log says why")

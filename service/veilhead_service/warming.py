@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -71,17 +72,28 @@ class Warming:
         self._current: list[StoredModel] = []  # what every worker is to hold
         self._first_loads: dict[bytes, asyncio.Task[_Outcome]] = {}
         self._trial: asyncio.Task[None] | None = None
+        self._warming: set[Worker] = set()  # workers that are asked to load ahead
+        self._again = asyncio.Event()
 
     async def run(self) -> None:
-        """Look at the store again and again."""
+        """Look at the store again and again, and at once when a load has cost a worker."""
         while True:
             try:
-                await self.look()
+                warming = self.look()
+                if not self.looked.is_set() and warming:
+                    await asyncio.wait(warming)
             finally:
                 self.looked.set()
-            await asyncio.sleep(_WARM_SECONDS)
+            self._again.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._again.wait(), _WARM_SECONDS)
 
-    async def look(self) -> None:
+    def blame(self, model: StoredModel, reason: str) -> None:
+        """A worker was lost while it loaded this version."""
+        self.loads.died(model, reason)
+        self._again.set()
+
+    def look(self) -> list[asyncio.Task[None]]:
         """Let free workers load what they lack, and try one version that was unavailable.
 
         Raises:
@@ -94,7 +106,14 @@ class Warming:
             for model in self.loads.due()[:1]:
                 alone = partial(self._try_alone, model)
                 self._trial = self._staff.spawn("trying a model alone", alone)
-        await asyncio.gather(*(self.warm(worker) for worker in list(self._staff.free)))
+        return [
+            self._staff.spawn("loading heads", partial(self.warm, worker))
+            for worker in self._staff.free
+            if worker not in self._warming and self._lacks(worker)
+        ]
+
+    def _lacks(self, worker: Worker) -> list[StoredModel]:
+        return [model for model in self._current if model.manifest.digest not in worker.met]
 
     async def require(self, model: StoredModel, tenant: str, cost: int) -> None:
         """Wait until some worker has loaded this version.
@@ -122,8 +141,15 @@ class Warming:
 
     async def warm(self, worker: Worker) -> None:
         """Let a worker load what it lacks, one by one while it is free, or fresh and not wanted."""
+        self._warming.add(worker)
+        try:
+            await self._warm(worker)
+        finally:
+            self._warming.discard(worker)
+
+    async def _warm(self, worker: Worker) -> None:
         ends = time.monotonic() + _AHEAD_SECONDS
-        lacking = [model for model in self._current if model.manifest.digest not in worker.met]
+        lacking = self._lacks(worker)
         later = [model for model in lacking if model.manifest.digest in self._first_loads]
         loaded = False
         for model in [model for model in lacking if model not in later] + later:

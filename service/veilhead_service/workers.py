@@ -121,7 +121,7 @@ class WorkerPool:
         self._loads = Loads(memory_bytes)
         self._warming = Warming(self._staff, self._loads, head_bytes, catalogue)
         self._staff.prepare = self._warming.warm
-        self._staff.blame = self._loads.died
+        self._staff.blame = self._warming.blame
         self._draining = False
         self._evaluations = 0
 

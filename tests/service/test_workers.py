@@ -23,6 +23,7 @@ from veilhead_protocol.errors import ServiceError, WireError, WorkerError
 from veilhead_service import frames, worker
 from veilhead_service.app import create_app
 from veilhead_service.encrypted_head import EncryptedHead
+from veilhead_service.loads import read_catalogue
 from veilhead_service.model_store import ModelStore
 from veilhead_service.settings import Settings
 from veilhead_service.worker_process import Worker
@@ -38,7 +39,7 @@ def dispatched(monkeypatch):
 
     async def counted(self, model, request, **limits):
         async with changed:
-            counter["sent"] += 1
+            counter["sent"] += request[0] == frames.EVALUATE
             changed.notify_all()
         return await ask(
             self, model, request, **limits
@@ -79,8 +80,12 @@ def open_bench(store, service, child_workers):
     @asynccontextmanager
     async def open_bench(size=1, *, waiting_per_worker=64, evaluation_seconds=30.0):
         before = child_workers()
+        models = ModelStore(store)
         pool = WorkerPool(
-            size, waiting_per_worker=waiting_per_worker, evaluation_seconds=evaluation_seconds
+            size,
+            waiting_per_worker=waiting_per_worker,
+            evaluation_seconds=evaluation_seconds,
+            catalogue=lambda: read_catalogue(models),
         )
         await pool.start()
         try:

@@ -19,7 +19,6 @@ from starlette.exceptions import HTTPException
 from veilhead_protocol.errors import (
     ModelMismatchError,
     ModelRetiredError,
-    ModelUnavailableError,
     StateError,
     StoreError,
     VeilheadError,
@@ -146,7 +145,7 @@ def of_error(error: VeilheadError) -> Problem:
         logger.error("a model cannot be served: %s", error)
         return Problem(
             HTTPStatus.SERVICE_UNAVAILABLE,
-            ModelUnavailableError.code,
+            "model-unavailable",
             "what is published here cannot be read or served; the service's log says why",
             retryable=True,
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},

@@ -53,7 +53,13 @@ class Warming:
     """
 
     def __init__(
-        self, staff: Staff, loads: Loads, head_bytes: int, catalogue: Callable[[], Catalogue]
+        self,
+        staff: Staff,
+        loads: Loads,
+        head_bytes: int,
+        catalogue: Callable[[], Catalogue],
+        *,
+        only_one: bool,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -62,12 +68,14 @@ class Warming:
             loads: what is known of loading.
             head_bytes: encoded heads that a worker keeps.
             catalogue: the current versions of the store.
+            only_one: whether there is a single worker.
         """
         self.loads = loads
         self.used: dict[bytes, float] = {}
         self.looked = asyncio.Event()
         self._staff = staff
         self._head_bytes = head_bytes
+        self._only_one = only_one
         self._catalogue = catalogue
         self._current: list[StoredModel] = []  # what every worker is to hold
         self._first_loads: dict[bytes, asyncio.Task[_Outcome]] = {}
@@ -94,7 +102,7 @@ class Warming:
         self._again.set()
 
     def look(self) -> list[asyncio.Task[None]]:
-        """Let free workers load what they lack, and try one version that was unavailable.
+        """Let free workers load what they lack, and try what was unavailable.
 
         Raises:
             StoreError: when the store cannot be read.
@@ -102,15 +110,24 @@ class Warming:
         models, unreadable = self._catalogue()
         self.loads.note_unreadable(unreadable)
         self._current = that_fit(models, self._head_bytes, self.used)
-        if self._trial is None or self._trial.done():
-            for model in self.loads.due()[:1]:
-                alone = partial(self._try_alone, model)
-                self._trial = self._staff.spawn("trying a model alone", alone)
+        to_try = self.loads.due() + [model for model in self._current if self._is_too_risky(model)]
+        if to_try and (self._trial is None or self._trial.done()):
+            alone = partial(self._try_alone, to_try)
+            self._trial = self._staff.spawn("trying models alone", alone)
         return [
             self._staff.spawn("loading heads", partial(self.warm, worker))
             for worker in self._staff.free
             if worker not in self._warming and self._lacks(worker)
         ]
+
+    def _is_too_risky(self, model: StoredModel) -> bool:
+        """Whether a new version is tried alone first: the only worker answers for the others."""
+        return (
+            self._only_one
+            and self.looked.is_set()
+            and not self.loads.is_proven(model)
+            and not self.loads.is_put_off(model)
+        )
 
     def _lacks(self, worker: Worker) -> list[StoredModel]:
         return [model for model in self._current if model.manifest.digest not in worker.met]
@@ -182,6 +199,7 @@ class Warming:
             digest not in worker.met
             and digest not in self._first_loads
             and not self.loads.is_put_off(model)
+            and not self._is_too_risky(model)
         )
 
     def _note_first(
@@ -234,22 +252,32 @@ class Warming:
         self.loads.refused(model, str(refusal))
         return refusal
 
-    async def _try_alone(self, model: StoredModel) -> None:
-        """See whether an unavailable version can be loaded by now, in a process of its own."""
+    async def _try_alone(self, models: list[StoredModel]) -> None:
+        """See which of these versions can be loaded, in a process that serves nothing else."""
         worker = await self._staff.start_apart()
+        try:
+            for model in models:
+                if not await self._try(worker, model):
+                    return  # the next look goes on with the others
+        finally:
+            worker.stop()
+            self._again.set()
+
+    async def _try(self, worker: Worker, model: StoredModel) -> bool:
+        """Let a worker that stands apart load a version; whether the worker is still there."""
         seconds = self._staff.seconds_to_load(model)
         try:
             answer = await worker.ask(model, _request(model), seconds=seconds, load_seconds=seconds)
         except TimeoutError:
             self.loads.died(model, self._staff.how_it_ended(worker, Reason.TIMEOUT))
+            return False
         except (OSError, EOFError):
             self.loads.died(model, self._staff.how_it_ended(worker, Reason.DIED))
-        else:
-            if self._learn(model, answer) is None:
-                for one in self._staff.alive:  # they may load it now
-                    one.met.discard(model.manifest.digest)
-        finally:
-            worker.stop()
+            return False
+        if self._learn(model, answer) is None:
+            for one in self._staff.alive:  # they may load it now
+                one.met.discard(model.manifest.digest)
+        return True
 
 
 def _request(model: StoredModel) -> list[bytes]:

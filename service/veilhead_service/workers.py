@@ -119,7 +119,9 @@ class WorkerPool:
         self._line = FairLine[Worker](workers * waiting_per_worker, shared=shared)
         self._staff = Staff(self._line, limits, head_key)
         self._loads = Loads(memory_bytes)
-        self._warming = Warming(self._staff, self._loads, head_bytes, catalogue)
+        self._warming = Warming(
+            self._staff, self._loads, head_bytes, catalogue, only_one=workers == 1
+        )
         self._staff.prepare = self._warming.warm
         self._staff.blame = self._warming.blame
         self._draining = False

@@ -194,7 +194,7 @@ def test_a_store_that_fails_is_logged_for_its_operator_only(problem, caplog):
     source = FailingSource(StoreError("/srv/store/model cannot be read"))
     client = TestClient(create_app(Settings(insecure_no_tenants=True), models=source))
     response = client.get("/v1/models/digits")
-    problem(response, 500, "internal")
+    problem(response, 503, "model-unavailable", retryable=True)
     assert "/srv" not in response.text
     assert "/srv/store/model" in caplog.text
 

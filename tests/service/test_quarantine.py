@@ -259,6 +259,21 @@ def test_a_load_that_never_ends_is_ended(case):
         case.check()
 
 
+def test_one_worker_alone_tries_what_is_published_apart(case):
+    """A head that ends its loader does not cost the only worker."""
+    healthy = artifact(5, 32, name="healthy")
+    with case.running(workers=1) as service:
+        case.check()
+        before = service.workers()
+        case.trigger.touch()
+        case.vendor.publish(healthy)
+        case.vendor.publish(artifact(5, 32, name="deadly"))
+        wait_for(lambda: "deadly" in case.unavailable)
+        case.check()
+        case.check(healthy)
+        assert before[0] in service.workers()  # it was not touched by any of that
+
+
 def test_a_head_that_no_worker_may_hold_is_not_loaded(case):
     case.vendor.publish(artifact(4096, 1100, name="huge"))
     with case.running(worker_memory_bytes=2**26) as service:

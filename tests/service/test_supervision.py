@@ -18,7 +18,7 @@ from support.processes import freeze, workers_of
 from veilhead.session import Session
 from veilhead_protocol.errors import WorkerError
 from veilhead_service import staff, warming, worker_process
-from veilhead_service.loads import read_catalogue
+from veilhead_service.loads import head_bytes, read_catalogue, that_fit
 from veilhead_service.model_store import ModelStore, publish
 from veilhead_service.staff import Reason
 from veilhead_service.worker import Evaluator, _Recent
@@ -305,6 +305,84 @@ def test_what_is_published_later_is_loaded_in_the_background(store, tmp_path, mo
             await until(lambda: all(worker.met == {digest} for worker in bench.pool._staff.alive))
             await until(lambda: bench.stats.busy == 0)
             assert (await bench.ask("late")).reply
+
+    asyncio.run(run())
+
+
+def test_heads_that_do_not_fit_are_loaded_when_they_are_asked_for(store):
+    models = read_catalogue(ModelStore(store)).models
+    sizes = {model.manifest.name: head_bytes(model.manifest) for model in models}
+    limit = sum(sizes.values()) - 1
+
+    async def run():
+        async with opened(store, 2, head_bytes=limit) as bench:
+            fitting = {model.manifest.digest for model in that_fit(models, limit, {})}
+            assert len(fitting) == len(models) - 1
+            assert all(worker.met == fitting for worker in bench.pool._staff.alive)
+            for name in sizes:
+                assert (await bench.ask(name)).reply
+            assert bench.stats.unavailable == ()
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_takes_anothers_place_answers_before_it_has_loaded_everything(
+    tmp_path, monkeypatch
+):
+    """Nobody else is there: what it is asked for comes first."""
+    for number in range(25):
+        artifact(100, 384, name=f"model-{number}").save(tmp_path / f"model-{number}")
+        publish(tmp_path / f"model-{number}", tmp_path / "store")
+
+    async def run():
+        async with opened(tmp_path / "store") as bench:
+            (worker,) = bench.pool._staff.alive
+            assert len(worker.met) == 25
+            os.kill(*bench.pids, signal.SIGKILL)
+            await until(lambda: bench.pool.ready is False)
+            assert (await bench.ask("model-24")).reply
+            (worker,) = bench.pool._staff.alive
+            assert len(worker.met) < 25
+            await until(lambda: len(worker.met) == 25)
+
+    asyncio.run(run())
+
+
+def test_a_planned_successor_has_loaded_everything_when_it_takes_over(store):
+    async def run():
+        async with opened(store, max_evaluations=3) as bench:
+            (first,) = bench.pool._staff.alive
+            for _ in range(3):
+                assert (await bench.ask()).reply
+            await until(lambda: first not in bench.pool._staff.alive)
+            (successor,) = bench.pool._staff.alive
+            assert len(successor.met) == 4
+            assert not successor.evaluations
+
+    asyncio.run(run())
+
+
+def test_many_workers_do_not_start_all_at_once(store, monkeypatch):
+    monkeypatch.setattr(staff, "_STARTS_AT_ONCE", 2)
+    starting, most = set(), []
+    start = staff.Worker.start
+
+    async def counted(*arguments):
+        mark = object()
+        starting.add(mark)
+        most.append(len(starting))
+        try:
+            return await start(*arguments)
+        finally:
+            starting.discard(mark)
+
+    monkeypatch.setattr(staff.Worker, "start", counted)
+
+    async def run():
+        async with opened(store, 5) as bench:
+            await until(lambda: bench.stats.alive == 5)
+            assert max(most) == 2
+            assert (await bench.ask()).reply
 
     asyncio.run(run())
 

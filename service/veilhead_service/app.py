@@ -65,10 +65,12 @@ class _RequestContext:
         """Start and end the app; what fails is told in one line, and never as a traceback."""
 
         async def send_in_short(message: Message) -> None:
-            if message["type"].endswith(".failed"):
+            if message["type"] == "lifespan.startup.failed":
                 failure = getattr(scope["app"].state, "failure", None)
                 why = "it was interrupted" if failure is None else reason_of(failure)
                 message = {**message, "message": f"the service cannot start: {why}"}
+            elif message["type"] == "lifespan.shutdown.failed":
+                message = {**message, "message": "the service did not end as it should"}
             await send(message)
 
         await self._app(scope, receive, send_in_short)
@@ -147,7 +149,8 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
     if log is not None:
         services.telemetry.watch(telemetry.access_log_metrics(log))
     tracing = Tracing.over_otlp(settings.tracing_endpoint) if settings.tracing else None
-    status = ModelStatus(settings.state_directory, pool)
+    # Models that are not of a store are nobody's whom the vendor's command could tell of them.
+    status = ModelStatus(settings.state_directory, pool) if models is None else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -157,13 +160,15 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
                 if log is not None:
                     log.start()
                 await pool.start()
-                status.start()
+                if status is not None:
+                    status.start()
             except Exception as error:
                 app.state.failure = error  # `serve` tells it
                 raise
             yield
         finally:
-            await status.stop()
+            if status is not None:
+                await status.stop()
             await pool.stop()
             await access.stop()
             if log is not None:

@@ -73,6 +73,8 @@ def service(store, tmp_path):
     }
     with ServiceProcess(store, tmp_path / "log", workers=1, settings=settings) as service:
         yield service
+        for pid in service.workers():  # one that a failed test left frozen would never end
+            os.kill(pid, signal.SIGCONT)
 
 
 def test_a_heavy_tenant_does_not_starve_the_others(service, artifacts, tmp_path):

@@ -31,6 +31,7 @@ class Pool:
     waiting: int = 3
     restarts: dict = field(default_factory=lambda: {"died": 5})
     failed_starts: int = 4
+    unavailable: tuple = ()
 
 
 @dataclass(frozen=True)

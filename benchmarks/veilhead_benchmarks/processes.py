@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -42,6 +42,7 @@ class ServiceProcess:
         workers: int = 2,
         settings: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         """Describe the service.
 
@@ -51,13 +52,14 @@ class ServiceProcess:
             workers: evaluating processes.
             settings: of `Settings`, by name.
             environment: further variables.
+            prefix: words before the command: a program that runs it.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
-        self._command = [sys.executable, "-m", "veilhead_service", "run"]
+        self._command = [*prefix, sys.executable, "-m", "veilhead_service", "run"]
         self._command += ["--store", str(store), "--port", str(self.port)]
         self._command += ["--workers", str(workers)]
         given = {"insecure_no_tenants": True, "state_directory": log.parent / "state"}

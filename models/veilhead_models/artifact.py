@@ -35,7 +35,7 @@ from safetensors.numpy import save as serialize_tensors
 
 from veilhead_protocol.errors import ArtifactError, BackboneError, ManifestError, ScaleError
 from veilhead_protocol.files import verify
-from veilhead_protocol.formats import format_complaint, format_line, read_format
+from veilhead_protocol.formats import format_complaint, format_line, read_format, read_regular
 from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
 from veilhead_protocol.manifest import (
@@ -92,7 +92,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     file = directory / MANIFEST_FILE
     try:
-        content = file.read_bytes()
+        content = read_regular(file)
         found = read_format(directory / FORMAT_FILE)
     except OSError as error:
         raise ArtifactError(

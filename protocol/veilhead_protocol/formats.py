@@ -6,11 +6,30 @@ number rises when anything that a reader relies on changes.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
 from pathlib import Path
 
 _FORMAT = re.compile(r"([a-z][a-z0-9-]{0,31})/([1-9][0-9]{0,5})")
 _MAX_BYTES = 64
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file; of anything else it is not waited for, as a pipe would have it.
+
+    Raises:
+        OSError: when it cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def format_line(name: str) -> bytes:
@@ -25,8 +44,7 @@ def read_format(file: Path) -> str | None:
         OSError: when it cannot be read.
     """
     try:
-        with file.open("rb") as opened:
-            return opened.read(_MAX_BYTES).decode("ascii", "replace").strip()
+        return read_regular(file)[:_MAX_BYTES].decode("ascii", "replace").strip()
     except FileNotFoundError:
         return None
 

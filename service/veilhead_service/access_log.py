@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from veilhead_protocol.errors import AccessLogError
+from veilhead_service.background import reason_of
 
 FILE_NAME: Final = "access.log"
 
@@ -308,10 +309,22 @@ class AccessLog:
         ended = False
         while not ended:
             batch, ended = self._next_batch()
-            if batch or self._failed:
-                self._record(batch)
-            if ended or self._sync_is_due():
-                self._try_sync()
+            try:
+                if batch or self._failed:
+                    self._record(batch)
+                if ended or self._sync_is_due():
+                    self._try_sync()
+            except Exception as error:  # the thread goes on: nobody would write after it
+                self._fail(batch, error)
+
+    def _fail(self, batch: list[_Item], error: Exception) -> None:
+        """Tell of a failure that nobody expected; who waits for these records is told, too."""
+        logger.error("the access log failed: %s", reason_of(error), exc_info=error)
+        self._failed = True
+        for item in batch:
+            if not item.written.done():
+                self._unrecorded += 1
+                item.written.set_exception(AccessLogError("the access log failed"))
 
     def _next_batch(self) -> tuple[list[_Item], bool]:
         """The records that wait, and whether they are the last ones."""

@@ -15,9 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from veilhead_service import access_log, problems, routes, telemetry
 from veilhead_service.access import AccessGate, InsecureAccess, TenantAccess
 from veilhead_service.access_log import AccessLog
+from veilhead_service.background import reason_of
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
 from veilhead_service.limits import Budget, Period, Rate
+from veilhead_service.loads import read_catalogue
+from veilhead_service.model_status import ModelStatus
 from veilhead_service.model_store import ModelSource, ModelStore
 from veilhead_service.observation import ObservationMiddleware
 from veilhead_service.routes import Services
@@ -25,7 +28,7 @@ from veilhead_service.settings import Settings
 from veilhead_service.store_versions import check_store_format
 from veilhead_service.telemetry import Telemetry
 from veilhead_service.tracing import Tracing
-from veilhead_service.workers import WorkerPool, current_models
+from veilhead_service.workers import WorkerPool
 
 
 class _RequestContext:
@@ -35,6 +38,9 @@ class _RequestContext:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -55,6 +61,20 @@ class _RequestContext:
             problem = problems.of_failure(request_id, error)
             if not started:
                 await problems.respond(Request(scope), problem)(scope, receive, send_with_id)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Start and end the app; what fails is told in one line, and never as a traceback."""
+
+        async def send_in_short(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                failure = getattr(scope["app"].state, "failure", None)
+                why = "it was interrupted" if failure is None else reason_of(failure)
+                message = {**message, "message": f"the service cannot start: {why}"}
+            elif message["type"] == "lifespan.shutdown.failed":
+                message = {**message, "message": "the service did not end as it should"}
+            await send(message)
+
+        await self._app(scope, receive, send_in_short)
 
 
 def _access_log(settings: Settings) -> AccessLog | None:
@@ -93,12 +113,14 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         settings.workers,
         waiting_per_worker=settings.waiting_per_worker,
         evaluation_seconds=settings.evaluation_seconds,
+        load_seconds=settings.load_seconds,
         queue_seconds=settings.queue_seconds,
         memory_bytes=settings.worker_memory_bytes,
         head_bytes=settings.worker_head_bytes,
         max_evaluations=settings.worker_max_evaluations,
-        preload=lambda: current_models(source),
+        catalogue=lambda: read_catalogue(source),
         head_key=head_key,
+        shared=not settings.insecure_no_tenants,
     )
     access = (
         InsecureAccess()
@@ -132,16 +154,26 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
     if log is not None:
         services.telemetry.watch(telemetry.access_log_metrics(log))
     tracing = Tracing.over_otlp(settings.tracing_endpoint) if settings.tracing else None
+    # Models that are not of a store are nobody's whom the vendor's command could tell of them.
+    status = ModelStatus(settings.state_directory, pool) if models is None else None
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
-            await access.start()
-            if log is not None:
-                log.start()
-            await pool.start()
+            try:
+                await access.start()
+                if log is not None:
+                    log.start()
+                await pool.start()
+                if status is not None:
+                    status.start()
+            except Exception as error:
+                app.state.failure = error  # `serve` tells it
+                raise
             yield
         finally:
+            if status is not None:
+                await status.stop()
             await pool.stop()
             await access.stop()
             if log is not None:

@@ -389,7 +389,9 @@ def run(
     """
     with reported():
         from veilhead_service.app import create_app
+        from veilhead_service.machine import available_bytes
         from veilhead_service.server import serve
+        from veilhead_service.settings import WORKER_BYTES
         from veilhead_service.state import State
 
         settings, _ = from_flags(
@@ -413,4 +415,12 @@ def run(
             )
         else:
             State(settings.state_directory).close()  # what is wrong with it is said here
+        free = available_bytes()
+        if free is not None and free < settings.workers * WORKER_BYTES + settings.key_memory_bytes:
+            _logger.warning(
+                "%d workers take %d MiB and more, and %d MiB are free: `veilhead-server doctor`",
+                settings.workers,
+                settings.workers * WORKER_BYTES // 2**20,
+                free // 2**20,
+            )
         serve(create_app(settings), settings, host=settings.host, port=settings.port)

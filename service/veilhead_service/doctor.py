@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import http.client
+import json
 import os
 import resource
 import socket
@@ -29,6 +30,8 @@ from veilhead_protocol.checks import (
     render,
 )
 from veilhead_protocol.errors import SecretFileError, StateError, StoreError, VeilheadError
+from veilhead_service.background import reason_of
+from veilhead_service.machine import available_bytes
 from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
 
 if TYPE_CHECKING:
@@ -94,7 +97,7 @@ def examine(settings: Settings) -> list[Check]:
         check_port(settings.host, settings.port),
         check_core_dumps(),
         check_swap(Path("/proc/swaps")),
-        check_memory(settings.workers, settings.key_memory_bytes, Path("/proc/meminfo")),
+        check_memory(settings.workers, settings.key_memory_bytes, available_bytes()),
         check_clock(datetime.now(UTC)),
         *([check_tracing()] if settings.tracing else []),
     ]
@@ -135,16 +138,17 @@ def check_store(settings: Settings) -> list[Check]:
     try:
         check_store_format(store)
         names = source.names()
-        for name in names:
+    except StoreError as error:
+        return [*checks, Check("store", Outcome.FAIL, str(error), "let the service's user read it")]
+    for name in names:
+        try:
             model = source.current(name)
+        except (StoreError, OSError) as error:
+            advice = "let the service's user read it, or publish the model again"
+            checks.append(Check(f"model {name}", Outcome.FAIL, reason_of(error), advice))
+        else:
             found = "nothing" if model is None else model.manifest.digest.hex()[:12]
             checks.append(passed(f"model {name}", f"stands for {found}"))
-    except StoreError as error:
-        checks.append(Check("store", Outcome.FAIL, str(error), "publish the model again"))
-        return checks
-    except OSError as error:
-        advice = "let the service's user read it"
-        return [*checks, Check("store", Outcome.FAIL, f"{store}: {error.strerror}", advice)]
     if not names:
         advice = "`veilhead-server publish`; a running service notices"
         checks.append(Check("models", Outcome.WARN, "none is published", advice))
@@ -206,8 +210,8 @@ def _is_ready(host: str, port: int) -> bool:
     connection = http.client.HTTPConnection(host, port, timeout=_PROBE_SECONDS)
     try:
         connection.request("GET", "/readyz")
-        return connection.getresponse().read(64) == b'{"status":"ready"}'
-    except (OSError, http.client.HTTPException):
+        return bool(json.loads(connection.getresponse().read())["status"] == "ready")
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
         return False
     finally:
         connection.close()
@@ -250,20 +254,19 @@ def worker_bytes() -> int | None:
     return int(done.stdout)
 
 
-def check_memory(workers: int, key_bytes: int, table: Path) -> Check:
-    """Whether the workers fit into the memory that is available; `table` is /proc/meminfo."""
+def check_memory(workers: int, key_bytes: int, available: int | None) -> Check:
+    """Whether the workers fit into the memory that is available, `machine.available_bytes`."""
     each = worker_bytes()
     if each is None:
         advice = "run `python -m veilhead_service.worker 0` and read its message"
         return Check("memory", Outcome.FAIL, "a worker does not start", advice)
     needed = workers * each + key_bytes
     text = f"{workers} workers of {each / 2**20:.0f} MiB, keys {key_bytes / 2**20:.0f} MiB"
-    try:
-        fields = dict(line.split(":", 1) for line in table.read_text().splitlines() if ":" in line)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return Check("memory", Outcome.WARN, f"{text}; {table} says nothing", "see that it fits")
-    text += f", {available / 2**20:.0f} MiB available"
+    if available is None:
+        return Check(
+            "memory", Outcome.WARN, f"{text}; nobody says what is free", "see that it fits"
+        )
+    text += f", {available / 2**20:.0f} MiB available to this machine and control group"
     if needed > available:
         return Check("memory", Outcome.FAIL, text, "fewer workers, less for keys, or more memory")
     if needed > available * 0.75:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from veilhead_protocol.errors import (
     ModelUnavailableError,
     StoreError,
 )
+from veilhead_protocol.formats import read_regular
 from veilhead_protocol.manifest import NAME_PATTERN, Manifest
 from veilhead_protocol.policy import PolicySection
 from veilhead_protocol.signatures import (
@@ -192,15 +194,29 @@ class ModelStore:
         self._opened: dict[tuple[str, str], tuple[tuple[_Stamp, ...], StoredModel]] = {}
 
     def names(self) -> list[str]:
-        """The names of all models, sorted."""
-        return sorted(self._names())
+        """The names of all models, sorted; those of models that cannot be read, too.
 
-    def _names(self) -> Iterator[str]:
-        if not self._root.is_dir():
-            return
-        for entry in self._root.iterdir():
-            if NAME_PATTERN.fullmatch(entry.name) and (entry / _CURRENT).is_file():
-                yield entry.name
+        Raises:
+            StoreError: when the store itself cannot be read.
+        """
+        try:
+            entries = os.listdir(self._root)  # noqa: PTH208
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StoreError(f"{self._root} cannot be read: {error.strerror}") from error
+        return sorted(name for name in entries if self._is_model(name))
+
+    def _is_model(self, name: str) -> bool:
+        if not NAME_PATTERN.fullmatch(name):
+            return False
+        try:
+            os.stat(self._root / name / _CURRENT)  # noqa: PTH116
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True  # whoever asks for it is told why it cannot be read
+        return True
 
     def current(self, name: str) -> StoredModel | None:
         """The version that a name stands for, or None when nothing is published under it.
@@ -242,9 +258,17 @@ class ModelStore:
         raise ModelRetiredError(f"this version was retired on {model.retirement}; {advice}")
 
     def versions(self, name: str) -> Iterator[tuple[str, StoredModel | StoreError]]:
-        """Every version of a name by its digest, the retired ones too, and why one is unusable."""
-        for entry in sorted((self._root / name).iterdir()):
-            if not (_DIGEST_PATTERN.fullmatch(entry.name) and entry.is_dir()):
+        """Every version of a name by its digest, the retired ones too, and why one is unusable.
+
+        Raises:
+            StoreError: when the name's directory cannot be read.
+        """
+        try:
+            entries = sorted((self._root / name).iterdir())
+        except OSError as error:
+            raise StoreError(f"{self._root / name} cannot be read: {error.strerror}") from error
+        for entry in entries:
+            if not _DIGEST_PATTERN.fullmatch(entry.name):
                 continue
             try:
                 model = self._open(name, entry.name)
@@ -263,8 +287,8 @@ class ModelStore:
         if not NAME_PATTERN.fullmatch(name):
             return None
         try:
-            digest = (self._root / name / _CURRENT).read_text("ascii").strip()
-        except FileNotFoundError:
+            digest = read_regular(self._root / name / _CURRENT).decode("ascii").strip()
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise StoreError(f"{self._root / name / _CURRENT} cannot be read: {error}") from error
@@ -282,9 +306,21 @@ class ModelStore:
         known = self._opened.get((name, digest))
         if known is not None and known[0] == stamps:
             return known[1]
+        self._opened.pop((name, digest), None)
+        try:
+            model = self._read(name, digest)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+        if model is not None:
+            self._opened[name, digest] = (stamps, model)
+        return model
+
+    def _read(self, name: str, digest: str) -> StoredModel | None:
         directory = self._root / name / digest
-        if not directory.is_dir():
-            self._opened.pop((name, digest), None)
+        try:
+            if not stat.S_ISDIR(directory.stat().st_mode):
+                return None
+        except (FileNotFoundError, NotADirectoryError):
             return None
         check_store_format(self._root)
         opened = StoredModel.open(directory)
@@ -292,11 +328,9 @@ class ModelStore:
             raise StoreError(f"{directory} holds another model than its name says")
         if self._check_heads:
             self._check_head(opened)
-        model = StoredModel(
+        return StoredModel(
             opened.manifest, directory, _read_signatures(directory), _read_retirement(directory)
         )
-        self._opened[name, digest] = (stamps, model)
-        return model
 
     def _check_head(self, model: StoredModel) -> None:
         """Refuse what no worker could load; only the first bytes of the head are read."""
@@ -328,7 +362,7 @@ class ModelStore:
 def _stamp(path: str) -> _Stamp:
     try:
         status = os.stat(path)  # noqa: PTH116
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}") from error
@@ -338,7 +372,7 @@ def _stamp(path: str) -> _Stamp:
 def _read_beside(directory: Path, suffix: str) -> bytes | None:
     path = directory.with_name(directory.name + suffix)
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError:
         return None
     except OSError as error:

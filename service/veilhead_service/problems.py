@@ -8,6 +8,8 @@ Details name what was wrong and what was expected, and never hold a byte of a re
 from __future__ import annotations
 
 import logging
+import math
+import time
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -19,7 +21,6 @@ from starlette.exceptions import HTTPException
 from veilhead_protocol.errors import (
     ModelMismatchError,
     ModelRetiredError,
-    ModelUnavailableError,
     StateError,
     StoreError,
     VeilheadError,
@@ -53,6 +54,12 @@ OPENAPI_RESPONSE: Final[dict[str, Any]] = {
 
 #: Seconds after which a client should try again when no worker was free.
 RETRY_AFTER_SECONDS: Final = 1
+
+#: Between two log lines of the same error; and how many errors are remembered for that.
+_TELL_SECONDS: Final = 60.0
+_MOST_TOLD: Final = 256
+
+_told: dict[str, float] = {}
 
 logger = logging.getLogger("veilhead.service")
 
@@ -142,12 +149,14 @@ def of_error(error: VeilheadError) -> Problem:
         )
     if isinstance(error, ModelRetiredError):
         return Problem(HTTPStatus.GONE, "model-retired", str(error))
-    if isinstance(error, ModelUnavailableError):
-        logger.error("a model cannot be served: %s", error)
+    if isinstance(error, StoreError):
+        _tell_operator(f"a model cannot be served: {error}")
         return Problem(
-            HTTPStatus.INTERNAL_SERVER_ERROR,
+            HTTPStatus.SERVICE_UNAVAILABLE,
             "model-unavailable",
-            "this version is published here but cannot be served; the service's log says why",
+            "what is published here cannot be read or served; the service's log says why",
+            retryable=True,
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
     if isinstance(error, StateError):
         logger.error("the state failed: %s", error)
@@ -158,9 +167,18 @@ def of_error(error: VeilheadError) -> Problem:
             retryable=True,
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
-    if isinstance(error, StoreError):
-        logger.error("the model store failed: %s", error)
     return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the service failed")
+
+
+def _tell_operator(message: str) -> None:
+    """Log an error, but the same one at most once a minute: those who ask must not fill the log."""
+    now = time.monotonic()
+    if now - _told.get(message, -math.inf) < _TELL_SECONDS:
+        return
+    if len(_told) >= _MOST_TOLD:
+        _told.clear()
+    _told[message] = now
+    logger.error("%s", message)
 
 
 def respond(request: Request, problem: Problem) -> JSONResponse:

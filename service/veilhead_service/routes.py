@@ -185,6 +185,7 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
                 "read the manifest again and make a new query"
             )
         layout = requested_layout(header, model.manifest)
+        services.pool.check(model)
         if header.has_key:
             services.access.count_registration(tenant)
         found.append((header, model, layout))
@@ -192,7 +193,9 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
         return QueryMessage.size(parameters, layout, has_key=header.has_key)
 
     try:
-        services.pool.admit()  # before the body: a query that must wait too long is not even read
+        services.pool.admit(
+            tenant
+        )  # before the body: a query that must wait too long is not even read
         body = await _body(request, services.intake, tenant, MAX_QUERY_BYTES, expect)
     except Exception:
         # Which model it was about, or that there is none: only now, since it costs a look at disk.
@@ -208,7 +211,9 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
         raise key_not_registered()
     units = charge(layout)
     async with services.access.charged(tenant, name, units, policy_budget(model.manifest)):
-        evaluation = await services.pool.evaluate(model, header.key_id, key, body, layout=layout)
+        evaluation = await services.pool.evaluate(
+            model, header.key_id, key, body, layout=layout, tenant=tenant
+        )
     request.state.queue_seconds = evaluation.queue_seconds
     request.state.evaluate_seconds = evaluation.seconds
     return Response(
@@ -275,7 +280,10 @@ async def list_models(services: _Services) -> dict[str, list[dict[str, str]]]:
 def _policy_budgets(services: Services) -> dict[str, Budget | None]:
     """Every model, with the budget of its current version's policy."""
     found: dict[str, Budget | None] = {}
-    for name in services.models.names():
+    names: list[str] = []
+    with suppress(StoreError):  # budgets in use are shown all the same
+        names = services.models.names()
+    for name in names:
         model = None
         with suppress(StoreError):  # retired or damaged: what it was asked still counts
             model = services.models.current(name)
@@ -513,10 +521,13 @@ async def live() -> dict[str, str]:
     },
 )
 async def ready(services: _Services) -> JSONResponse:
-    """200 when queries can be evaluated, 503 when not."""
-    if not services.pool.ready:
-        return JSONResponse({"status": "not ready"}, HTTPStatus.SERVICE_UNAVAILABLE)
-    return JSONResponse({"status": "ready"})
+    """200 when queries can be evaluated, 503 when not; names the models that cannot be asked."""
+    is_ready = services.pool.ready
+    found: dict[str, Any] = {"status": "ready" if is_ready else "not ready"}
+    # Only the kind of reason: anybody may ask, and reasons name paths.
+    if rows := [{"name": row.name, "why": row.why} for row in services.pool.unavailable()]:
+        found["unavailable_models"] = rows
+    return JSONResponse(found, HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 @router.get("/version", tags=["health"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -21,6 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from veilhead_protocol.errors import ServiceError
 from veilhead_service.hardening import forbid_core_dumps
 from veilhead_service.settings import Settings
 from veilhead_service.workers import WorkerPool
@@ -113,7 +115,11 @@ class _Server(uvicorn.Server):
 
 
 def serve(app: FastAPI, settings: Settings, *, host: str, port: int) -> None:
-    """Serve an app that `create_app` made, in this process, until a signal ends it."""
+    """Serve an app that `create_app` made, in this process, until a signal ends it.
+
+    Raises:
+        ServiceError: when it cannot start; as any other error, it says why.
+    """
     forbid_core_dumps()
     config = uvicorn.Config(
         app,
@@ -125,4 +131,9 @@ def serve(app: FastAPI, settings: Settings, *, host: str, port: int) -> None:
         proxy_headers=False,  # nothing here asks for a client's address
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )
-    _Server(config, app.state.services.pool, settings).run()
+    server = _Server(config, app.state.services.pool, settings)
+    with suppress(SystemExit):  # how uvicorn says that it has not started
+        server.run()
+    if not server.started:
+        failure = getattr(app.state, "failure", None)
+        raise failure or ServiceError(f"cannot listen on {host} port {port}; the log says why")

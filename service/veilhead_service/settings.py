@@ -23,6 +23,7 @@ from pydantic_settings import (
 from veilhead_protocol.errors import ConfigurationError
 from veilhead_protocol.loopback import is_loopback
 from veilhead_service.head_encryption import HeadKey, find_head_key
+from veilhead_service.machine import available_bytes, usable_cores
 
 ENVIRONMENT_PREFIX: Final = "VEILHEAD_SERVER_"
 
@@ -30,20 +31,38 @@ ENVIRONMENT_PREFIX: Final = "VEILHEAD_SERVER_"
 CONFIG_VARIABLE: Final = "VEILHEAD_SERVER_CONFIG"
 
 
+#: Memory that a worker takes at least: its libraries, 56 MB, and some heads and keys.
+WORKER_BYTES: Final = 96 * 2**20
+
+#: Most workers of one service.
+_MOST_WORKERS: Final = 1024
+
+
+def default_workers() -> int:
+    """One for each core that this process may use, as far as half of the free memory goes."""
+    cores, free = usable_cores(), available_bytes()
+    fit = cores if free is None else free // (2 * WORKER_BYTES)
+    return max(1, min(cores, fit, _MOST_WORKERS))
+
+
 class Settings(BaseSettings):
     """What an operator can set.
 
     Attributes:
         store: directory of published models.
-        workers: evaluating processes.
+        workers: evaluating processes; when absent one a core, by affinity and the quota of its
+            control group, and no more than fit into half of the free memory.
         waiting_per_worker: queries that may wait for each worker before new ones are refused.
         evaluation_seconds: an evaluation that takes longer ends with its worker.
+        load_seconds: likewise the loading of a head.
         key_memory_bytes: memory for registered keys; the least recently used go first.
         key_idle_seconds: a key that was not used for so long is dropped.
         key_lifetime_seconds: a key is dropped after so long, used or not.
         queue_seconds: a query that waits longer for a worker is answered as retryable.
-        worker_memory_bytes: a worker that holds more after an answer is replaced (resident memory).
+        worker_memory_bytes: a worker that holds more after an answer is replaced (resident memory),
+            and a head that needs more is not loaded.
         worker_head_bytes: encoded heads that a worker keeps; the least recently used go first.
+            Current versions that fit are loaded ahead, others with their first query.
         worker_max_evaluations: a worker is replaced after so many; never when None.
         body_seconds: a request's header must arrive within so long, and then its body.
         max_bodies: bodies that may be on their way at once; further requests are refused.
@@ -88,9 +107,10 @@ class Settings(BaseSettings):
     )
 
     store: Path = Path("store")
-    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=256)
+    workers: int = Field(default_factory=default_workers, ge=1, le=_MOST_WORKERS)
     waiting_per_worker: int = Field(default=64, ge=1)
     evaluation_seconds: float = Field(default=30.0, gt=0)
+    load_seconds: float = Field(default=60.0, gt=0)
     key_memory_bytes: int = Field(default=64 * 2**20, ge=2**16)
     key_idle_seconds: float = Field(default=1800.0, gt=0)
     key_lifetime_seconds: float = Field(default=7200.0, gt=0)

@@ -41,6 +41,18 @@ _BYTES: Final = (*(4.0**power * 2**8 for power in range(10)), 2.0**28, 2.0**32)
 Reading = Callable[[], Iterable[Metric]]
 
 
+class ModelFigures(Protocol):
+    """What is shown of a model that cannot be answered for."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+
+    @property
+    def why(self) -> str:
+        """The kind of reason."""
+
+
 class PoolFigures(Protocol):
     """What is shown of the workers."""
 
@@ -63,6 +75,10 @@ class PoolFigures(Protocol):
     @property
     def failed_starts(self) -> int:
         """Workers that did not come up so far."""
+
+    @property
+    def unavailable(self) -> Sequence[ModelFigures]:
+        """Published models that cannot be answered for."""
 
 
 class BudgetFigures(Protocol):
@@ -242,6 +258,14 @@ def pool_metrics(figures: Callable[[], PoolFigures]) -> Reading:
         yield CounterMetricFamily(
             "veilhead_worker_failed_starts", "Workers that did not come up.", now.failed_starts
         )
+        unavailable = GaugeMetricFamily(
+            "veilhead_model_unavailable",
+            "1 for a published model that cannot be answered for.",
+            labels=["model", "reason"],
+        )
+        for model, why in {(row.name, str(row.why)) for row in now.unavailable}:
+            unavailable.add_metric([model, why], 1)
+        yield unavailable
 
     return read
 

@@ -438,7 +438,10 @@ class _FailingPool:
 
     ready = True
 
-    def admit(self):
+    def admit(self, tenant):
+        pass
+
+    def check(self, model):
         pass
 
     async def evaluate(self, *_, **__):

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from veilhead_protocol.errors import AccessLogError
+from veilhead_service import access_log
 from veilhead_service.access_log import AccessLog, files_of, shortened, verify
 from veilhead_service.app import create_app
 from veilhead_service.cli import app as command
@@ -361,3 +362,17 @@ def test_the_command_verifies(path: Path):
     assert result.exit_code == 1
     assert "BROKEN: access.log line 3" in result.stderr
     assert run(path.with_name("absent")).exit_code == 1
+
+
+def test_a_failure_that_nobody_expected_does_not_end_the_writer(path, monkeypatch, caplog):
+    """Who waits is told, and the next record is written."""
+    log = opened(path)
+    with monkeypatch.context() as fault:
+        fault.setattr(access_log, "_sealed", lambda _: 1 / 0)
+        with pytest.raises(AccessLogError):
+            log.append(status=200).result(10)
+    log.append(status=200).result(10)
+    log.stop()
+    assert "the access log failed: ZeroDivisionError" in caplog.text
+    assert [record["event"] for record in lines(path)] == ["interrupted", "request"]
+    assert verify(path).records == 2

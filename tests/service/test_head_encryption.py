@@ -314,7 +314,7 @@ def test_a_failure_is_remembered_for_half_a_minute(vendor):
 
 
 def test_the_service_answers_with_encrypted_heads(vendor, make_service, problem, monkeypatch):
-    """The key is in no worker's arguments or environment; a version under another key is 500."""
+    """The key is in no worker's arguments or environment; a version under another key is 503."""
     heads = {name: artifact(4, 32, name=name) for name in ("quiet", "foreign", "plain")}
     vendor.publish(heads["plain"])  # before the store takes encrypted heads only
     vendor.publish(heads["quiet"], head_key=KEY)
@@ -330,7 +330,7 @@ def test_the_service_answers_with_encrypted_heads(vendor, make_service, problem,
         assert [row["name"] for row in listed] == ["plain", "quiet"]
         query = service.query("foreign")
         for answer in (client.get("/v1/models/foreign"), service.infer("foreign", query.data)):
-            body = problem(answer, 500, "model-unavailable", sent=query.data)
+            body = problem(answer, 503, "model-unavailable", sent=query.data, retryable=True)
             assert str(vendor.store) not in body["detail"]
         workers = [
             path

@@ -545,12 +545,11 @@ def test_a_corrupt_model_fails_alone_and_tells_nothing(
     put_out(artifact(4, 16, name="sick"))
     corrupt(own_store / "sick")
     for path in ("/v1/models/sick", "/v1/models/sick/files/config.json"):
-        body = problem(client.get(path), 500, "internal")
-        assert body["detail"] == "the service failed"
+        body = problem(client.get(path), 503, "model-unavailable", retryable=True)
         assert str(own_store) not in json.dumps(body)
     headers = {"Content-Type": "application/octet-stream"}
     response = client.post("/v1/models/sick/infer", content=b"", headers=headers)
-    problem(response, 500, "internal")
+    problem(response, 503, "model-unavailable", retryable=True)
     assert client.get("/v1/models/healthy").status_code == 200
     # The others are still listed.
     response = client.get("/v1/models")
@@ -578,6 +577,6 @@ def test_a_head_that_was_changed_in_the_store_is_not_served(
         service = make_service(client, {"healthy": healthy, "sick": sick})
         query = service.query("sick")
         answer = service.infer("sick", query.data)
-        body = problem(answer, 500, "model-unavailable", sent=query.data)
+        body = problem(answer, 503, "model-unavailable", sent=query.data, retryable=True)
         assert str(own_store) not in body["detail"]
         service.check_answers("healthy")

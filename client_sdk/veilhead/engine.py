@@ -106,6 +106,7 @@ class Engine:
     on_query: Callable[[QueryTrace], None] | None
     pad_batches: bool = False
     vendor_keys: Sequence[VendorKey] = ()
+    prepare: bool = True
     manifest: Manifest = field(init=False)
     session: Session = field(init=False)
     _slots: anyio.Semaphore = field(init=False)
@@ -227,7 +228,7 @@ class Engine:
                     texts=len(embeddings),
                 )
             )
-        if len(embeddings) == 1:
+        if len(embeddings) == 1 and self.prepare:
             self._prepare_later()
         return list(logits)
 
@@ -300,6 +301,7 @@ async def opened_engine(
     vendor_keys: Sequence[VendorKey],
     api_key: str | None,
     pad_batches: bool,
+    prepare: bool,
     concurrency: int,
     timeout: float,
     on_query: Callable[[QueryTrace], None] | None,
@@ -309,7 +311,7 @@ async def opened_engine(
     async with Transport(
         url, timeout=timeout, connections=concurrency, api_key=api_key, transport=transport
     ) as connection:
-        engine = Engine(connection, model, concurrency, on_query, pad_batches, vendor_keys)
+        engine = Engine(connection, model, concurrency, on_query, pad_batches, vendor_keys, prepare)
         await engine.open(digest, minimum_parameters)
         try:
             yield engine

@@ -27,9 +27,11 @@ import anyio
 import httpx2
 
 from veilhead.connections import Connections
+from veilhead_protocol.copies import process_mark
 from veilhead_protocol.errors import (
     AccessError,
     BudgetExhaustedError,
+    ClientError,
     InsecureTransportError,
     ReplyError,
     ServiceResponseError,
@@ -51,6 +53,12 @@ _ACCESS_ADVICE: Final = (
 )
 _MAX_PROBLEM_BYTES: Final = 64 * 2**10
 _TIMING: Final = re.compile(r"evaluate;dur=([0-9]{1,9}(?:\.[0-9]{1,6})?)")
+
+#: Why a client does nothing in another process than its own.
+NOT_HERE: Final = (
+    "the client was made in another process, and a client stays where it was made: make one after "
+    "the fork, in each process that uses one"
+)
 
 _Value = TypeVar("_Value")
 
@@ -103,6 +111,7 @@ class Transport:
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         base = check_url(url)
+        self._process = process_mark()
         self._base = str(base).rstrip("/")
         # Lengths are checked, and a compressed answer could grow without bound.
         self._headers = httpx2.Headers({"Accept-Encoding": "identity"})
@@ -243,6 +252,8 @@ class Transport:
         timeout: httpx2.Timeout | None = None,
     ) -> AsyncIterator[httpx2.Response]:
         """A successful response, its body unread."""
+        if self._process != process_mark():  # a task that was under way when it was copied
+            raise ClientError(NOT_HERE)
         # Straight to the transport: there is no redirect, cookie or authentication to look after.
         request = httpx2.Request(
             method,

@@ -91,6 +91,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         queue_seconds=settings.queue_seconds,
         memory_bytes=settings.worker_memory_bytes,
         head_bytes=settings.worker_head_bytes,
+        zeros_ahead=settings.worker_zeros_ahead,
         max_evaluations=settings.worker_max_evaluations,
         preload=lambda: current_models(source),
         head_key=head_key,

@@ -34,8 +34,9 @@ _HEAD_BYTES: Final = 2**30
 #: Keys that a worker has ready; the least recently used go first.
 KEYS: Final = 256
 
-#: Zeros that are encrypted ahead, while nothing else is asked for: so many for a key, for so many
-#: of the keys that asked last. A zero of the largest set takes 128 KiB.
+#: Zeros that are encrypted ahead, while nothing else is asked for: so many for a key, unless the
+#: command line says otherwise, for so many of the keys that asked last. A zero of the largest set
+#: takes 128 KiB.
 ZEROS_AHEAD: Final = 16
 KEYS_AHEAD: Final = 8
 
@@ -76,7 +77,8 @@ class _Recent(OrderedDict[bytes, _Value]):
 class Evaluator:
     """Heads and keys that this process has met, and the evaluation of a query with them."""
 
-    def __init__(self, head_bytes: int = _HEAD_BYTES) -> None:
+    def __init__(self, head_bytes: int = _HEAD_BYTES, zeros_ahead: int = ZEROS_AHEAD) -> None:
+        self._zeros_ahead = zeros_ahead
         self._heads = _Recent[EncryptedHead](head_bytes, lambda head: head.held_bytes)
         self._loader = HeadLoader()
         self._keys: _Recent[ClientKey] = _Recent(KEYS)
@@ -101,7 +103,7 @@ class Evaluator:
         return reply
 
     def _expect(self, key: ClientKey, replies: int) -> None:
-        self._ahead[key.id] = key, min(replies, ZEROS_AHEAD)
+        self._ahead[key.id] = key, min(replies, self._zeros_ahead)
         self._ahead.move_to_end(key.id)
         if len(self._ahead) > KEYS_AHEAD:
             _, (oldest, _) = self._ahead.popitem(last=False)
@@ -161,16 +163,17 @@ def _read(connection: socket.socket) -> list[bytes]:
     return frames.read(count, _read_exactly(connection, size))
 
 
-def main(descriptor: int, head_bytes: int = _HEAD_BYTES) -> None:
+def main(descriptor: int, head_bytes: int = _HEAD_BYTES, zeros_ahead: int = ZEROS_AHEAD) -> None:
     """Answer frames until the service closes the socket.
 
     Args:
         descriptor: the inherited socket.
         head_bytes: encoded heads to keep, in bytes.
+        zeros_ahead: zeros to encrypt ahead for each of the last keys.
     """
     forbid_core_dumps()
     os.nice(_NICENESS)
-    evaluator = Evaluator(head_bytes)
+    evaluator = Evaluator(head_bytes, zeros_ahead)
     with socket.socket(fileno=descriptor) as connection:
         connection.sendall(frames.write([frames.READY]))
         waiting = select.poll()

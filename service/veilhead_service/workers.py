@@ -152,16 +152,20 @@ class _Worker:
 
     @classmethod
     async def start(
-        cls, head_bytes: int, models: Iterable[StoredModel], head_key: HeadKey | None
+        cls,
+        head_bytes: int,
+        zeros_ahead: int,
+        models: Iterable[StoredModel],
+        head_key: HeadKey | None,
     ) -> _Worker:
         ours, theirs = socket.socketpair()
         # One thread each: the pool has a process for every core.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         environment.pop("VEILHEAD_SERVER_HEAD_KEY", None)  # it goes over the socket instead
-        descriptor = str(theirs.fileno())
+        arguments = map(str, (theirs.fileno(), head_bytes, zeros_ahead))
         with theirs:
             process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "veilhead_service.worker", descriptor, str(head_bytes)],
+                [sys.executable, "-m", "veilhead_service.worker", *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -263,6 +267,7 @@ class WorkerPool:
         queue_seconds: float = 20.0,
         memory_bytes: int = 2 * 2**30,
         head_bytes: int = 2**30,
+        zeros_ahead: int = 16,
         max_evaluations: int | None = None,
         preload: Callable[[], Iterable[StoredModel]] = list,
         head_key: HeadKey | None = None,
@@ -276,6 +281,7 @@ class WorkerPool:
             queue_seconds: how long a query waits for a worker.
             memory_bytes: resident memory above which a worker is replaced.
             head_bytes: encoded heads that a worker keeps.
+            zeros_ahead: zeros that a worker encrypts ahead for each of the keys that asked last.
             max_evaluations: answers after which a worker is replaced.
             preload: the versions that every worker loads before it is asked for them.
             head_key: what encrypted heads are under.
@@ -287,6 +293,7 @@ class WorkerPool:
         self._queue_seconds = queue_seconds
         self._memory_bytes = memory_bytes
         self._head_bytes = head_bytes
+        self._zeros_ahead = zeros_ahead
         self._max_evaluations = max_evaluations
         self._preload = preload
         self._free: list[_Worker] = []
@@ -475,7 +482,9 @@ class WorkerPool:
         return answer
 
     async def _add(self) -> None:
-        worker = await _Worker.start(self._head_bytes, self._preload(), self._head_key)
+        worker = await _Worker.start(
+            self._head_bytes, self._zeros_ahead, self._preload(), self._head_key
+        )
         if self._stopped:
             worker.stop()
             await worker.gone.wait()

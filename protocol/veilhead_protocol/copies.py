@@ -7,8 +7,8 @@ made ahead is used in the process that made it, and only there.
 A copy is noticed by a page of memory that the kernel clears in every child (MADV_WIPEONFORK of
 madvise(2), Linux 4.14), however the child was made and whatever its process id is. BoringSSL's
 crypto/rand/fork_detect.cc does the same. Where there is no such page, by the process id, the time
-at which the process started in hundredths of a second, and Python's own hook. A snapshot of a
-virtual machine that is resumed twice, and a checkpoint of a process that is, cannot be noticed.
+at which the process started, in hundredths of a second. A snapshot of a virtual machine that is
+resumed twice, and a checkpoint of a process that is, cannot be noticed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class _ProcessCell:
     def __init__(self) -> None:
         self._value = 0
         self._process = (0, "")
-        os.register_at_fork(after_in_child=self._forget)
 
     @property
     def value(self) -> int:
@@ -65,9 +64,6 @@ class _ProcessCell:
     def value(self, value: int) -> None:
         self._process = _this_process()
         self._value = value
-
-    def _forget(self) -> None:
-        self._value = 0
 
 
 def _this_process() -> tuple[int, str]:

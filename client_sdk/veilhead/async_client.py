@@ -419,6 +419,7 @@ class AsyncClient:
         return Stream(self, shape, self._window(concurrency), start)
 
     def _check_task(self, task: str) -> None:
+        self._check_process()
         if self.manifest.task != task:
             method = "classify_tokens" if task == "text-classification" else "classify"
             raise InputError(

@@ -283,6 +283,8 @@ class Engine:
 
     async def close(self) -> None:
         """Drop the keys, here and (as far as it listens) at the service."""
+        if not self.transport.is_here:
+            return
         if self._preparation is not None:
             self._preparation.cancel()
         with anyio.move_on_after(_GOODBYE_SECONDS):

@@ -27,7 +27,7 @@ import anyio
 import httpx2
 
 from veilhead.connections import Connections
-from veilhead_protocol.copies import process_mark
+from veilhead_protocol.copies import keep_for_ever, process_mark
 from veilhead_protocol.errors import (
     AccessError,
     BudgetExhaustedError,
@@ -130,7 +130,15 @@ class Transport:
         error: BaseException | None = None,
         traceback: TracebackType | None = None,
     ) -> None:
+        if not self.is_here:
+            keep_for_ever(self._connections)  # another process uses them
+            return
         await self._connections.__aexit__(kind, error, traceback)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process made the connections, and is no copy of the one that did."""
+        return self._process == process_mark()
 
     async def get_manifest(self, model: str, digest: str | None) -> SignedAnswer:
         """A manifest, of the version with this digest or of the current one, and its signatures."""
@@ -252,7 +260,7 @@ class Transport:
         timeout: httpx2.Timeout | None = None,
     ) -> AsyncIterator[httpx2.Response]:
         """A successful response, its body unread."""
-        if self._process != process_mark():  # a task that was under way when it was copied
+        if not self.is_here:  # a task that was under way
             raise ClientError(NOT_HERE)
         # Straight to the transport: there is no redirect, cookie or authentication to look after.
         request = httpx2.Request(

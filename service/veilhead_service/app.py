@@ -12,6 +12,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from veilhead_protocol.copies import process_mark
 from veilhead_service import access_log, problems, routes, telemetry
 from veilhead_service.access import AccessGate, InsecureAccess, TenantAccess
 from veilhead_service.access_log import AccessLog
@@ -131,6 +132,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        process = process_mark()
         try:
             await access.start()
             if log is not None:
@@ -138,12 +140,13 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
             await pool.start()
             yield
         finally:
-            await pool.stop()
-            await access.stop()
-            if log is not None:
-                log.stop()
-            if tracing is not None:
-                tracing.stop()
+            if process == process_mark():  # nothing of it runs in a copy of this process
+                await pool.stop()
+                await access.stop()
+                if log is not None:
+                    log.stop()
+                if tracing is not None:
+                    tracing.stop()
 
     app = FastAPI(
         title="Veilhead",

@@ -22,6 +22,7 @@ from support.services import ScriptedService
 from veilhead import AsyncClient, Client, ClientError
 from veilhead.connections import Connections
 from veilhead.transport import Transport
+from veilhead_service.workers import WorkerPool
 
 ADVICE = "make one after the fork"
 
@@ -240,12 +241,16 @@ def test_a_task_that_was_under_way_sends_nothing_in_a_copy(served):
     assert asyncio.run(both()).shape == (1, 5)
 
 
-def test_the_end_of_an_event_loop_in_a_copy_closes_nothing_of_a_client(served, monkeypatch):
+@pytest.mark.parametrize("local", [False, True])
+def test_the_end_of_an_event_loop_in_a_copy_closes_nothing_of_a_client(
+    local, served, head_artifact, monkeypatch
+):
     """As in a child that leaves `asyncio.run` by an exception: asyncio ends the loop there too."""
     runner = asyncio.Runner()
 
     async def entered():
-        client = await AsyncClient(served, "model").__aenter__()
+        made = AsyncClient.local(head_artifact) if local else AsyncClient(served, "model")
+        client = await made.__aenter__()
         await client.logits(unit_rows(1, 32))
         return client
 
@@ -259,6 +264,7 @@ def test_the_end_of_an_event_loop_in_a_copy_closes_nothing_of_a_client(served, m
 
         monkeypatch.setattr(Connections, "handle_async_request", noted)
         monkeypatch.setattr(Connections, "__aexit__", noted)
+        monkeypatch.setattr(WorkerPool, "stop", noted)
         runner.close()
         return done
 

@@ -479,6 +479,7 @@ print("well")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

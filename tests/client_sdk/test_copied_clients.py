@@ -171,6 +171,7 @@ def test_an_async_stream_begun_before_is_refused_and_can_be_dropped(async_colour
         with pytest.raises(ClientError, match=ADVICE):
             asyncio.run(taken(streams[0]))
         asyncio.run(_close(streams[1]))
+        asyncio.run(client.close())  # with rows of both under way, elsewhere
         return True
 
     assert in_copy("fork", work)
@@ -265,6 +266,7 @@ def test_the_end_of_an_event_loop_in_a_copy_closes_nothing_of_a_client(
         monkeypatch.setattr(Connections, "handle_async_request", noted)
         monkeypatch.setattr(Connections, "__aexit__", noted)
         monkeypatch.setattr(WorkerPool, "stop", noted)
+        runner.get_loop().set_exception_handler(lambda _, context: done.append(context["message"]))
         runner.close()
         return done
 

@@ -48,8 +48,9 @@ from veilhead.rows import (
 from veilhead.runtimes import Runtime, check_runtime, plan_backbone
 from veilhead.subnormals import flush_subnormals
 from veilhead.tokens import AggregationStrategy, Entity, TokenLogits, TokenShape
-from veilhead.transport import check_url
+from veilhead.transport import NOT_HERE, check_url
 from veilhead.window import Window
+from veilhead_protocol.copies import keep_for_ever, process_mark
 from veilhead_protocol.errors import (
     CallTimeoutError,
     ClientError,
@@ -100,6 +101,7 @@ class AsyncClient:
         pad_batches: bool = False,
         fresh_keys: bool = False,
         embed_first: bool = False,
+        prepare: bool = True,
         concurrency: int = 8,
         timeout: float = 30.0,
         call_timeout: float | None = None,
@@ -134,6 +136,7 @@ class AsyncClient:
             api_key=find_api_key(api_key),
             pad_batches=pad_batches,
             fresh_keys=fresh_keys,
+            prepare=prepare,
             concurrency=concurrency,
             timeout=timeout,
             call_timeout=call_timeout,
@@ -149,7 +152,9 @@ class AsyncClient:
         self._device = device
         self._backbone_directory = None if backbone is None else Path(backbone)
         self._on_download = on_download
+        self._process = process_mark()
         self._stack = AsyncExitStack()
+        weakref.finalize(self, _abandon_copy, self._stack, self._process)
         self._connected: Engine | None = None
         self._closed = False
         self._windows: weakref.WeakSet[Window[Any, Any]] = weakref.WeakSet()
@@ -189,6 +194,7 @@ class AsyncClient:
             ParameterError: when the model's parameters are below the minimum.
             ClientError: when de-identification lacks `phonenumbers`.
         """
+        self._check_process()
         if self._connected is not None or self._closed:
             raise ClientError("a client is entered once: make another one")
         connected = await self._stack.enter_async_context(self._opening())
@@ -209,13 +215,21 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Drop the keys and the connections. Closing twice is allowed."""
+        """Drop the keys and the connections. Closing twice is allowed.
+
+        In another process than the client was made in, nothing is done: they are still in use.
+        """
         self._closed = True
+        if self._process != process_mark():
+            return
         for window in list(self._windows):
             await window.cancel()
         for thread in (self._thread, self._answers_thread):
             thread.shutdown(wait=False, cancel_futures=True)
         await self._stack.aclose()
+
+    def __reduce__(self) -> Any:
+        raise ClientError(NOT_HERE)
 
     def __repr__(self) -> str:
         if self._connected is None:
@@ -409,8 +423,17 @@ class AsyncClient:
         """As `Client.card`."""
         return await Call(self._call_timeout).in_time(self._engine.card())
 
+    def _check_process(self) -> None:
+        """Refuse work in a copy of the process that made the client.
+
+        The other one has the same connections, and the event loop stayed there.
+        """
+        if self._process != process_mark():
+            raise ClientError(NOT_HERE)
+
     @property
     def _engine(self) -> Engine:
+        self._check_process()
         if self._connected is None:
             raise ClientError("the client is not connected: use it in `async with`")
         if self._closed:
@@ -434,6 +457,7 @@ class AsyncClient:
         return Stream(self, shape, concurrency, start)
 
     def _check_task(self, task: str) -> None:
+        self._check_process()
         if self.manifest.task != task:
             method = "classify_tokens" if task == "text-classification" else "classify"
             raise InputError(
@@ -591,11 +615,13 @@ class Stream:
 
     async def rest(self) -> list[Answer]:
         """The next chunk's answers; none once there are no more."""
+        self._client._check_process()
         return self._numbered(await self._window.rest())
 
     async def cancel(self) -> None:
-        """Stop whatever is under way."""
-        await self._window.cancel()
+        """Stop whatever is under way, unless that is in another process."""
+        if self._client._process == process_mark():
+            await self._window.cancel()
 
     def _numbered(self, answers: list[Answer]) -> list[Answer]:
         first, self._answered = self._answered, self._answered + len(answers)
@@ -603,6 +629,16 @@ class Stream:
             named(answer, number) if isinstance(answer, VeilheadError) else answer
             for number, answer in enumerate(answers, first)
         ]
+
+
+def _abandon_copy(stack: object, process: int) -> None:
+    """In a copied process, leave what the client holds as it is: another process uses it.
+
+    To close a connection here, or to free it, takes it off the list of those that the other
+    process's event loop waits for (epoll(7)): there, no answer would arrive any more.
+    """
+    if process != process_mark():
+        keep_for_ever(stack)
 
 
 def reported(answers: list[Answer], progress: Callable[[int], Any] | None) -> list[Answer]:

@@ -23,6 +23,7 @@ from veilhead.engine import Engine, QueryTrace
 from veilhead.predictions import FunctionToApply, Prediction
 from veilhead.runtimes import Runtime
 from veilhead.tokens import AggregationStrategy, Entity
+from veilhead_protocol.copies import keep_for_ever, process_mark
 from veilhead_protocol.errors import ClientError, VeilheadError
 from veilhead_protocol.manifest import Manifest
 
@@ -54,6 +55,7 @@ class Client:
         pad_batches: bool = False,
         fresh_keys: bool = False,
         embed_first: bool = False,
+        prepare: bool = True,
         concurrency: int = 8,
         timeout: float = 30.0,
         call_timeout: float | None = None,
@@ -90,6 +92,9 @@ class Client:
             embed_first: embed all texts of a call before any is sent (of `classify_many` all of a
                 chunk). Otherwise the longest are sent while others are embedded, and the gaps
                 between the requests are a profile of the texts' lengths.
+            prepare: encrypt zeros ahead while the client is idle, which makes the next query
+                faster. False is for a process that may be resumed twice from one snapshot or
+                checkpoint, which no process can notice: both would use the same zeros.
             concurrency: queries in flight at once; fewer for heads of a thousand classes or more.
             timeout: seconds that each attempt of a request may take in all, until its answer is
                 read; those at such heads may take longer. Files of the backbone may take any time
@@ -129,6 +134,7 @@ class Client:
             pad_batches=pad_batches,
             fresh_keys=fresh_keys,
             embed_first=embed_first,
+            prepare=prepare,
             concurrency=concurrency,
             timeout=timeout,
             call_timeout=call_timeout,
@@ -136,9 +142,10 @@ class Client:
             on_download=on_download,
             transport=transport,
         )
+        self._process = process_mark()
         stack = ExitStack()
         # Closes at exit or when the client is collected; it must not hold the client itself.
-        self._finalizer = weakref.finalize(self, stack.close)
+        self._finalizer = weakref.finalize(self, _close, stack, self._process)
         try:
             self._portal: BlockingPortal = stack.enter_context(start_blocking_portal())
             self._loop = self._portal.call(_running_loop)
@@ -174,8 +181,14 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Drop the keys and the connections. Closing twice is allowed."""
+        """Drop the keys and the connections. Closing twice is allowed.
+
+        In another process than the client was made in, nothing is done: they are still in use.
+        """
         self._finalizer()
+
+    def __reduce__(self) -> Any:
+        return self._client.__reduce__()  # which refuses
 
     def __repr__(self) -> str:
         return repr(self._client).removeprefix("Async")
@@ -291,8 +304,9 @@ class Client:
             while rest := self._run(stream.rest):
                 yield from reported(rest, progress)
         finally:
-            with suppress(RuntimeError):  # closed already, or collected on the loop's own thread
-                self._portal.call(stream.cancel)
+            if self._process == process_mark():  # the event loop is here
+                with suppress(RuntimeError):  # closed already, or collected on the loop's thread
+                    self._portal.call(stream.cancel)
 
     @overload
     def classify_tokens(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
@@ -450,6 +464,7 @@ class Client:
         self, work: Callable[..., Coroutine[Any, Any, _Value]], *arguments: Any, **options: Any
     ) -> _Value:
         """What `work` returns on the event loop. An interrupt here stops it there."""
+        self._client._check_process()
         if not self._finalizer.alive:
             raise ClientError("the client is closed: make another one")
         # The portal's own calls wait twice: for the work to begin, and for its value.
@@ -460,6 +475,14 @@ class Client:
             raise ClientError("the client was closed while a call was under way") from None
         finally:
             future.cancel()
+
+
+def _close(stack: ExitStack, process: int) -> None:
+    """Close what a client holds. In a copied process it is left alone: another one uses it."""
+    if process == process_mark():
+        stack.close()
+    else:
+        keep_for_ever(stack)
 
 
 async def _running_loop() -> asyncio.AbstractEventLoop:

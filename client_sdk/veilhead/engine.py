@@ -155,6 +155,7 @@ class Engine:
     pad_batches: bool = False
     fresh_keys: bool = False
     vendor_keys: Sequence[VendorKey] = ()
+    prepare: bool = True
     manifest: Manifest = field(init=False)
     session: Session = field(init=False)
     _slots: anyio.Semaphore = field(init=False)
@@ -291,7 +292,7 @@ class Engine:
                     texts=len(embeddings),
                 )
             )
-        if len(embeddings) == 1:
+        if len(embeddings) == 1 and self.prepare:
             self._prepare_later()
         rows: list[Row] = list(logits)
         for place, failure in query.failures.items():
@@ -352,6 +353,8 @@ class Engine:
 
     async def close(self) -> None:
         """Drop the keys, here and (as far as it listens) at the service."""
+        if not self.transport.is_here:
+            return
         if self._preparation is not None:
             self._preparation.cancel()
         with anyio.move_on_after(_GOODBYE_SECONDS):
@@ -371,6 +374,7 @@ async def opened_engine(
     api_key: str | None,
     pad_batches: bool,
     fresh_keys: bool,
+    prepare: bool,
     concurrency: int,
     timeout: float,
     call_timeout: float | None,
@@ -382,7 +386,7 @@ async def opened_engine(
         url, timeout=timeout, connections=concurrency, api_key=api_key, transport=transport
     ) as connection:
         engine = Engine(
-            connection, model, concurrency, on_query, pad_batches, fresh_keys, vendor_keys
+            connection, model, concurrency, on_query, pad_batches, fresh_keys, vendor_keys, prepare
         )
         await Call(call_timeout).in_time(engine.open(digest, minimum_parameters))
         try:

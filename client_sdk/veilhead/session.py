@@ -20,6 +20,7 @@ from tenseal import sealapi
 
 from veilhead.even_encoding import encode_evenly
 from veilhead_protocol import seal_io
+from veilhead_protocol.copies import MadeAhead, process_mark
 from veilhead_protocol.decryption import (
     DecryptionKey,
     rounded_logits,
@@ -61,7 +62,7 @@ class SecretKey:
         self.id = key_id(self.message)
         self._seal = seal
         self._decryption = DecryptionKey(secret_coefficients(seal, secret))
-        self._zeros: list[SeededPolynomial] = []
+        self._zeros: MadeAhead[SeededPolynomial] = MadeAhead()
 
     def __repr__(self) -> str:
         return f"SecretKey(id={self.id.hex()[:12]})"
@@ -75,7 +76,7 @@ class SecretKey:
         It is one of zero, made now or ahead, plus the plaintext.
         """
         # Taken out: two messages over one zero would show their difference to anybody.
-        zero = self._zeros.pop() if self._zeros else self._encrypt_zero()
+        zero = self._zeros.take(self._encrypt_zero)
         c0 = zero.c0
         for plaintext in encode_evenly(self._seal, coefficients, scale_bits):
             c0 = seal_io.add_plaintext(self._seal, c0, plaintext)
@@ -84,7 +85,7 @@ class SecretKey:
     def prepare(self, count: int) -> None:
         """Encrypt zeros ahead, so that the next `count` polynomials take little time."""
         while len(self._zeros) < count:
-            self._zeros.append(self._encrypt_zero())
+            self._zeros.add(self._encrypt_zero())
 
     def _encrypt_zero(self) -> SeededPolynomial:
         c0, _, seed = seal_io.save_seeded(
@@ -185,6 +186,7 @@ class Session:
         self._scales = manifest.scales
         self._clock = clock
         self._key: SecretKey | None = None
+        self._process = process_mark()  # that made the key
         self._queries = 0
         self._expires = 0.0
         self._random = np.random.default_rng()  # seeded by the operating system; for decoys only
@@ -317,9 +319,12 @@ class Session:
         self._key = None
 
     def _fresh_enough_key(self) -> SecretKey:
-        now = self._clock()
+        now, process = self._clock(), process_mark()
+        if self._process != process:
+            self._key = None  # another process has it too, and counts its queries by itself
         if self._key is None or self._queries >= MAX_QUERIES_PER_KEY or now >= self._expires:
             self._key = SecretKey(self._parameters)
+            self._process = process
             self._queries = 0
             self._expires = now + MAX_KEY_SECONDS
         return self._key

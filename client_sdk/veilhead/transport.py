@@ -31,9 +31,11 @@ import anyio
 import httpx2
 
 from veilhead.connections import Connections, PermanentError
+from veilhead_protocol.copies import keep_for_ever, process_mark
 from veilhead_protocol.errors import (
     AccessError,
     BudgetExhaustedError,
+    ClientError,
     InsecureTransportError,
     ReplyError,
     ServiceResponseError,
@@ -61,6 +63,12 @@ _ACCESS_ADVICE: Final = (
 )
 _MAX_PROBLEM_BYTES: Final = 64 * 2**10
 _TIMING: Final = re.compile(r"evaluate;dur=([0-9]{1,9}(?:\.[0-9]{1,6})?)")
+
+#: Why a client does nothing in another process than its own.
+NOT_HERE: Final = (
+    "the client was made in another process, and a client stays where it was made: make one after "
+    "the fork, in each process that uses one"
+)
 
 _Value = TypeVar("_Value")
 
@@ -113,6 +121,7 @@ class Transport:
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         base = check_url(url)
+        self._process = process_mark()
         self._base = str(base).rstrip("/")
         # Lengths are checked, and a compressed answer could grow without bound.
         self._headers = httpx2.Headers({"Accept-Encoding": "identity"})
@@ -131,7 +140,15 @@ class Transport:
         error: BaseException | None = None,
         traceback: TracebackType | None = None,
     ) -> None:
+        if not self.is_here:
+            keep_for_ever(self._connections)  # another process uses them
+            return
         await self._connections.__aexit__(kind, error, traceback)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process made the connections, and is no copy of the one that did."""
+        return self._process == process_mark()
 
     async def get_manifest(self, model: str, digest: str | None) -> SignedAnswer:
         """A manifest, of the version with this digest or of the current one, and its signatures."""
@@ -271,6 +288,8 @@ class Transport:
         timeout: httpx2.Timeout | None = None,
     ) -> AsyncIterator[httpx2.Response]:
         """A successful response, its body unread."""
+        if not self.is_here:  # a task that was under way
+            raise ClientError(NOT_HERE)
         # Straight to the transport: there is no redirect, cookie or authentication to look after.
         request = httpx2.Request(
             method,

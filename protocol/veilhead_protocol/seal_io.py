@@ -23,6 +23,7 @@ import zstandard
 from numpy.typing import NDArray
 from tenseal import sealapi
 
+from veilhead_protocol.copies import process_mark
 from veilhead_protocol.parameters import STANDARD, ParameterSet
 from veilhead_protocol.seal_memory import read_array, read_seeded, seeded_is_readable
 
@@ -85,22 +86,23 @@ class _Scratch(threading.local):
     """An anonymous file for each thread (and process) that SEAL writes to and reads from."""
 
     def __init__(self) -> None:
-        self._owner = -1
+        self._process = 0
         self._descriptor = -1
         self._path = ""
         self._template: bytes | None = None
         self.decompressor = zstandard.ZstdDecompressor()
 
     def _open(self) -> None:
-        # A descriptor inherited by fork shares its file with the parent: make a new one.
-        if self._owner == os.getpid():
+        # A descriptor of a copied process shares its file with the other one: make a new one.
+        process = process_mark()
+        if self._process == process:
             return
         if hasattr(os, "memfd_create"):
             self._descriptor = os.memfd_create("veilhead", os.MFD_CLOEXEC)
             self._path = f"/proc/self/fd/{self._descriptor}"
         else:
             self._descriptor, self._path = tempfile.mkstemp(prefix="veilhead-public-")
-        self._owner = os.getpid()
+        self._process = process
         self._template = None
 
     def save(self, seal_object: Any) -> bytes:

@@ -12,6 +12,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from veilhead_protocol.copies import process_mark
 from veilhead_service import access_log, problems, routes, telemetry
 from veilhead_service.access import AccessGate, InsecureAccess, TenantAccess
 from veilhead_service.access_log import AccessLog
@@ -117,6 +118,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         queue_seconds=settings.queue_seconds,
         memory_bytes=settings.worker_memory_bytes,
         head_bytes=settings.worker_head_bytes,
+        zeros_ahead=settings.worker_zeros_ahead,
         max_evaluations=settings.worker_max_evaluations,
         catalogue=lambda: read_catalogue(source),
         head_key=head_key,
@@ -159,6 +161,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        process = process_mark()
         try:
             try:
                 await access.start()
@@ -172,14 +175,15 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
                 raise
             yield
         finally:
-            if status is not None:
-                await status.stop()
-            await pool.stop()
-            await access.stop()
-            if log is not None:
-                log.stop()
-            if tracing is not None:
-                tracing.stop()
+            if process == process_mark():  # nothing of it runs in a copy of this process
+                if status is not None:
+                    await status.stop()
+                await pool.stop()
+                await access.stop()
+                if log is not None:
+                    log.stop()
+                if tracing is not None:
+                    tracing.stop()
 
     app = FastAPI(
         title="Veilhead",

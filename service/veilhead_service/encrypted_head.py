@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tenseal import sealapi
 
 from veilhead_protocol import seal_io
+from veilhead_protocol.copies import MadeAhead
 from veilhead_protocol.encoding import encode
 from veilhead_protocol.errors import (
     KeyMismatchError,
@@ -61,7 +62,7 @@ class ClientKey:
     id: bytes
     seed: bytes
     encryptor: Any
-    _ahead: list[Any] = field(default_factory=list, repr=False, compare=False)
+    _ahead: MadeAhead[Any] = field(default_factory=MadeAhead, repr=False, compare=False)
 
     @classmethod
     def from_message(cls, data: bytes) -> ClientKey:
@@ -84,13 +85,13 @@ class ClientKey:
 
     def zero(self) -> Any:
         """A fresh encryption of zero: one that was made ahead, or a new one."""
-        return self._ahead.pop() if self._ahead else self._encrypt_zero()
+        return self._ahead.take(self._encrypt_zero)
 
     def prepare(self, count: int) -> bool:
         """Encrypt one zero ahead, unless so many are ready; whether one was."""
         if len(self._ahead) >= count:
             return False
-        self._ahead.append(self._encrypt_zero())
+        self._ahead.add(self._encrypt_zero())
         return True
 
     def forget_prepared(self) -> None:

@@ -63,6 +63,8 @@ class Settings(BaseSettings):
             and a head that needs more is not loaded.
         worker_head_bytes: encoded heads that a worker keeps; the least recently used go first.
             Current versions that fit are loaded ahead, others with their first query.
+        worker_zeros_ahead: encryptions of zero that an idle worker makes ahead for each of the keys
+            that asked last; 0 where a worker may be resumed twice from one snapshot.
         worker_max_evaluations: a worker is replaced after so many; never when None.
         body_seconds: a request's header must arrive within so long, and then its body.
         max_bodies: bodies that may be on their way at once; further requests are refused.
@@ -117,6 +119,7 @@ class Settings(BaseSettings):
     queue_seconds: float = Field(default=20.0, gt=0)
     worker_memory_bytes: int = Field(default=2 * 2**30, ge=2**26)
     worker_head_bytes: int = Field(default=2**30, ge=2**20)
+    worker_zeros_ahead: int = Field(default=16, ge=0, le=256)
     worker_max_evaluations: int | None = Field(default=None, ge=1)
     body_seconds: float = Field(default=10.0, gt=0)
     max_bodies: int = Field(default=1024, ge=1)

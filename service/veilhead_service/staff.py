@@ -61,12 +61,14 @@ class WorkerLimits:
     Attributes:
         memory_bytes: resident memory above which it is replaced.
         head_bytes: encoded heads that it keeps.
+        zeros_ahead: zeros that it encrypts ahead for each of the last keys.
         load_seconds: for the loading of a head.
         evaluations: answers after which it is replaced; None for no limit.
     """
 
     memory_bytes: int = 2 * 2**30
     head_bytes: int = 2**30
+    zeros_ahead: int = 16
     load_seconds: float = 60.0
     evaluations: int | None = None
 
@@ -228,7 +230,9 @@ class Staff:
         """
         growth = self._limits.memory_bytes + _LOADING_BYTES
         async with self._starts:
-            return await Worker.start(self._limits.head_bytes, growth, self._head_key)
+            return await Worker.start(
+                self._limits.head_bytes, growth, self._limits.zeros_ahead, self._head_key
+            )
 
     async def start_apart(self) -> Worker:
         """A process that serves no query, and ends with everything else, or with its `stop`.

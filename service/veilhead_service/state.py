@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from veilhead_protocol.copies import keep_for_ever, process_mark
 from veilhead_protocol.errors import StateError, TenantError
 from veilhead_service.limits import Budget, Charge, Period, Usage
 from veilhead_service.tenants import ApiKey, KeyScope, Tenant
@@ -116,6 +117,7 @@ class State:
         """
         self._path = directory / STATE_FILE
         self._clock = clock
+        self._process = process_mark()
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             # SQLite gives its side files the mode of this one.
@@ -141,6 +143,10 @@ class State:
 
     def close(self) -> None:
         """Close the file."""
+        if self._process != process_mark():
+            # https://www.sqlite.org/howtocorrupt.html: not even closed in another process.
+            keep_for_ever(self._database)
+            return
         self._database.close()
 
     def __enter__(self) -> State:
@@ -194,6 +200,11 @@ class State:
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
+        if self._process != process_mark():
+            raise StateError(
+                f"the state {self._path} was opened by another process, which this one is a copy "
+                "of: start the service after the fork"
+            )
         try:
             yield
         except sqlite3.Error as error:

@@ -36,8 +36,9 @@ _MEMORY_BYTES: Final = 2 * 2**30
 #: Keys that a worker has ready; the least recently used go first.
 KEYS: Final = 256
 
-#: Zeros that are encrypted ahead, while nothing else is asked for: so many for a key, for so many
-#: of the keys that asked last. A zero of the largest set takes 128 KiB.
+#: Zeros that are encrypted ahead, while nothing else is asked for: so many for a key, unless the
+#: command line says otherwise, for so many of the keys that asked last. A zero of the largest set
+#: takes 128 KiB.
 ZEROS_AHEAD: Final = 16
 KEYS_AHEAD: Final = 8
 
@@ -87,6 +88,7 @@ class Evaluator:
         self,
         head_bytes: int = _HEAD_BYTES,
         memory_bytes: int = _MEMORY_BYTES,
+        zeros_ahead: int = ZEROS_AHEAD,
         announce: Callable[[bytes], None] = lambda _: None,
     ) -> None:
         """Make an evaluator without heads or keys.
@@ -94,9 +96,11 @@ class Evaluator:
         Args:
             head_bytes: encoded heads to keep.
             memory_bytes: by how much a load may let the process grow.
+            zeros_ahead: zeros to encrypt ahead for each of the last keys.
             announce: called with `frames.LOADING` before a head is loaded, and with
                 `frames.LOADED` after it, whatever came of it.
         """
+        self._zeros_ahead = zeros_ahead
         self._heads = _Recent[EncryptedHead](head_bytes, lambda head: head.held_bytes)
         self._memory_bytes = memory_bytes
         self._announce = announce
@@ -130,7 +134,7 @@ class Evaluator:
         return reply
 
     def _expect(self, key: ClientKey, replies: int) -> None:
-        self._ahead[key.id] = key, min(replies, ZEROS_AHEAD)
+        self._ahead[key.id] = key, min(replies, self._zeros_ahead)
         self._ahead.move_to_end(key.id)
         if len(self._ahead) > KEYS_AHEAD:
             _, (oldest, _) = self._ahead.popitem(last=False)
@@ -201,13 +205,19 @@ def _score_for_killing(score: int) -> None:
         Path("/proc/self/oom_score_adj").write_text(str(score), "ascii")
 
 
-def main(descriptor: int, head_bytes: int = _HEAD_BYTES, memory_bytes: int = _MEMORY_BYTES) -> None:
+def main(
+    descriptor: int,
+    head_bytes: int = _HEAD_BYTES,
+    memory_bytes: int = _MEMORY_BYTES,
+    zeros_ahead: int = ZEROS_AHEAD,
+) -> None:
     """Answer frames until the service closes the socket.
 
     Args:
         descriptor: the inherited socket.
         head_bytes: encoded heads to keep, in bytes.
         memory_bytes: by how much a load may let the process grow.
+        zeros_ahead: zeros to encrypt ahead for each of the last keys.
     """
     forbid_core_dumps()
     os.nice(_NICENESS)
@@ -218,7 +228,7 @@ def main(descriptor: int, head_bytes: int = _HEAD_BYTES, memory_bytes: int = _ME
             _score_for_killing(_OOM_SCORE_LOADING if kind == frames.LOADING else _OOM_SCORE)
             connection.sendall(frames.write([kind]))
 
-        evaluator = Evaluator(head_bytes, memory_bytes, announce)
+        evaluator = Evaluator(head_bytes, memory_bytes, zeros_ahead, announce)
         connection.sendall(frames.write([frames.READY]))
         waiting = select.poll()
         waiting.register(connection, select.POLLIN)

@@ -66,12 +66,15 @@ class Worker:
         self._measured = time.monotonic()
 
     @classmethod
-    async def start(cls, head_bytes: int, memory_bytes: int, head_key: HeadKey | None) -> Worker:
+    async def start(
+        cls, head_bytes: int, memory_bytes: int, zeros_ahead: int, head_key: HeadKey | None
+    ) -> Worker:
         """A process that is up and has no heads yet.
 
         Args:
             head_bytes: encoded heads that it keeps.
             memory_bytes: by how much a load may let it grow.
+            zeros_ahead: zeros that it encrypts ahead for each of the last keys.
             head_key: what encrypted heads are under.
 
         Raises:
@@ -81,7 +84,7 @@ class Worker:
         # One thread each: the pool has a process for every core.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         environment.pop("VEILHEAD_SERVER_HEAD_KEY", None)  # it goes over the socket instead
-        arguments = [str(theirs.fileno()), str(head_bytes), str(memory_bytes)]
+        arguments = map(str, (theirs.fileno(), head_bytes, memory_bytes, zeros_ahead))
         try:
             with theirs:
                 process = subprocess.Popen(  # noqa: S603

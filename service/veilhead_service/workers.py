@@ -92,6 +92,7 @@ class WorkerPool:
         queue_seconds: float = 20.0,
         memory_bytes: int = 2 * 2**30,
         head_bytes: int = 2**30,
+        zeros_ahead: int = 16,
         max_evaluations: int | None = None,
         catalogue: Callable[[], Catalogue] = lambda: Catalogue([], {}),
         head_key: HeadKey | None = None,
@@ -107,6 +108,7 @@ class WorkerPool:
             queue_seconds: how long a query waits for a worker.
             memory_bytes: resident memory above which a worker is replaced.
             head_bytes: encoded heads that a worker keeps.
+            zeros_ahead: zeros that a worker encrypts ahead for each of the keys that asked last.
             max_evaluations: answers after which a worker is replaced.
             catalogue: the current versions, which workers load before they are asked for them.
             head_key: what encrypted heads are under.
@@ -115,7 +117,7 @@ class WorkerPool:
         self._size = workers
         self._evaluation_seconds = evaluation_seconds
         self._queue_seconds = queue_seconds
-        limits = WorkerLimits(memory_bytes, head_bytes, load_seconds, max_evaluations)
+        limits = WorkerLimits(memory_bytes, head_bytes, zeros_ahead, load_seconds, max_evaluations)
         self._line = FairLine[Worker](workers * waiting_per_worker, shared=shared)
         self._staff = Staff(self._line, limits, head_key)
         self._loads = Loads(memory_bytes)

@@ -13,6 +13,7 @@ import pickle
 import httpx2
 import numpy as np
 import pytest
+from support.copies import WAYS, in_copy, in_every_way
 from support.heads import Pair, artifact, unit_rows
 from tenseal import sealapi
 
@@ -20,7 +21,8 @@ from veilhead import BatchError, Client
 from veilhead.session import SecretKey, Session
 from veilhead_benchmarks.attacks import ring
 from veilhead_benchmarks.attacks.key_recovery import recover_secret, secret_of
-from veilhead_protocol import seal_io
+from veilhead_protocol import copies, seal_io
+from veilhead_protocol.copies import MadeAhead
 from veilhead_protocol.errors import ReplyError, WireError
 from veilhead_protocol.parameters import STANDARD
 from veilhead_protocol.wire import (
@@ -94,17 +96,22 @@ def embedding_difference(pair):
     first, second = unit_rows(2, 384)
     queries = [pair.session.encrypt(row) for row in (first, second)]
     assert queries[0].key is queries[1].key
+    return difference_of(pair, *(query.data for query in queries)), first - second
+
+
+def difference_of(pair, *queries):
+    """x - x' [384] if both messages are over one zero."""
     seal = seal_io.runtime(STANDARD)
     found = []
     for query in queries:
-        message = QueryMessage.deserialize(query.data, STANDARD, pair.head.layout)
+        message = QueryMessage.deserialize(query, STANDARD, pair.head.layout)
         c0 = message.polynomials[0].c0
         ciphertext = seal_io.load_ciphertext(seal, np.stack([c0, c0]), scale_bits=30)
         seal.evaluator.transform_from_ntt_inplace(ciphertext)
         found.append(seal_io.save_ciphertext(seal, ciphertext)[0].astype(object))
     scale = 2.0**pair.artifact.manifest.scales.query_scale_bits
     gap = np.array(ring.centred((found[0] - found[1]) % PRIME, PRIME), dtype=float) / scale
-    return gap[:384], first - second
+    return gap[:384]
 
 
 def test_the_same_seed_twice_gives_the_difference_of_two_embeddings(monkeypatch):
@@ -127,18 +134,19 @@ def test_two_queries_do_not_give_the_difference_of_their_embeddings():
     assert np.abs(found - wanted).max() > 1
 
 
-class Kept(list):
+class Kept(MadeAhead):
     """Zeros that are used and not taken out."""
 
-    def pop(self):
-        return self[-1]
+    def take(self, make):
+        zero = super().take(make)
+        self.add(zero)
+        return zero
 
 
 def test_a_zero_made_ahead_and_used_twice_gives_the_same_difference():
     pair = Pair.of(artifact(5, 384))
+    pair.session._fresh_enough_key()._zeros = Kept()
     pair.session.prepare()
-    key = pair.session._fresh_enough_key()
-    key._zeros = Kept(key._zeros)
     found, wanted = embedding_difference(pair)
     assert np.abs(found - wanted).max() < 1e-7
 
@@ -162,6 +170,90 @@ def test_no_seed_occurs_twice(ahead):
         seeds |= {polynomial.seed for polynomial in message.polynomials}
         seeds.add(query.key.message[-64:])
     assert len(seeds) == 61  # one key, sixty polynomials
+
+
+# --- a process that was copied --------------------------------------------------------------------
+
+
+def notice_nothing(monkeypatch):
+    """A client that takes a copy of its process for the process itself."""
+    monkeypatch.setattr(copies._WATCH, "mark", lambda: 1)
+
+
+def difference_across_a_copy(way, encrypt):
+    """x - x' from a query of each process, without the key, and what it should be.
+
+    `encrypt(pair)` gives what encrypts a row [384] to a message, after zeros were made ahead.
+    """
+    first, second = unit_rows(2, 384)
+    pair = Pair.of(artifact(5, 384))
+
+    def work(way):
+        pair.session.prepare()
+        of_row = encrypt(pair)
+        theirs = in_copy(way, lambda: of_row(second))
+        return of_row(first), theirs
+
+    ours, theirs = in_every_way(way, work)
+    return difference_of(pair, ours, theirs), first - second
+
+
+def by_the_session(pair):
+    """What a program does that knows the session only."""
+    return lambda row: pair.session.encrypt(row).data
+
+
+def by_a_query_begun_before(pair):
+    """Queries whose bytes are first asked for after the copy, under the key from before it."""
+    queries = {row.tobytes(): pair.session.encrypt(row) for row in unit_rows(2, 384)}
+    return lambda row: queries[row.tobytes()].data
+
+
+ENCRYPTIONS = [by_the_session, by_a_query_begun_before]
+
+
+@pytest.mark.parametrize("encrypt", ENCRYPTIONS)
+@pytest.mark.parametrize("way", [*WAYS, "same-id"])
+def test_a_client_that_does_not_notice_a_copy_gives_the_difference_of_two_embeddings(
+    way, encrypt, monkeypatch
+):
+    notice_nothing(monkeypatch)
+    found, wanted = difference_across_a_copy(way, encrypt)
+    assert np.abs(found - wanted).max() < 1e-7
+
+
+@pytest.mark.parametrize("encrypt", ENCRYPTIONS)
+@pytest.mark.parametrize("way", [*WAYS, "same-id"])
+def test_a_copied_process_does_not_give_the_difference_of_two_embeddings(way, encrypt):
+    found, wanted = difference_across_a_copy(way, encrypt)
+    assert np.abs(found - wanted).max() > 1
+
+
+def test_a_copied_process_makes_a_key_of_its_own():
+    pair = Pair.of(artifact(3, 16))
+    row = unit_rows(1, 16)[0]
+    before = pair.session.encrypt(row).key.id
+    theirs = in_copy("fork", lambda: [pair.session.encrypt(row).key.id for _ in range(2)])
+    assert theirs[0] == theirs[1] != before
+    assert pair.session.encrypt(row).key.id == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_seal_draws_fresh_randomness_in_every_copy(way):
+    """Objects of SEAL from before the copy included: it seeds a generator for every encryption."""
+    seal = seal_io.runtime(STANDARD)
+    secret = sealapi.KeyGenerator(seal.context).secret_key()
+    encryptor = sealapi.Encryptor(seal.context, secret)
+
+    def drawn():
+        """What fresh keys and encryptions are told apart by."""
+        zero = encryptor.encrypt_zero_symmetric(seal.parms_id)
+        _, _, seed = seal_io.save_seeded(seal, zero)
+        return [seed, SecretKey(STANDARD).message]
+
+    drawn()  # whatever is set up once is set up now
+    found = [*in_copy(way, drawn), *in_copy(way, drawn), *drawn()]
+    assert len(set(found)) == len(found)
 
 
 # --- crafted replies ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.copies import WAYS, in_copy, in_every_way
 from tenseal import sealapi
 
 from veilhead_protocol import seal_io, seal_memory
@@ -259,3 +261,28 @@ def test_forked_processes_do_not_mix() -> None:
         [sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=60, check=True
     )
     assert run.stdout.strip() == "[0, 0, 0]"
+
+
+@pytest.mark.parametrize("way", [*WAYS, "same-id"])
+def test_a_copied_process_writes_to_files_of_its_own(way: str) -> None:
+    """However it was copied, and whatever its process id is."""
+    seal = seal_io.runtime(COMPACT)
+    ours, theirs = (np.full((2, 1, 2048), number, dtype=np.uint64) for number in (1, 2))
+
+    def write(both: Any) -> None:
+        seal_io.load_ciphertext(seal, both, scale_bits=20)
+        seal_io.expand_residues(
+            seal, both[0], bytes([int(both[0, 0, 0])]) * 64, prng=1, ntt_form=True, into=both.copy()
+        )
+
+    def held() -> list[bytes]:
+        files = (seal_io._SCRATCH._descriptor, seal_io._EXPANSIONS._descriptor)
+        return [os.pread(file, os.fstat(file).st_size, 0) for file in files]
+
+    def work(way: str) -> bool:
+        write(ours)
+        before = held()
+        in_copy(way, lambda: write(theirs))
+        return held() == before
+
+    assert in_every_way(way, work)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -578,3 +579,11 @@ def test_a_value_that_cannot_be_made_is_not_kept():
     with pytest.raises(ZeroDivisionError):
         recent.find(b"a", lambda: 1 / 0)
     assert recent.find(b"a", lambda: 1) == 1
+
+
+def test_a_worker_makes_as_much_ahead_as_the_settings_say(open_app):
+    client, _, pids = open_app(worker_zeros_ahead=0)
+    with client:
+        (pid,) = pids()
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+        assert arguments[-1] == b"0"

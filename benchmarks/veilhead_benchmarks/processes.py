@@ -42,6 +42,7 @@ class ServiceProcess:
         workers: int = 2,
         settings: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
+        descriptors: tuple[int, int] | None = None,
     ) -> None:
         """Describe the service.
 
@@ -51,6 +52,7 @@ class ServiceProcess:
             workers: evaluating processes.
             settings: of `Settings`, by name.
             environment: further variables.
+            descriptors: soft and hard limit of open files; those of this process when None.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -60,7 +62,11 @@ class ServiceProcess:
         self._command = [sys.executable, "-m", "veilhead_service", "run"]
         self._command += ["--store", str(store), "--port", str(self.port)]
         self._command += ["--workers", str(workers)]
-        given = {"insecure_no_tenants": True, "state_directory": log.parent / "state"}
+        if descriptors is not None:
+            limits = "ulimit -Sn {}; ulimit -Hn {}".format(*descriptors)
+            self._command = ["/bin/sh", "-c", f'{limits}; exec "$@"', "run", *self._command]
+        self.state_directory: Path = log.parent / "state"
+        given = {"insecure_no_tenants": True, "state_directory": self.state_directory}
         self._environment = os.environ | {
             f"VEILHEAD_SERVER_{name.upper()}": str(value)
             for name, value in {**given, **(settings or {})}.items()

@@ -189,6 +189,7 @@ class TenantAccess:
                 HTTPStatus.FORBIDDEN,
                 "forbidden",
                 f"the API key lacks the scope {needed}; the vendor can make one that has it",
+                tenant=key.tenant,
             )
         wait = self._limiter.take(key.tenant, self._rate_of(directory, key.tenant))
         if wait > 0:
@@ -198,6 +199,7 @@ class TenantAccess:
                 "too many requests of this tenant at once; send the same request again later",
                 retryable=True,
                 headers={"Retry-After": _whole(wait)},
+                tenant=key.tenant,
             )
         return key.tenant
 

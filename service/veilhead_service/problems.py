@@ -190,7 +190,7 @@ def respond(request: Request, problem: Problem) -> JSONResponse:
 def malformed_request() -> bytes:
     """The whole answer to what is no HTTP request, and reaches no application; it is the last."""
     status, request_id = HTTPStatus.BAD_REQUEST, secrets.token_hex(16)
-    detail = "expected HTTP/1.1 with one Host, that can be read in one way"
+    detail = "expected a request of HTTP/1 that names one Host and can be read in one way"
     document = _document(Problem(status, "malformed-request", detail), request_id)
     body = json.dumps(document, separators=(",", ":")).encode()
     head = (

@@ -97,6 +97,7 @@ def serve(app: FastAPI, settings: Settings, *, host: str, port: int) -> None:
         http=cast("Any", partial(Connection, connections=connections)),
         ws="none",
         backlog=BACKLOG,
+        server_header=False,
         proxy_headers=False,  # nothing here asks for a client's address
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )

@@ -134,9 +134,7 @@ def test_answers_that_are_never_read_end_their_connections(serve):
     assert answers(service)
     before, memory = descriptors(service.pid), resident_bytes(service.pid)
     with ExitStack() as stack, Live(service) as live:
-        deaf = [
-            stack.enter_context(connect(service.port, receive_bytes=4096)) for _ in range(100)
-        ]
+        deaf = [stack.enter_context(connect(service.port, receive_bytes=4096)) for _ in range(100)]
         deadline = time.monotonic() + 6
         while time.monotonic() < deadline:
             push(deaf, get("/") * 8, 0.2)
@@ -149,7 +147,9 @@ def test_answers_that_are_never_read_end_their_connections(serve):
 @pytest.mark.parametrize("fields", [5000, 200])
 def test_a_header_of_many_fields_is_refused(serve, fields):
     service, _ = serve()
-    answer = exchange(service.port, b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a:b\r\n" * fields + b"\r\n")
+    answer = exchange(
+        service.port, b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a:b\r\n" * fields + b"\r\n"
+    )
     assert answer.startswith(b"HTTP/1.1 400 ") or not answer
     assert answers(service)
 
@@ -203,9 +203,7 @@ def test_one_address_cannot_take_every_connection(serve):
     with ExitStack() as stack:
         busy = get("/livez") + b"GET /livez HTTP/1.1\r\nHost"
         greedy = [stack.enter_context(connect(service.port)) for _ in range(30)]
-        other = [
-            stack.enter_context(connect(service.port, address="127.0.0.2")) for _ in range(10)
-        ]
+        other = [stack.enter_context(connect(service.port, address="127.0.0.2")) for _ in range(10)]
         for connection in other:
             connection.sendall(busy)
         until(lambda: sum(map(is_closed, greedy)) >= 20)
@@ -344,8 +342,7 @@ def test_what_is_unusual_and_right_is_answered(serve_once, request_bytes):
 def test_trailers_are_no_headers(serve_once, pieces):
     key = add_tenant(serve_once.state_directory, f"of-trailers-{pieces}")
     head = (
-        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-        b"Transfer-Encoding: chunked\r\n"
+        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n"
     )
     rest = b"\r\n1\r\na\r\n0\r\n"
     field = f"Authorization: Bearer {key}\r\n".encode()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from support.heads import artifact
 from support.sockets import (
     connect,
     descriptors,
@@ -25,7 +26,11 @@ from support.sockets import (
 from support.tenants import add_tenant, bearer
 
 from veilhead_benchmarks.processes import ServiceProcess, resident_bytes
+from veilhead_protocol.files import describe_file
+from veilhead_protocol.manifest import BackboneSection
 from veilhead_service.access_log import verify
+from veilhead_service.model_store import publish
+from veilhead_service.pacing import LONGEST_SECONDS, Pacing
 from veilhead_service.tenants import KeyScope
 
 MIB = 2**20
@@ -424,3 +429,62 @@ def test_who_ignores_retry_after_is_refused_ever_more_slowly(serve):
             == 200
         )
     )
+
+
+def test_refusals_are_paced_by_who_they_are_for():
+    now = [0.0]
+    pacing = Pacing(10, clock=lambda: now[0])
+    assert [pacing.take("one", "peer", 429) for _ in range(10)] == [0] * 10
+    assert [round(pacing.take("one", "peer", 503), 3) for _ in range(3)] == [0, 0.1, 0.2]
+    assert max(pacing.take("one", "peer", 429) for _ in range(1000)) == LONGEST_SECONDS
+    # Neither another's, nor what is no refusal, nor an answer to what it asked.
+    assert pacing.take("two", "peer", 429) == 0
+    assert pacing.take(None, "peer", 401) == 0
+    assert pacing.take("one", "peer", 200) == pacing.take("one", "peer", 422) == 0
+    now[0] += 20
+    pacing.forget()
+    assert pacing.take("one", "peer", 429) == 0
+    assert [pacing.take(None, "peer", 401) for _ in range(12)][-1] > 0
+    assert pacing.take(None, "peer", 200) == 0
+    assert pacing.take(None, "elsewhere", 401) == 0
+
+
+# --- files on their way out ---------------------------------------------------------------------
+
+
+def test_one_tenant_cannot_take_every_place_for_downloads(serve, tmp_path):
+    """Whoever reads slowly keeps a place, and never the last one."""
+    files = tmp_path / "backbone"
+    files.mkdir()
+    (files / "model.safetensors").write_bytes(bytes(16 * MIB))
+    section = BackboneSection(
+        kind="transformers",
+        name="toy",
+        pooling="mean",
+        normalise=True,
+        max_tokens=16,
+        public_parameters=1,
+        files=(describe_file(files, "model.safetensors"),),
+    )
+    artifact(3, 8, name="files").with_backbone(files, section).save(tmp_path / "artifact")
+    publish(tmp_path / "artifact", tmp_path / "store")
+    service, greedy = serve(max_downloads=4, unread_seconds=30)
+    other = add_tenant(service.state_directory, "other", scopes={KeyScope.MODELS})
+    path = "/v1/models/files/files/model.safetensors"
+    sent = get(path, headers=bearer(greedy).items())
+    with ExitStack() as stack:
+        slow = [stack.enter_context(connect(service.port, receive_bytes=4096)) for _ in range(4)]
+        begins = []
+        for connection in slow:
+            connection.sendall(sent)
+            begins.append(connection.recv(100)[9:12])
+        assert begins == [b"200", b"200", b"429", b"429"]
+        time.sleep(0.3)  # the service notices the tenant
+        found = httpx2.get(service.url + path, headers=bearer(other), trust_env=False, timeout=20)
+        assert found.content == bytes(16 * MIB)
+
+    def comes_in():
+        answer = httpx2.get(service.url + path, headers=bearer(greedy), trust_env=False, timeout=20)
+        return answer.status_code == 200
+
+    until(comes_in)  # the places of connections that ended are free again

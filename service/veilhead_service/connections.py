@@ -147,7 +147,7 @@ class Connection(asyncio.Protocol):
         """As uvicorn makes a protocol, with the connections that it is one of."""
         self.peer = ""
         self.stalled_since = time.monotonic()
-        self.gone = asyncio.Event()
+        self._gone = asyncio.Event()
         self._connections = connections
         self._counted = False
         self._framing = Framing()
@@ -214,7 +214,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended."""
         self._uncount()
-        self.gone.set()
+        self._gone.set()
         self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -231,6 +231,13 @@ class Connection(asyncio.Protocol):
         """The application answers the next request: the number of its header fields."""
         self._answering = True
         return self._framing.heads.popleft()
+
+    async def pace(self, tenant: str | None, status: int) -> None:
+        """Wait until this answer may be sent, or the peer has gone."""
+        seconds = self._connections.pacing.take(tenant, self.peer, status)
+        if seconds > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), seconds)
 
     def end_answer(self) -> None:
         """The application has answered."""
@@ -291,20 +298,13 @@ class Front:
 
         async def send_paced(message: Message) -> None:
             if message["type"] == "http.response.start":
-                await self._wait(connection, state.get("tenant"), message["status"])
+                await connection.pace(state.get("tenant"), message["status"])
             await send(message)
 
         try:
             await self._app(scope, receive, send_paced)
         finally:
             connection.end_answer()
-
-    async def _wait(self, connection: Connection, tenant: str | None, status: int) -> None:
-        pacing = connection._connections.pacing
-        seconds = pacing.take(tenant, connection.peer, status)
-        if seconds > 0:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(connection.gone.wait(), seconds)
 
 
 def _peer_of(address: Any) -> str:

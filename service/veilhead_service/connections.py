@@ -77,6 +77,12 @@ class Connections:
         self._peers: dict[str, _Peer] = {}
         self._waiting: dict[Connection, None] = {}  # longest first
         self._count = 0
+        self.paced = 0  # connections whose refusals wait
+
+    @property
+    def may_pace(self) -> bool:
+        """Whether another refusal may wait: it holds a connection that others need."""
+        return self.paced < self.limits.connections // 4
 
     def __len__(self) -> int:
         return self._count
@@ -235,9 +241,14 @@ class Connection(asyncio.Protocol):
     async def pace(self, tenant: str | None, status: int) -> None:
         """Wait until this answer may be sent, or the peer has gone."""
         seconds = self._connections.pacing.take(tenant, self.peer, status)
-        if seconds > 0:
-            with suppress(TimeoutError):
+        if seconds > 0 and self._connections.may_pace:
+            self._connections.paced += 1
+            try:
                 await asyncio.wait_for(self._gone.wait(), seconds)
+            except TimeoutError:
+                pass
+            finally:
+                self._connections.paced -= 1
 
     def end_answer(self) -> None:
         """The application has answered."""

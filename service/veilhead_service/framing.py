@@ -120,12 +120,11 @@ class Framing:
         self._fields += 1
         if self._fields > _MAX_FIELDS:
             raise FramingError(Refusal.MALFORMED)
-        if self._in_head:
-            lower = name.lower()
-            if lower == b"host":
-                self._hosts.append(value)
-            elif lower == b"transfer-encoding":
-                self._codings.append(value)
+        # By length first: every query's fields come by here.
+        if len(name) == 4 and self._in_head and name.lower() == b"host":
+            self._hosts.append(value)
+        elif len(name) == 17 and self._in_head and name.lower() == b"transfer-encoding":
+            self._codings.append(value)
 
     def on_headers_complete(self) -> None:
         """The header is whole."""
@@ -133,10 +132,10 @@ class Framing:
         if version not in ("1.0", "1.1") or not self._is_addressed(version):
             raise FramingError(Refusal.MALFORMED)
         # RFC 9112, 6.1: the last coding is `chunked`, and there is none in HTTP/1.0.
-        if self._codings and (
-            version == "1.0" or [coding.lower() for coding in self._codings] != [b"chunked"]
-        ):
-            raise FramingError(Refusal.MALFORMED)
+        if self._codings:
+            is_chunked = [coding.lower() for coding in self._codings] == [b"chunked"]
+            if version == "1.0" or not is_chunked:
+                raise FramingError(Refusal.MALFORMED)
         if len(self.heads) > MAX_PIPELINED:
             raise FramingError(Refusal.PIPELINED)
         self._in_head = False

@@ -431,6 +431,33 @@ def test_who_ignores_retry_after_is_refused_ever_more_slowly(serve):
     )
 
 
+def test_refusals_that_wait_do_not_take_every_connection(serve):
+    service, _ = serve(max_connections=40, peer_connections=40, refusals_per_second=0.1)
+    with ExitStack() as stack:
+        for _ in range(45):
+            connection = stack.enter_context(connect(service.port))
+            connection.sendall(get("/v1/models"))
+        for _ in range(10):
+            assert answers(service)
+
+
+def test_what_was_refused_is_counted_in_the_metrics(serve):
+    service, _ = serve()
+    operator = add_tenant(service.state_directory, "operator", scopes={KeyScope.METRICS})
+    exchange(service.port, b"NONSENSE\r\n\r\n")
+    exchange(service.port, get("/v1/models", headers=[("Connection", "close")]))
+
+    def shown():
+        answer = httpx2.get(f"{service.url}/metrics", headers=bearer(operator), trust_env=False)
+        return answer.text if answer.is_success else ""
+
+    until(shown)
+    text = shown()
+    assert 'veilhead_strangers_refused_total{reason="malformed-request"} 1.0' in text
+    assert 'veilhead_strangers_refused_total{reason="unauthenticated"}' in text
+    assert "veilhead_connections_limit " in text
+
+
 def test_refusals_are_paced_by_who_they_are_for():
     now = [0.0]
     pacing = Pacing(10, clock=lambda: now[0])

@@ -189,7 +189,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hand a piece of a request on, or refuse it."""
-        if self._refusal is not None:
+        if self._refusal is not None or not self._counted:
             return
         framing = self._framing
         was_between = framing.between
@@ -325,5 +325,5 @@ def _peer_of(address: Any) -> str:
     except (ValueError, TypeError, IndexError):
         return ""
     if isinstance(found, ipaddress.IPv6Address):
-        found = found.ipv4_mapped or ipaddress.ip_address(int(found) >> 64 << 64)
+        return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
     return str(found)

@@ -13,21 +13,18 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
 from functools import partial
 from types import FrameType
 from typing import Any, Final, cast
 
 import uvicorn
 from fastapi import FastAPI
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
 
 from veilhead_service.connections import Connection, ConnectionLimits, Connections, Front
 from veilhead_service.hardening import forbid_core_dumps, raise_descriptor_limit
 from veilhead_service.pacing import Pacing
 from veilhead_service.settings import Settings
-from veilhead_service.strangers import Strangers
+from veilhead_service.telemetry import network_metrics
 from veilhead_service.workers import WorkerPool
 
 #: Of uvicorn's ticks, ten a second, every so many looks for connections that stall.
@@ -88,7 +85,7 @@ def serve(app: FastAPI, settings: Settings, *, host: str, port: int) -> None:
         Pacing(settings.refusals_per_second),
         services.strangers.note,
     )
-    services.telemetry.watch(partial(_metrics, connections, services.strangers))
+    services.telemetry.watch(network_metrics(lambda: len(connections), most, services.strangers))
     config = uvicorn.Config(
         Front(app),
         host=host,
@@ -108,20 +105,3 @@ def serve(app: FastAPI, settings: Settings, *, host: str, port: int) -> None:
     signal.signal(signal.SIGQUIT, server.handle_exit)
     logger.info("at most %d connections", most)
     server.run()
-
-
-def _metrics(connections: Connections, strangers: Strangers) -> Iterator[Metric]:
-    yield GaugeMetricFamily("veilhead_connections", "Open connections.", len(connections))
-    yield GaugeMetricFamily(
-        "veilhead_connections_limit",
-        "Open connections that there may be.",
-        connections.limits.connections,
-    )
-    refused = CounterMetricFamily(
-        "veilhead_strangers_refused",
-        "Requests and connections without a good API key that were refused, by kind.",
-        labels=["reason"],
-    )
-    for kind, count in strangers.totals.items():
-        refused.add_metric([kind], count)
-    yield refused

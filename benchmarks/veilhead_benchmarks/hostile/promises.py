@@ -81,7 +81,8 @@ _PUBLIC: Final = (
     b"GET /v1/models lists /v1/keys/{id} GET /v1/usage expected Content-Type "
     b"application/octet-stream application/problem+json Range: bytes=FIRST-LAST "
     b"expected Authorization: Bearer and an API key of this service the manifest lists no file "
-    b"content-type content-length charset=utf-8"
+    b"content-type content-length charset=utf-8 "
+    b"expected a request of HTTP/1 that names one Host and can be read in one way"
 )
 
 

@@ -21,7 +21,7 @@ help:
 	@echo "make attack   what heads, embeddings and queries give away, with and without protection"
 	@echo "make chaos    faults under load: what callers see while parts of a service die"
 	@echo "make docs     the API reference, from the docstrings, in build/api"
-	@echo "make hostile  100,000 mutated requests to every route, every answer judged"
+	@echo "make hostile  1,000,000 hostile requests and connections to a real service, all judged"
 	@echo "make fuzz     fuzz every parser, 20 seconds each"
 	@echo "make lock     lock what the image installs, with hashes: after a change of dependencies"
 	@echo "make sbom     what the image holds, as CycloneDX, in build/sbom.cdx.json"

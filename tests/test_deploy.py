@@ -18,7 +18,7 @@ from veilhead_service.access_log import AccessLog
 from veilhead_service.app import create_app
 from veilhead_service.cli import app as command
 from veilhead_service.settings import ENVIRONMENT_PREFIX, Settings
-from veilhead_service.telemetry import access_log_metrics, pool_metrics
+from veilhead_service.telemetry import access_log_metrics, network_metrics, pool_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -52,6 +52,7 @@ def text(tmp_path_factory):
     if not hasattr(app.state.services.pool, "stats"):
         pool = Pool()
         telemetry.watch(pool_metrics(lambda: pool))
+    telemetry.watch(network_metrics(lambda: 5, 100, app.state.services.strangers))
     with_values = TestClient(app)
     with_values.get("/nowhere")
     return telemetry.expose([Usage()]).decode()

@@ -43,6 +43,7 @@ class ServiceProcess:
         settings: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        descriptors: tuple[int, int] | None = None,
     ) -> None:
         """Describe the service.
 
@@ -53,6 +54,7 @@ class ServiceProcess:
             settings: of `Settings`, by name.
             environment: further variables.
             prefix: words before the command: a program that runs it.
+            descriptors: soft and hard limit of open files; those of this process when None.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -62,7 +64,11 @@ class ServiceProcess:
         self._command = [*prefix, sys.executable, "-m", "veilhead_service", "run"]
         self._command += ["--store", str(store), "--port", str(self.port)]
         self._command += ["--workers", str(workers)]
-        given = {"insecure_no_tenants": True, "state_directory": log.parent / "state"}
+        if descriptors is not None:
+            limits = "ulimit -Sn {}; ulimit -Hn {}".format(*descriptors)
+            self._command = ["/bin/sh", "-c", f'{limits}; exec "$@"', "run", *self._command]
+        self.state_directory: Path = log.parent / "state"
+        given = {"insecure_no_tenants": True, "state_directory": self.state_directory}
         self._environment = os.environ | {
             f"VEILHEAD_SERVER_{name.upper()}": str(value)
             for name, value in {**given, **(settings or {})}.items()

@@ -66,6 +66,16 @@ class _Directory:
     keys: dict[str, ApiKey]
 
 
+@dataclass(frozen=True)
+class _Exhausted:
+    """A charge that the state refused, and what the state held then, which others may change."""
+
+    usage: Usage
+    units: int
+    default: Budget
+    directory: _Directory
+
+
 class Access(Protocol):
     """Who may do what, and what it costs them."""
 
@@ -156,6 +166,7 @@ class TenantAccess:
         self._state: State | None = None
         self._directory: _Directory | None = None
         self._checked = -math.inf
+        self._exhausted: dict[tuple[str, str], _Exhausted] = {}
 
     async def start(self) -> None:
         """Open the state."""
@@ -196,6 +207,7 @@ class TenantAccess:
                 HTTPStatus.FORBIDDEN,
                 "forbidden",
                 f"the API key lacks the scope {needed}; the vendor can make one that has it",
+                tenant=key.tenant,
             )
         self._take(directory, key.tenant)
         return key.tenant
@@ -214,6 +226,7 @@ class TenantAccess:
                 "too many requests of this tenant at once; send the same request again later",
                 retryable=True,
                 headers={"Retry-After": _whole(wait)},
+                tenant=tenant,
             )
 
     @asynccontextmanager
@@ -224,18 +237,13 @@ class TenantAccess:
 
         Only a block that was cancelled stays charged: nobody knows how far it came.
         """
-        taken = await self._in_thread(
-            lambda: self._opened().charge(tenant, model, units, default or self._budget)
-        )
+        default = default or self._budget
+        self._refuse_exhausted(tenant, model, units, default)
+        taken = await self._in_thread(lambda: self._opened().charge(tenant, model, units, default))
         if isinstance(taken, Usage):
-            raise Problem(
-                HTTPStatus.TOO_MANY_REQUESTS,
-                "budget-exhausted",
-                f"no queries of this model are left in this {taken.budget.period} (UTC); "
-                "GET /v1/usage shows the budgets",
-                retryable=True,
-                headers={"Retry-After": _whole(taken.ends - self._clock())},
-            )
+            if self._directory is not None:
+                self._exhausted[tenant, model] = _Exhausted(taken, units, default, self._directory)
+            raise self._exhausted_problem(taken)
         try:
             yield
         except Exception:
@@ -243,6 +251,7 @@ class TenantAccess:
                 await self._in_thread(lambda: self._opened().refund(taken))
             except StateError as error:
                 logger.error("a charge could not be given back: %s", error)
+            self._exhausted.pop((tenant, model), None)
             raise
 
     async def usage(
@@ -266,6 +275,31 @@ class TenantAccess:
         """All tenants' rows."""
         budgets = {model: budget or self._budget for model, budget in models.items()}
         return await self._in_thread(lambda: self._opened().usage(self._budget, of_models=budgets))
+
+    def _refuse_exhausted(self, tenant: str, model: str, units: int, default: Budget) -> None:
+        """Refuse what was refused before, without asking the state again.
+
+        Raises:
+            Problem: budget-exhausted.
+        """
+        found = self._exhausted.get((tenant, model))
+        if found is None:
+            return
+        same = found.directory is self._directory and found.default == default
+        if not same or found.usage.ends <= self._clock():
+            del self._exhausted[tenant, model]  # another budget, perhaps, or another period
+        elif units >= found.units:
+            raise self._exhausted_problem(found.usage)
+
+    def _exhausted_problem(self, usage: Usage) -> Problem:
+        return Problem(
+            HTTPStatus.TOO_MANY_REQUESTS,
+            "budget-exhausted",
+            f"no queries of this model are left in this {usage.budget.period} (UTC); "
+            "GET /v1/usage shows the budgets",
+            retryable=True,
+            headers={"Retry-After": _whole(usage.ends - self._clock())},
+        )
 
     def _rate_of(self, directory: _Directory, name: str) -> Rate:
         tenant = directory.tenants[name]

@@ -15,6 +15,7 @@ of tenants, and a key id is shortened and hashed.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -169,7 +170,9 @@ class _Item:
 class AccessLog:
     """The writer of a log: one thread, a bounded line of records, one process at a time."""
 
-    def __init__(self, path: Path, *, sync_seconds: float, file_bytes: int) -> None:
+    def __init__(
+        self, path: Path, *, sync_seconds: float, file_bytes: int, reserve_bytes: int = 0
+    ) -> None:
         """Nothing is touched before `start`.
 
         Args:
@@ -177,10 +180,12 @@ class AccessLog:
             sync_seconds: lines are forced to the disk after so long; 0 for every batch of them,
                 before anybody is told that they are written.
             file_bytes: the size at which a file is closed.
+            reserve_bytes: what is left free of the disk for others (a tenth of a small disk).
         """
         self._path = path
         self._sync_seconds = sync_seconds
         self._file_bytes = file_bytes
+        self._reserve_bytes = reserve_bytes
         self._items: queue.Queue[_Item | None] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
         self._file = -1
@@ -378,6 +383,10 @@ class AccessLog:
         """
         if self._failed:
             os.ftruncate(self._file, self._size)  # half a line that nobody was told of
+        disk = os.fstatvfs(self._file)
+        tenth = disk.f_blocks * disk.f_frsize // 10
+        if disk.f_bavail * disk.f_frsize < min(self._reserve_bytes, tenth):
+            raise OSError(errno.ENOSPC, "the disk is full but for the reserve")
         if self._size >= self._file_bytes and not before:
             self._rotate()
         data, sequence, previous = before, self._sequence, self._previous

@@ -27,6 +27,7 @@ from veilhead_service.observation import ObservationMiddleware
 from veilhead_service.routes import Services
 from veilhead_service.settings import Settings
 from veilhead_service.store_versions import check_store_format
+from veilhead_service.strangers import Strangers
 from veilhead_service.telemetry import Telemetry
 from veilhead_service.tracing import Tracing
 from veilhead_service.workers import WorkerPool
@@ -86,6 +87,7 @@ def _access_log(settings: Settings) -> AccessLog | None:
         settings.state_directory / access_log.FILE_NAME,
         sync_seconds=settings.access_log_sync_seconds,
         file_bytes=settings.access_log_file_bytes,
+        reserve_bytes=settings.disk_reserve_bytes,
     )
 
 
@@ -133,6 +135,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
             budget=Budget(settings.query_budget, Period(settings.query_budget_period)),
         )
     )
+    log = _access_log(settings)
     services = Services(
         models=source,
         keys=KeyStore(
@@ -145,14 +148,16 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         intake=Intake(
             max_bodies=settings.max_bodies,
             max_tenant_bodies=settings.tenant_max_bodies,
+            max_downloads=settings.max_downloads,
             body_seconds=settings.body_seconds,
+            shared=not settings.insecure_no_tenants,
         ),
         access=access,
         telemetry=Telemetry(),
+        strangers=Strangers(log),
     )
     services.telemetry.watch(telemetry.key_metrics(services.keys))
     services.telemetry.watch(telemetry.pool_metrics(pool.stats))
-    log = _access_log(settings)
     if log is not None:
         services.telemetry.watch(telemetry.access_log_metrics(log))
     tracing = Tracing.over_otlp(settings.tracing_endpoint) if settings.tracing else None
@@ -180,6 +185,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
                     await status.stop()
                 await pool.stop()
                 await access.stop()
+                services.strangers.tell()
                 if log is not None:
                     log.stop()
                 if tracing is not None:
@@ -205,6 +211,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
     app.add_middleware(
         ObservationMiddleware,
         telemetry=services.telemetry,
+        strangers=services.strangers,
         tracing=tracing,
         access_log=log,
         log_required=settings.access_log_mode == "required",

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,7 +30,13 @@ from veilhead_protocol.checks import (
     passed,
     render,
 )
-from veilhead_protocol.errors import SecretFileError, StateError, StoreError, VeilheadError
+from veilhead_protocol.errors import (
+    ConfigurationError,
+    SecretFileError,
+    StateError,
+    StoreError,
+    VeilheadError,
+)
 from veilhead_service.background import reason_of
 from veilhead_service.machine import available_bytes
 from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
@@ -44,6 +51,9 @@ _PACKAGES: Final = (
 
 #: No clock that is right is before this: the year of this version.
 _EARLIEST: Final = datetime(2026, 1, 1, tzinfo=UTC)
+
+#: Below so many connections a busy address is in the way of others.
+_FEW_CONNECTIONS: Final = 512
 
 #: How long a service that runs already may take to say that it is ready.
 _PROBE_SECONDS: Final = 2.0
@@ -95,6 +105,8 @@ def examine(settings: Settings) -> list[Check]:
         *check_state(settings.state_directory),
         check_tenants(settings),
         check_port(settings.host, settings.port),
+        check_descriptors(settings),
+        check_disk(settings),
         check_core_dumps(),
         check_swap(Path("/proc/swaps")),
         check_memory(settings.workers, settings.key_memory_bytes, available_bytes()),
@@ -215,6 +227,32 @@ def _is_ready(host: str, port: int) -> bool:
         return False
     finally:
         connection.close()
+
+
+def check_descriptors(settings: Settings) -> Check:
+    """Whether the limit of open files leaves enough for connections; `run` raises the soft one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    name = "open files"
+    try:
+        most = settings.connections(hard)
+    except ConfigurationError as error:
+        advice = "raise it where the service is started: systemd, the container, limits.conf"
+        return Check(name, Outcome.FAIL, str(error), advice)
+    found = f"limit {hard}, at most {most} connections"
+    if settings.max_connections is None and most < _FEW_CONNECTIONS:
+        return Check(name, Outcome.WARN, found, "raise it: `ulimit -n`, LimitNOFILE=, --ulimit")
+    return passed(name, found)
+
+
+def check_disk(settings: Settings) -> Check:
+    """Whether the access log's disk has more free than the reserve that the log leaves."""
+    name = "disk of the state"
+    parents = (settings.state_directory.absolute(), *settings.state_directory.absolute().parents)
+    free = shutil.disk_usage(next(found for found in parents if found.exists())).free
+    found = f"{free / 2**20:.0f} MiB free, reserve {settings.disk_reserve_bytes / 2**20:.0f} MiB"
+    if free <= settings.disk_reserve_bytes * 2:
+        return Check(name, Outcome.WARN, found, "the access log stops at the reserve: make room")
+    return passed(name, found)
 
 
 def check_core_dumps() -> Check:

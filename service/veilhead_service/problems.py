@@ -7,8 +7,10 @@ Details name what was wrong and what was expected, and never hold a byte of a re
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import secrets
 import time
 from http import HTTPStatus
 from typing import Any, Final
@@ -75,6 +77,7 @@ class Problem(Exception):  # noqa: N818  (the term of RFC 9457)
         *,
         retryable: bool = False,
         headers: dict[str, str] | None = None,
+        tenant: str | None = None,
     ) -> None:
         super().__init__(detail)
         self.status = status
@@ -82,6 +85,7 @@ class Problem(Exception):  # noqa: N818  (the term of RFC 9457)
         self.detail = detail
         self.retryable = retryable
         self.headers = headers or {}
+        self.tenant = tenant  # who was refused, where no route is told of it
 
 
 def model_not_found() -> Problem:
@@ -181,18 +185,38 @@ def _tell_operator(message: str) -> None:
     logger.error("%s", message)
 
 
-def respond(request: Request, problem: Problem) -> JSONResponse:
-    """The HTTP response of a problem."""
-    request.state.problem = problem.code
-    body: dict[str, Any] = {
+def _document(problem: Problem, request_id: str) -> dict[str, Any]:
+    return {
         "type": PROBLEM_TYPE + problem.code,
         "title": problem.status.phrase,
         "status": int(problem.status),
         "detail": problem.detail,
-        "request_id": request.state.request_id,
+        "request_id": request_id,
         "retryable": problem.retryable,
     }
+
+
+def respond(request: Request, problem: Problem) -> JSONResponse:
+    """The HTTP response of a problem."""
+    request.state.problem = problem.code
+    if problem.tenant is not None:
+        request.state.tenant = problem.tenant
+    body = _document(problem, request.state.request_id)
     return JSONResponse(body, problem.status, problem.headers, media_type=MEDIA_TYPE)
+
+
+def malformed_request() -> bytes:
+    """The whole answer to what is no HTTP request, and reaches no application; it is the last."""
+    status, request_id = HTTPStatus.BAD_REQUEST, secrets.token_hex(16)
+    detail = "expected a request of HTTP/1 that names one Host and can be read in one way"
+    document = _document(Problem(status, "malformed-request", detail), request_id)
+    body = json.dumps(document, separators=(",", ":")).encode()
+    head = (
+        f"HTTP/1.1 {status:d} {status.phrase}\r\n"
+        f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
+        f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode("ascii") + body
 
 
 def install(app: FastAPI) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
@@ -54,6 +55,7 @@ from veilhead_service.problems import (
     model_not_found,
     range_refused,
 )
+from veilhead_service.strangers import Strangers
 from veilhead_service.telemetry import MEDIA_TYPE as METRICS_TYPE
 from veilhead_service.telemetry import Telemetry
 from veilhead_service.workers import WorkerPool
@@ -78,6 +80,7 @@ class Services:
     intake: Intake
     access: Access
     telemetry: Telemetry
+    strangers: Strangers
 
 
 # Coroutines, though they wait for nothing: plain functions would be called on a thread each.
@@ -390,7 +393,14 @@ async def get_card(
 
 
 class _PublicFile(FileResponse):
-    """A file; a range that it cannot answer becomes a problem, as every other refusal."""
+    """A file, as long as there is a place for it on the way out.
+
+    A range that it cannot answer becomes a problem, as every other refusal.
+    """
+
+    def __init__(self, path: Path, place: AbstractContextManager[None], **options: Any) -> None:
+        super().__init__(path, **options)
+        self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_unless_refused(message: Message) -> None:
@@ -399,7 +409,8 @@ class _PublicFile(FileResponse):
                 raise range_refused(HTTPStatus(message["status"]), headers.get("content-range"))
             await send(message)
 
-        await super().__call__(scope, receive, send_unless_refused)
+        with self._place:
+            await super().__call__(scope, receive, send_unless_refused)
 
 
 @router.get(
@@ -416,6 +427,7 @@ async def get_file(
     path: str,
     request: Request,
     services: _Services,
+    tenant: _Tenant,
     digest: _VersionDigest = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
@@ -435,6 +447,7 @@ async def get_file(
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     return _PublicFile(
         model.directory / BACKBONE_DIRECTORY / entry.path,
+        services.intake.downloads.one(tenant),
         media_type=MESSAGE_TYPE,
         headers=headers,
     )

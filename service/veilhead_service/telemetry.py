@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from veilhead_service.access_log import AccessLog
     from veilhead_service.keys import KeyStore
     from veilhead_service.observation import Observation
+    from veilhead_service.strangers import Strangers
 
 MEDIA_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -234,6 +235,26 @@ def access_log_metrics(log: AccessLog) -> Reading:
             "Requests that could not be recorded, refused for it or not.",
             log.requests_unrecorded,
         )
+
+    return read
+
+
+def network_metrics(count: Callable[[], int], most: int, strangers: Strangers) -> Reading:
+    """Metrics of open connections, and of what was refused without a good API key."""
+
+    def read() -> Iterator[Metric]:
+        yield GaugeMetricFamily("veilhead_connections", "Open connections.", count())
+        yield GaugeMetricFamily(
+            "veilhead_connections_limit", "Open connections that there may be.", most
+        )
+        refused = CounterMetricFamily(
+            "veilhead_strangers_refused",
+            "Requests and connections without a good API key that were refused, by kind.",
+            labels=["reason"],
+        )
+        for kind, number in strangers.totals.items():
+            refused.add_metric([kind], number)
+        yield refused
 
     return read
 

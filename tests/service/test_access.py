@@ -9,6 +9,7 @@ import re
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from veilhead_service.access import OPEN_PATHS, TenantAccess, scope_of
 from veilhead_service.app import create_app
 from veilhead_service.limits import Budget, Period, Rate
 from veilhead_service.model_store import publish
+from veilhead_service.problems import Problem
 from veilhead_service.settings import Settings
 from veilhead_service.state import STATE_FILE, State
 from veilhead_service.tenants import KeyScope
@@ -430,7 +432,58 @@ def test_the_policys_budget_is_that_of_its_model_unless_the_operator_says_otherw
         assert [service.infer("plain", plain.data).status_code for _ in range(2)] == [200, 200]
         with State(directory) as state:
             state.set_budget("clinic", "asked", Budget(2, Period.MONTH))
+        time.sleep(0.3)  # a change is seen as late as a revocation
         assert service.infer("asked", query.data).status_code == 200
+
+
+def test_a_budget_that_is_used_up_is_refused_without_the_state(
+    make_app, api_key, artifacts, make_service, problem, monkeypatch
+):
+    asked = []
+    real = State.charge
+
+    def charge(state, *arguments):
+        asked.append(arguments)
+        return real(state, *arguments)
+
+    monkeypatch.setattr(State, "charge", charge)
+    with TestClient(make_app(query_budget=1), headers=bearer(api_key)) as client:
+        service = make_service(client, artifacts)
+        query = service.query("digits")
+        assert service.infer("digits", query.data).status_code == 200
+        for _ in range(5):
+            refused = service.infer("digits", query.data)
+            problem(refused, 429, "budget-exhausted", sent=query.data, retryable=True)
+        assert len(asked) == 2
+        assert service.infer("chapters", service.query("chapters").data).status_code == 200
+
+
+def test_what_is_left_of_a_budget_and_what_is_given_back_can_be_used(directory, api_key):
+    async def run():
+        access = TenantAccess(directory, rate=Rate(1e3, 1000), budget=Budget(3, Period.DAY))
+        await access.start()
+        await access.admit([f"Bearer {api_key}"], "/version")
+
+        async def charged(model, units):
+            async with access.charged("clinic", model, units):
+                pass
+
+        for units, refused in ((4, True), (4, True), (5, True), (2, False), (2, True), (1, False)):
+            with pytest.raises(Problem, match="left") if refused else nullcontext():
+                await charged("m", units)
+
+        async def fail():
+            async with access.charged("clinic", "n", 3):
+                with pytest.raises(Problem):
+                    await charged("n", 1)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await fail()
+        await charged("n", 1)
+        await access.stop()
+
+    asyncio.run(run())
 
 
 class _FailingPool:

@@ -376,3 +376,33 @@ def test_a_failure_that_nobody_expected_does_not_end_the_writer(path, monkeypatc
     assert "the access log failed: ZeroDivisionError" in caplog.text
     assert [record["event"] for record in lines(path)] == ["interrupted", "request"]
     assert verify(path).records == 2
+
+
+def test_a_log_leaves_a_reserve_of_its_disk_free(path, monkeypatch):
+    """The state is on the same disk: a log that fills it ends every answer."""
+    log = opened(path, reserve_bytes=2**30)
+    log.append(status=200).result(10)
+    real = os.fstatvfs
+    disk = {"f_bavail": 2**18 - 1}  # blocks of 4 KiB: a byte less than the reserve
+
+    class Disk:
+        f_frsize, f_blocks = 4096, 2**30
+        f_bavail = property(lambda _: disk["f_bavail"])
+
+    monkeypatch.setattr(os, "fstatvfs", lambda _: Disk())
+    with pytest.raises(AccessLogError):
+        log.append(status=201).result(10)
+    assert not log.available
+    disk["f_bavail"] = 2**18
+    deadline = time.monotonic() + 20
+    while not log.available:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    log.append(status=202).result(10)
+    monkeypatch.setattr(os, "fstatvfs", real)
+    log.stop()
+    found = [
+        (record["event"], record.get("status", record.get("unrecorded"))) for record in lines(path)
+    ]
+    assert found == [("request", 200), ("interrupted", 1), ("request", 202)]
+    verify(path)

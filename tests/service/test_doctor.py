@@ -207,3 +207,28 @@ def test_only_failures_fail():
     assert healthy(checks)
     assert not healthy([*checks, Check("c", Outcome.FAIL, "bad")])
     assert render(checks, as_json=False).splitlines()[1:] == ["warn  b  hm", "         -> do it"]
+
+
+@pytest.mark.parametrize(
+    ("hard", "set_", "outcome"),
+    [
+        (20_000, {}, Outcome.OK),
+        (600, {}, Outcome.WARN),
+        (600, {"max_connections": 100}, Outcome.OK),
+        (20_000, {"max_connections": 20_000}, Outcome.FAIL),
+        (256, {}, Outcome.FAIL),
+    ],
+)
+def test_the_limit_of_open_files_is_compared_with_connections(monkeypatch, hard, set_, outcome):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, hard))
+    found = doctor.check_descriptors(Settings(workers=2, **set_))
+    assert found.outcome is outcome
+    assert str(hard) in found.found
+
+
+def test_a_disk_that_holds_little_more_than_the_reserve_is_told(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    where = {"state_directory": tmp_path / "absent" / "state"}
+    for reserve, outcome in ((0, Outcome.OK), (free, Outcome.WARN)):
+        found = doctor.check_disk(Settings(disk_reserve_bytes=reserve, **where))
+        assert found.outcome is outcome

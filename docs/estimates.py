@@ -6,7 +6,7 @@
     git -C lattice-estimator checkout 27a581b
     PYTHONPATH=protocol estimator-venv/bin/python docs/estimates.py lattice-estimator
 
-Nothing imports this file, and the project needs none of these packages. It takes about ten minutes
+Nothing imports this file, and the project needs none of these packages. It takes about six minutes
 of one core. It ends with status 1 when a figure that `parameters.py` states is not what was
 computed.
 """

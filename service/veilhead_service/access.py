@@ -10,23 +10,27 @@ import asyncio
 import logging
 import math
 import re
+import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from veilhead_protocol.errors import StateError, VeilheadError
-from veilhead_service import problems
-from veilhead_service.limits import Budget, Rate, RateLimiter, Usage
+from veilhead_protocol.errors import AccessLogError, StateError, VeilheadError
+from veilhead_service import problems, witness
+from veilhead_service.access_log import AccessLog
+from veilhead_service.access_log_chain import FILE_NAME, end_of
+from veilhead_service.limits import Budget, Charge, Rate, RateLimiter, Usage
 from veilhead_service.problems import Problem
 from veilhead_service.state import State
+from veilhead_service.state_lane import Lane
 from veilhead_service.tenants import INSECURE_TENANT, ApiKey, KeyScope, Tenant, key_id_of, opens
 
 #: What anybody may ask: whether the service is up.
@@ -44,9 +48,13 @@ _SCOPES: Final = (
 #: Seconds after which the state is asked whether anything changed: how late a revocation is seen.
 _FRESH_SECONDS: Final = 0.25
 
-logger = logging.getLogger("veilhead.service")
+#: What others than our commands wrote is read after so long.
+_RELOAD_SECONDS: Final = 2.0
 
-_Value = TypeVar("_Value")
+#: Counts of old periods are looked for as often as this.
+_PRUNE_SECONDS: Final = 3600.0
+
+logger = logging.getLogger("veilhead.service")
 
 
 def scope_of(path: str) -> KeyScope | None:
@@ -61,7 +69,9 @@ def scope_of(path: str) -> KeyScope | None:
 class _Directory:
     """Tenants and keys, as they were in the state at one moment."""
 
+    commands: int
     version: int
+    loaded: float
     tenants: dict[str, Tenant]
     keys: dict[str, ApiKey]
 
@@ -74,6 +84,9 @@ class Access(Protocol):
 
     async def stop(self) -> None:
         """Let go of what `start` opened."""
+
+    async def ready(self) -> bool:
+        """Whether it can be known now who may do what."""
 
     async def admit(self, authorization: list[str], path: str) -> str:
         """The tenant of a request with these Authorization headers, which may ask for this path.
@@ -117,8 +130,12 @@ class Access(Protocol):
 class TenantAccess:
     """Access by API keys, on a state that others may change meanwhile.
 
-    The state is opened at `start`, or by the first request. It is used by one thread, so that no
-    disk and no lock ever holds up the event loop.
+    The state is opened at `start`, or by the first request. Three threads use it, each over a
+    connection of its own: one looks keys up, one charges, one counts. So no disk and no lock holds
+    up the event loop, and nobody who only asks waits for those who are charged.
+
+    From `start` to `stop` it is looked at several times a second: whether it is still the same
+    file, what the operator changed, and whether the access log knows of all keys that were ended.
     """
 
     def __init__(
@@ -127,45 +144,79 @@ class TenantAccess:
         *,
         rate: Rate,
         budget: Budget,
+        log: AccessLog | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Access by what a state holds.
 
         Args:
-            state_directory: where the state is.
+            state_directory: where the state is, and the access log.
             rate: of a tenant that has none of its own.
             budget: of a tenant and model that have none of their own.
+            log: the access log that this process writes, when it does.
             clock: seconds since 1970, for expiry and periods.
             monotonic: seconds that only ever advance, for rates.
         """
         self._state_directory = state_directory
         self._rate = rate
         self._budget = budget
+        self._log = log
         self._clock = clock
         self._monotonic = monotonic
         self._limiter = RateLimiter(clock=monotonic)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="veilhead-state")
+        self._opening = threading.Lock()
         self._state: State | None = None
+        self._keys = Lane("keys", self._opened)
+        self._charges = Lane("charges", self._opened_beside)
+        self._counts = Lane("counts", self._opened_beside)
+        self._watching: asyncio.Task[None] | None = None
         self._directory: _Directory | None = None
         self._checked = -math.inf
+        self._agreed = False
+        self._introduced = False
+        self._owed: deque[Charge] = deque()
+        self._told = ""
 
     async def start(self) -> None:
-        """Open the state."""
-        directory = await self._in_thread(self._refresh)
-        if not directory.keys:
-            logger.warning(
-                "there is no tenant yet, so nobody may ask anything: `veilhead-server tenants add "
-                "NAME` makes one; on loopback, `--insecure-no-tenants` does without"
-            )
+        """Open the state; one that must not be used is told of, and refused until it may be."""
+        await self._keys.run(lambda _: None)
+        try:
+            directory = await self._current()
+        except StateError as error:
+            self._tell(error)
+        else:
+            if not directory.keys:
+                logger.warning(
+                    "there is no tenant yet, so nobody may ask anything: `veilhead-server tenants "
+                    "add NAME` makes one; on loopback, `--insecure-no-tenants` does without"
+                )
+        self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """Close the state."""
-        if self._state is not None:
-            await self._in_thread(self._state.close)
+        if self._watching is not None:
+            self._watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watching
+        self._watching = None
+        with suppress(StateError):
+            await self._give_back()
+        for lane in (self._charges, self._counts, self._keys):  # the one that knows the file last
+            await lane.close()
         self._state = None
         self._directory = None
+        self._agreed = self._introduced = False
         self._checked = -math.inf
+
+    async def ready(self) -> bool:
+        """Whether keys can be looked up."""
+        try:
+            await self._current()
+        except StateError as error:
+            self._tell(error)
+            return False
+        return True
 
     async def admit(self, authorization: list[str], path: str) -> str:
         """Authenticate, then look at the scope, then at the rate."""
@@ -209,8 +260,8 @@ class TenantAccess:
 
         Only a block that was cancelled stays charged: nobody knows how far it came.
         """
-        taken = await self._in_thread(
-            lambda: self._opened().charge(tenant, model, units, default or self._budget)
+        taken = await self._charges.run(
+            lambda state: state.charge(tenant, model, units, default or self._budget)
         )
         if isinstance(taken, Usage):
             raise Problem(
@@ -224,10 +275,9 @@ class TenantAccess:
         try:
             yield
         except Exception:
-            try:
-                await self._in_thread(lambda: self._opened().refund(taken))
-            except StateError as error:
-                logger.error("a charge could not be given back: %s", error)
+            self._owed.append(taken)
+            with suppress(StateError):  # it is given back as soon as the state can be written
+                await self._give_back()
             raise
 
     async def usage(
@@ -236,8 +286,8 @@ class TenantAccess:
         """The tenant's rows, sorted by model; unused models have their policy's budget."""
         directory = await self._current()
         budgets = {model: budget or self._budget for model, budget in models.items()}
-        found = await self._in_thread(
-            lambda: self._opened().usage(self._budget, tenant=tenant, of_models=budgets)
+        found = await self._counts.run(
+            lambda state: state.usage(self._budget, tenant=tenant, of_models=budgets)
         )
         now = self._clock()
         rows = {
@@ -250,7 +300,7 @@ class TenantAccess:
     async def usage_snapshot(self, models: Mapping[str, Budget | None]) -> list[Usage]:
         """All tenants' rows."""
         budgets = {model: budget or self._budget for model, budget in models.items()}
-        return await self._in_thread(lambda: self._opened().usage(self._budget, of_models=budgets))
+        return await self._counts.run(lambda state: state.usage(self._budget, of_models=budgets))
 
     def _rate_of(self, directory: _Directory, name: str) -> Rate:
         tenant = directory.tenants[name]
@@ -260,32 +310,108 @@ class TenantAccess:
 
     async def _current(self) -> _Directory:
         if self._directory is None or self._monotonic() - self._checked >= _FRESH_SECONDS:
-            return await self._in_thread(self._refresh)
+            return await self._keys.run(self._refresh)
         return self._directory
 
-    async def _in_thread(self, call: Callable[[], _Value]) -> _Value:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+    # --- all the time -----------------------------------------------------------------------------
 
-    # --- in the state's thread --------------------------------------------------------------------
+    async def _watch(self) -> None:
+        prune_at = self._monotonic()
+        while True:
+            try:
+                await self._current()
+                await self._record()
+                await self._give_back()
+                if self._charges.needs_checkpoint:
+                    await self._checkpoint()
+                if self._monotonic() >= prune_at and not await self._counts.run(State.prune):
+                    prune_at = self._monotonic() + _PRUNE_SECONDS
+                self._tell(None)
+            except (StateError, AccessLogError) as error:
+                self._tell(error)
+            except Exception as error:
+                self._tell(StateError(f"looking after the state failed: {type(error).__name__}"))
+            await asyncio.sleep(_FRESH_SECONDS)
+
+    async def _checkpoint(self) -> None:
+        await self._charges.run(State.checkpoint)
+        self._charges.needs_checkpoint = False
+
+    async def _record(self) -> None:
+        """Have the access log say which state this is, and which keys were ended in it."""
+        log = self._log
+        if log is None or not log.running:
+            return
+        known = await self._counts.run(witness.witness_of)
+        if known != log.end.witness or not self._introduced:
+            introduce = not self._introduced
+            await self._counts.run(
+                lambda state: witness.write_endings(state, log, introduce=introduce)
+            )
+            self._introduced = True
+
+    async def _give_back(self) -> None:
+        while self._owed:
+            taken = self._owed.popleft()
+            try:
+                await self._charges.run(lambda state, taken=taken: state.refund(taken))
+            except StateError:
+                self._owed.appendleft(taken)
+                raise
+
+    def _tell(self, error: VeilheadError | None) -> None:
+        """Log what is wrong once, and once that it is over."""
+        told, self._told = self._told, "" if error is None else str(error)
+        if self._told and self._told != told:
+            logger.error("state-unavailable: %s", self._told)
+        elif told and not self._told:
+            logger.warning("the state can be used again")
+
+    # --- in the state's threads -------------------------------------------------------------------
 
     def _opened(self) -> State:
-        if self._state is None:
-            self._state = State(self._state_directory, clock=self._clock)
-        return self._state
+        with self._opening:
+            if self._state is None:
+                self._state = State(self._state_directory, clock=self._clock)
+                self._state.adopt()
+            return self._state
 
-    def _refresh(self) -> _Directory:
-        state = self._opened()
+    def _opened_beside(self) -> State:
+        self._opened()
+        return State(self._state_directory, clock=self._clock, beside=True)
+
+    def _refresh(self, state: State) -> _Directory:
         now = self._monotonic()
-        version = state.data_version()
         directory = self._directory
-        if directory is None or directory.version != version:
-            # A change between these reads changes the number again, and is read the next time.
+        if directory is not None and now - self._checked < _FRESH_SECONDS:
+            return directory  # another request just had it looked at
+        self._directory = None
+        if not state.check_whole():
+            self._charges.needs_checkpoint = True
+        commands, version = state.commands(), state.data_version()
+        if directory is None or directory.commands != commands:
+            self._check_agreement(state)
+            directory = None
+        elif directory.version != version and now - directory.loaded >= _RELOAD_SECONDS:
+            directory = None
+        if directory is None:
+            # A change between these reads changes the numbers again, and is read the next time.
             # Keys come first: tenants are never deleted, so every key finds its tenant.
             keys = {key.id: key for key in state.api_keys()}
             tenants = {tenant.name: tenant for tenant in state.tenants()}
-            directory = _Directory(version, tenants, keys)
+            directory = _Directory(commands, version, now, tenants, keys)
         self._directory, self._checked = directory, now
         return directory
+
+    def _check_agreement(self, state: State) -> None:
+        path = self._state_directory / FILE_NAME
+        log = self._log
+        try:
+            known = log.end if log is not None and log.running else end_of(path)
+            witness.check_agreement(state, known.witness, None if self._agreed else path)
+        except AccessLogError as error:
+            raise StateError(str(error)) from error
+        self._agreed = True
 
 
 class InsecureAccess:
@@ -296,6 +422,10 @@ class InsecureAccess:
 
     async def stop(self) -> None:
         """There is nothing to close."""
+
+    async def ready(self) -> bool:
+        """There is nothing to look up."""
+        return True
 
     async def admit(self, authorization: list[str], path: str) -> str:  # noqa: ARG002
         """Everybody is the same tenant."""

@@ -12,9 +12,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from veilhead_service import access_log, problems, routes, telemetry
+from veilhead_service import problems, routes, telemetry
 from veilhead_service.access import AccessGate, InsecureAccess, TenantAccess
 from veilhead_service.access_log import AccessLog
+from veilhead_service.access_log_chain import FILE_NAME
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
 from veilhead_service.limits import Budget, Period, Rate
@@ -61,7 +62,7 @@ def _access_log(settings: Settings) -> AccessLog | None:
     if settings.access_log_mode == "off":
         return None
     return AccessLog(
-        settings.state_directory / access_log.FILE_NAME,
+        settings.state_directory / FILE_NAME,
         sync_seconds=settings.access_log_sync_seconds,
         file_bytes=settings.access_log_file_bytes,
     )
@@ -95,6 +96,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         preload=lambda: current_models(source),
         head_key=head_key,
     )
+    log = _access_log(settings)
     access = (
         InsecureAccess()
         if settings.insecure_no_tenants
@@ -102,6 +104,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
             settings.state_directory,
             rate=Rate(settings.rate_per_second, settings.rate_burst),
             budget=Budget(settings.query_budget, Period(settings.query_budget_period)),
+            log=log,
         )
     )
     services = Services(
@@ -123,7 +126,6 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
     )
     services.telemetry.watch(telemetry.key_metrics(services.keys))
     services.telemetry.watch(telemetry.pool_metrics(pool.stats))
-    log = _access_log(settings)
     if log is not None:
         services.telemetry.watch(telemetry.access_log_metrics(log))
     tracing = Tracing.over_otlp(settings.tracing_endpoint) if settings.tracing else None
@@ -131,9 +133,9 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
-            await access.start()
             if log is not None:
                 log.start()
+            await access.start()
             await pool.start()
             yield
         finally:

@@ -512,6 +512,9 @@ async def ready(services: _Services) -> JSONResponse:
     """200 when queries can be evaluated, 503 when not."""
     if not services.pool.ready:
         return JSONResponse({"status": "not ready"}, HTTPStatus.SERVICE_UNAVAILABLE)
+    if not await services.access.ready():
+        body = {"status": "not ready", "reason": "state-unavailable"}
+        return JSONResponse(body, HTTPStatus.SERVICE_UNAVAILABLE)
     return JSONResponse({"status": "ready"})
 
 

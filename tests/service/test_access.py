@@ -27,7 +27,8 @@ from veilhead_service.app import create_app
 from veilhead_service.limits import Budget, Period, Rate
 from veilhead_service.model_store import publish
 from veilhead_service.settings import Settings
-from veilhead_service.state import STATE_FILE, State
+from veilhead_service.state import State
+from veilhead_service.state_file import STATE_FILE
 from veilhead_service.tenants import KeyScope
 
 #: What each route needs. A new route must be added here, on purpose.
@@ -512,7 +513,8 @@ def test_no_query_is_answered_when_it_cannot_be_charged(
     replace_service(app, pool=Counting())
     service = make_service(TestClient(app, headers=bearer(api_key)), artifacts)
     query = service.query("digits")
-    state = app.state.services.access._state
+    state = app.state.services.access._charges._open_state()
+    app.state.services.access._charges._state = state
     state._rows("PRAGMA query_only = ON")  # every write fails, as on a disk gone read-only
     problem(
         service.infer("digits", query.data),

@@ -16,7 +16,8 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from veilhead_protocol.errors import AccessLogError
-from veilhead_service.access_log import AccessLog, files_of, shortened, verify
+from veilhead_service.access_log import AccessLog, shortened
+from veilhead_service.access_log_chain import GENESIS, files_of, verify
 from veilhead_service.app import create_app
 from veilhead_service.cli import app as command
 from veilhead_service.settings import Settings
@@ -208,12 +209,15 @@ def test_the_chain_goes_on_across_files(path):
     assert len(files) > 3
     assert all(file.stat().st_size < 4096 + 1000 for file in files)
     head = verify(path).head
-    assert verify(path, anchor=head).records == 80
+    assert verify(path, anchor=head).records == 80 + len(files) - 1
+    assert [lines(file)[0].get("reason") for file in files] == [None, *["full"] * (len(files) - 1)]
     last = lines(files[0])[-1]["hash"]
     files[0].unlink()
-    with pytest.raises(AccessLogError, match="line 1 does not follow"):
+    with pytest.raises(AccessLogError, match="line 1 does not follow.*forerunners"):
         verify(path)
     assert verify(path, anchor=head, after=last).records < 80
+    with pytest.raises(AccessLogError, match="forerunners"):
+        verify(files[2], *files[3:])
 
 
 def test_two_processes_do_not_share_a_log(path):

@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 import pytest
 
 from veilhead_protocol.errors import StateError, TenantError
-from veilhead_service import state as state_module
+from veilhead_service import state_file
 from veilhead_service.limits import Budget, Charge, Period, Usage
-from veilhead_service.state import MIGRATIONS, STATE_FILE, State
+from veilhead_service.state import State
+from veilhead_service.state_file import MIGRATIONS, STATE_FILE
 from veilhead_service.tenants import DEFAULT_SCOPES, KeyScope, new_api_key
 
 NOON = datetime(2026, 11, 30, 12, tzinfo=UTC).timestamp()
@@ -103,7 +104,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path, monkeypatch):
     with State(tmp_path) as state:
         state.add_tenant(a_key("clinic"))
     broken = "CREATE TABLE more (x INTEGER) STRICT; INSERT INTO absent VALUES (1)"
-    monkeypatch.setattr(state_module, "MIGRATIONS", (*MIGRATIONS, broken))
+    monkeypatch.setattr(state_file, "MIGRATIONS", (*MIGRATIONS, broken))
     with pytest.raises(StateError):
         State(tmp_path)
     monkeypatch.undo()

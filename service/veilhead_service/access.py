@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final, Protocol
@@ -130,9 +131,9 @@ class Access(Protocol):
 class TenantAccess:
     """Access by API keys, on a state that others may change meanwhile.
 
-    The state is opened at `start`, or by the first request. Three threads use it, each over a
-    connection of its own: one looks keys up, one charges, one counts. So no disk and no lock holds
-    up the event loop, and nobody who only asks waits for those who are charged.
+    The state is opened at `start`, or by the first request. Four threads use it, each over a
+    connection of its own: one looks keys up, one charges, one counts, one looks after the file. So
+    no disk and no lock holds up the event loop, and who only asks waits for none who writes.
 
     From `start` to `stop` it is looked at several times a second: whether it is still the same
     file, what the operator changed, and whether the access log knows of all keys that were ended.
@@ -170,6 +171,7 @@ class TenantAccess:
         self._keys = Lane("keys", self._opened)
         self._charges = Lane("charges", self._opened_beside)
         self._counts = Lane("counts", self._opened_beside)
+        self._upkeep = Lane("upkeep", self._opened_beside)
         self._watching: asyncio.Task[None] | None = None
         self._directory: _Directory | None = None
         self._checked = -math.inf
@@ -202,7 +204,7 @@ class TenantAccess:
         self._watching = None
         with suppress(StateError):
             await self._give_back()
-        for lane in (self._charges, self._counts, self._keys):  # the one that knows the file last
+        for lane in (self._charges, self._counts, self._upkeep, self._keys):  # the one that knows the file last
             await lane.close()
         self._state = None
         self._directory = None
@@ -324,7 +326,7 @@ class TenantAccess:
                 await self._give_back()
                 if self._charges.needs_checkpoint:
                     await self._checkpoint()
-                if self._monotonic() >= prune_at and not await self._counts.run(State.prune):
+                if self._monotonic() >= prune_at and not await self._upkeep.run(State.prune):
                     prune_at = self._monotonic() + _PRUNE_SECONDS
                 self._tell(None)
             except (StateError, AccessLogError) as error:
@@ -334,18 +336,18 @@ class TenantAccess:
             await asyncio.sleep(_FRESH_SECONDS)
 
     async def _checkpoint(self) -> None:
-        await self._charges.run(State.checkpoint)
-        self._charges.needs_checkpoint = False
+        await self._upkeep.run(State.checkpoint)
+        self._charges.was_checkpointed()
 
     async def _record(self) -> None:
         """Have the access log say which state this is, and which keys were ended in it."""
         log = self._log
         if log is None or not log.running:
             return
-        known = await self._counts.run(witness.witness_of)
+        known = await self._upkeep.run(witness.witness_of)
         if known != log.end.witness or not self._introduced:
             introduce = not self._introduced
-            await self._counts.run(
+            await self._upkeep.run(
                 lambda state: witness.write_endings(state, log, introduce=introduce)
             )
             self._introduced = True
@@ -354,7 +356,7 @@ class TenantAccess:
         while self._owed:
             taken = self._owed.popleft()
             try:
-                await self._charges.run(lambda state, taken=taken: state.refund(taken))
+                await self._charges.run(partial(State.refund, charge=taken))
             except StateError:
                 self._owed.appendleft(taken)
                 raise
@@ -387,7 +389,7 @@ class TenantAccess:
             return directory  # another request just had it looked at
         self._directory = None
         if not state.check_whole():
-            self._charges.needs_checkpoint = True
+            self._charges.ask_for_checkpoint()
         commands, version = state.commands(), state.data_version()
         if directory is None or directory.commands != commands:
             self._check_agreement(state)

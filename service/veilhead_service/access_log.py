@@ -145,7 +145,9 @@ class AccessLog:
             raise
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._thread.start()
-        logger.info("the access log goes on after record %d, %s", self._end.sequence, self._end.head)
+        logger.info(
+            "the access log goes on after record %d, %s", self._end.sequence, self._end.head
+        )
 
     def stop(self) -> None:
         """Write what waits, and close the log."""
@@ -271,7 +273,8 @@ class AccessLog:
             link = {"event": "continued", "time": _now(), "reason": self._continues}
             link |= {} if end.witness is None else end.witness.fields()
             # The marker of a torn line comes right after it.
-            records = [*records, link] if before else [link, *records]
+            is_marker = bool(records) and records[0]["event"] == "recovered"
+            records = [*records, link] if is_marker else [link, *records]
         for record in records:
             sequence = end.sequence + 1
             line, head = sealed(record | {"sequence": sequence, "previous": end.head})

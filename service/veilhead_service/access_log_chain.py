@@ -24,6 +24,7 @@ GENESIS: Final = "0" * 64
 
 
 def canonical(record: dict[str, Any]) -> bytes:
+    """A record's bytes, which are hashed."""
     return json.dumps(record, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
@@ -193,7 +194,9 @@ class Verified:
     notes: tuple[str, ...]
 
 
-def verify(path: Path, *more: Path, anchor: str | None = None, after: str | None = None) -> Verified:
+def verify(
+    path: Path, *more: Path, anchor: str | None = None, after: str | None = None
+) -> Verified:
     """Check every record of a log.
 
     Args:

@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from veilhead_protocol.errors import StateError, TenantError
 from veilhead_service.limits import Budget, Charge, Period, Usage

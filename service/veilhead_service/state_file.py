@@ -263,6 +263,9 @@ class StateFile:
             self._note_looks(_UNKNOWN)
             self._rows("PRAGMA wal_checkpoint(PASSIVE)")
             self._note_looks(self._looks())
+
+    def forget_transactions(self) -> None:
+        """Count anew: what this connection wrote is in the file."""
         self._transactions = 0
 
     def _note_looks(self, looks: str) -> None:

@@ -44,9 +44,15 @@ class Lane:
         """Whether this connection wrote much, or a checkpoint was not finished."""
         return self._must_checkpoint or (self._state is not None and self._state.needs_checkpoint)
 
-    @needs_checkpoint.setter
-    def needs_checkpoint(self, needed: bool) -> None:
-        self._must_checkpoint = needed
+    def ask_for_checkpoint(self) -> None:
+        """Say that a checkpoint was not finished."""
+        self._must_checkpoint = True
+
+    def was_checkpointed(self) -> None:
+        """Say that another connection made one."""
+        self._must_checkpoint = False
+        if self._state is not None:
+            self._state.forget_transactions()
 
     async def run(self, call: Callable[[State], _Value]) -> _Value:
         """What a call returns.

@@ -17,7 +17,7 @@ from typing import Any, Final
 from veilhead_protocol.errors import AccessLogError, StateError
 from veilhead_service.access_log import AccessLog
 from veilhead_service.access_log_chain import FILE_NAME, Witness, end_of, holds, records_of
-from veilhead_service.state import Ending, State
+from veilhead_service.state import Ending, Identity, State
 
 #: A service that runs records what a command did within this.
 _RECORD_SECONDS: Final = 5.0
@@ -59,19 +59,24 @@ def check_agreement(state: State, known: Witness | None, log: Path | None = None
     elif known.state != identity.id:
         raise StateError(f"this is another state than the access log knows: {_ADVICE}")
     elif known.epoch:
-        (found,) = [item for item in state.endings(known.epoch - 1)[:1]] or [None]
-        if found is None or (found.epoch, found.token) != (known.epoch, known.token):
+        found = {item.epoch: item.token for item in state.endings(known.epoch - 1)}
+        if found.get(known.epoch) != known.token:
             raise StateError(
                 "this state is older than the access log, or another branch of it: keys were "
                 f"revoked since: {_ADVICE}"
             )
-    if log is not None and identity.log_sequence:
-        if holds(log, identity.log_sequence, identity.log_head) is False:
-            raise StateError(
-                f"the access log lacks the record {identity.log_sequence} that this state "
-                f"remembers: its end was cut off, or it was written anew: {_ADVICE}"
-            )
+    if log is not None and _is_cut(log, identity):
+        raise StateError(
+            f"the access log lacks the record {identity.log_sequence} that this state "
+            f"remembers: its end was cut off, or it was written anew: {_ADVICE}"
+        )
     _check_applied(state)
+
+
+def _is_cut(log: Path, identity: Identity) -> bool:
+    """Whether a log lacks the record that a state remembers."""
+    sequence = identity.log_sequence
+    return sequence > 0 and holds(log, sequence, identity.log_head) is False
 
 
 def _check_applied(state: State) -> None:
@@ -234,8 +239,8 @@ def _check_log(state: State, log: Path, last: Witness | None, given: list[Ending
     identity = state.identity()
     known = {ending.epoch for ending in (*given, *state.endings())}
     absent = set() if last is None else set(range(1, last.epoch + 1)) - known
-    cut = identity.log_sequence and holds(log, identity.log_sequence, identity.log_head) is False
-    if last is not None and not absent and not (cut and last.state == identity.id):
+    cut = last is not None and last.state == identity.id and _is_cut(log, identity)
+    if last is not None and not absent and not cut:
         return
     if last is None:
         lack = "there is no access log that knows which keys were revoked"

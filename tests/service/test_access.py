@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import re
 import sqlite3
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -560,6 +561,96 @@ def test_a_lock_does_not_hold_up_the_event_loop(directory, api_key):
         lock.execute("ROLLBACK")
         lock.close()
         done = await waiting
+        await access.stop()
+        return done
+
+    assert asyncio.run(run()) == "charged"
+
+
+@pytest.fixture
+def locked(directory, api_key, monkeypatch):
+    """A running access of a tenant, and what another process holds its state with."""
+    monkeypatch.setattr("veilhead_service.state_lane.BUSY_SECONDS", 2.0)
+
+    def run(work):
+        async def drive():
+            access = TenantAccess(directory, rate=Rate(99, 99), budget=Budget(None, Period.DAY))
+            await access.start()
+            lock = sqlite3.connect(directory / STATE_FILE, isolation_level=None)
+            lock.execute("BEGIN IMMEDIATE")
+            try:
+                return await work(access, lock)
+            finally:
+                lock.close()
+                await access.stop()
+
+        return asyncio.run(drive())
+
+    return run
+
+
+async def use(access):
+    async with access.charged("clinic", "m", 1):
+        return "charged"
+
+
+def test_a_lock_costs_nobody_more_than_it_says(locked, api_key):
+    """Ten charges wait together, not one after the other; who is not charged does not wait."""
+
+    async def work(access, lock):
+        started = time.monotonic()
+        charges = [asyncio.create_task(use(access)) for _ in range(10)]
+        for _ in range(5):
+            await asyncio.sleep(0.06)  # so that the state is looked at again
+            assert await access.admit([f"Bearer {api_key}"], "/v1/models") == "clinic"
+            assert await access.usage("clinic", {})
+            assert await access.usage_snapshot({}) == []
+            assert not any(charge.done() for charge in charges)
+        outcomes = await asyncio.gather(*charges, return_exceptions=True)
+        assert all(isinstance(outcome, StateError) for outcome in outcomes)
+        assert time.monotonic() - started < 4 * 2.0
+        lock.execute("ROLLBACK")
+        return await use(access)
+
+    assert locked(work) == "charged"
+
+
+def test_what_is_owed_during_a_lock_is_given_back_after_it(locked, directory):
+    async def work(access, lock):
+        lock.execute("ROLLBACK")
+
+        async def lose():
+            async with access.charged("clinic", "m", 3):
+                lock.execute("BEGIN IMMEDIATE")
+                raise WorkerError("lost")
+
+        with pytest.raises(WorkerError):
+            await lose()
+        (row,) = (await access.usage("clinic", {}))[1]
+        assert row.used == 3
+        lock.execute("ROLLBACK")
+        for _ in range(100):
+            (row,) = (await access.usage("clinic", {}))[1]
+            if row.used == 0:
+                return True
+            await asyncio.sleep(0.05)
+        return False
+
+    assert locked(work)
+
+
+def test_a_long_count_holds_up_no_query(directory, api_key):
+    async def run():
+        access = TenantAccess(directory, rate=Rate(99, 99), budget=Budget(None, Period.DAY))
+        await access.start()
+        over = threading.Event()
+        count = asyncio.create_task(access._counts.run(lambda _: over.wait(20)))
+        await asyncio.sleep(0.3)  # so that the state is looked at again
+        await access.admit([f"Bearer {api_key}"], "/v1/models")
+        done = await use(access)
+        assert not count.done()
+        over.set()
+        await count
         await access.stop()
         return done
 

@@ -41,12 +41,11 @@ def serve(store, directory, tmp_path):
 
     @contextlib.contextmanager
     def start(*arguments, ready=True):
-        with (tmp_path / "log").open("ab") as log:
-            with running(
-                store, "--workers", "1", "--state", str(directory), *arguments,
-                access=(), log=log, ready="/readyz" if ready else "/livez",
-            ) as url:  # fmt: skip
-                yield url
+        log = (tmp_path / "log").open("ab")
+        given = ("--workers", "1", "--state", str(directory), *arguments)
+        path = "/readyz" if ready else "/livez"
+        with log, running(store, *given, access=(), log=log, ready=path) as url:
+            yield url
 
     return start
 

@@ -16,6 +16,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpx2
 
 from veilhead_protocol.loopback import is_loopback
+from veilhead_protocol.redaction import redacted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,17 +119,17 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except aiohttp.ConnectionTimeoutError as error:
-        raise httpx2.ConnectTimeout(str(error)) from error
+        raise httpx2.ConnectTimeout(redacted(error)) from error
     except TimeoutError as error:
-        raise httpx2.ReadTimeout(str(error)) from error
+        raise httpx2.ReadTimeout(redacted(error)) from error
     except aiohttp.ClientConnectorError as error:
-        raise httpx2.ConnectError(str(error)) from error
+        raise httpx2.ConnectError(redacted(error)) from error
     except (aiohttp.ClientHttpProxyError, aiohttp.ClientProxyConnectionError) as error:
-        raise httpx2.ProxyError(str(error)) from error
+        raise httpx2.ProxyError(redacted(error)) from error
     except aiohttp.ClientOSError as error:
-        raise httpx2.ReadError(str(error)) from error
+        raise httpx2.ReadError(redacted(error)) from error
     except aiohttp.ClientError as error:
-        raise httpx2.RemoteProtocolError(str(error)) from error
+        raise httpx2.RemoteProtocolError(redacted(error)) from error
 
 
 def _proxy_of(url: httpx2.URL) -> str | None:

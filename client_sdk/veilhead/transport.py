@@ -37,6 +37,7 @@ from veilhead_protocol.errors import (
 )
 from veilhead_protocol.loopback import is_loopback
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, FileEntry
+from veilhead_protocol.redaction import redacted
 from veilhead_protocol.signatures import MAX_CARD_BYTES, SIGNATURE_HEADER
 
 MESSAGE_TYPE: Final = "application/octet-stream"
@@ -81,7 +82,9 @@ def check_url(url: str) -> httpx2.URL:
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise InsecureTransportError(f"the service's URL is not a URL: {error}") from error
+        raise InsecureTransportError(
+            f"the service's URL is not a URL: {redacted(error)}"
+        ) from error
     if parsed.scheme == "https" or (parsed.scheme == "http" and is_loopback(parsed.host)):
         return parsed
     raise InsecureTransportError(
@@ -178,6 +181,21 @@ class Transport:
                 )
 
         await _retried(attempt)
+
+    async def probe(self) -> None:
+        """Ask once whether the service is ready; nothing of a text, a key or a model is sent.
+
+        Raises:
+            TransportError: when it does not answer.
+            ServiceResponseError: when it answers that it is not ready.
+        """
+        try:
+            async with self._request("GET", "/readyz"):
+                pass
+        except _PauseError as refusal:
+            raise refusal.error from None
+        except httpx2.HTTPError as error:
+            raise TransportError(f"no answer ({type(error).__name__})") from error
 
     async def put_key(self, key_id: bytes, message: bytes) -> None:
         """Register a key message."""
@@ -291,7 +309,7 @@ async def _retried(attempt: Callable[[], Awaitable[_Value]]) -> _Value:
             if number == _ATTEMPTS:
                 raise TransportError(
                     f"no answer from the service after {_ATTEMPTS} attempts "
-                    f"({type(error).__name__}: {error}); check the URL and that it runs"
+                    f"({type(error).__name__}: {redacted(error)}); check the URL and that it runs"
                 ) from error
         except httpx2.HTTPError as error:
             raise TransportError(f"the request failed ({type(error).__name__})") from error

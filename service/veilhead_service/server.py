@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from veilhead_service.hardening import forbid_core_dumps
+from veilhead_protocol.hardening import forbid_core_dumps
 from veilhead_service.settings import Settings
 from veilhead_service.workers import WorkerPool
 

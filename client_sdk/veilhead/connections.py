@@ -7,10 +7,12 @@ so that a client may be given any other transport.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from base64 import b64encode
+from collections.abc import AsyncIterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import httpx2
@@ -36,6 +38,7 @@ class Connections(httpx2.AsyncBaseTransport):
     def __init__(self, url: httpx2.URL, *, limit: int) -> None:
         self._limit = limit
         self._proxy = _proxy_of(url)
+        self._secrets = () if self._proxy is None else _proxy_secrets(self._proxy)
         # Of certificates, and of where their authorities come from, httpx2 decides.
         self._tls = httpx2.create_ssl_context() if url.scheme == "https" else None
         self._session: aiohttp.ClientSession | None = None
@@ -76,7 +79,8 @@ class Connections(httpx2.AsyncBaseTransport):
             raise RuntimeError("the connections are not open: use them in `async with`")
         seconds = request.extensions["timeout"]
         is_whole = isinstance(request.stream, httpx2.ByteStream)
-        with _translated():
+        secrets = (*self._secrets, *_credentials(request.headers.get("authorization", "")))
+        with _translated(secrets):
             response = await self._session.request(
                 request.method,
                 yarl.URL(str(request.url), encoded=True),
@@ -91,18 +95,22 @@ class Connections(httpx2.AsyncBaseTransport):
                 ),
             )
         return httpx2.Response(
-            response.status, headers=response.raw_headers, stream=_Body(response), request=request
+            response.status,
+            headers=response.raw_headers,
+            stream=_Body(response, secrets),
+            request=request,
         )
 
 
 class _Body(httpx2.AsyncByteStream):
     """The body of a response, as it arrives."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, secrets: Sequence[str]) -> None:
         self._response = response
+        self._secrets = secrets
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _translated():
+        with _translated(self._secrets):
             async for piece in self._response.content.iter_any():
                 yield piece
 
@@ -112,24 +120,37 @@ class _Body(httpx2.AsyncByteStream):
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
-    """aiohttp's errors as those of httpx2."""
+def _translated(secrets: Sequence[str]) -> Iterator[None]:
+    """aiohttp's errors as those of httpx2, without these secrets, which a proxy may repeat."""
     import aiohttp
 
     try:
         yield
     except aiohttp.ConnectionTimeoutError as error:
-        raise httpx2.ConnectTimeout(redacted(error)) from error
+        raise httpx2.ConnectTimeout(redacted(error, *secrets)) from error
     except TimeoutError as error:
-        raise httpx2.ReadTimeout(redacted(error)) from error
+        raise httpx2.ReadTimeout(redacted(error, *secrets)) from error
     except aiohttp.ClientConnectorError as error:
-        raise httpx2.ConnectError(redacted(error)) from error
+        raise httpx2.ConnectError(redacted(error, *secrets)) from error
     except (aiohttp.ClientHttpProxyError, aiohttp.ClientProxyConnectionError) as error:
-        raise httpx2.ProxyError(redacted(error)) from error
+        raise httpx2.ProxyError(redacted(error, *secrets)) from error
     except aiohttp.ClientOSError as error:
-        raise httpx2.ReadError(redacted(error)) from error
+        raise httpx2.ReadError(redacted(error, *secrets)) from error
     except aiohttp.ClientError as error:
-        raise httpx2.RemoteProtocolError(redacted(error)) from error
+        raise httpx2.RemoteProtocolError(redacted(error, *secrets)) from error
+
+
+def _credentials(authorization: str) -> tuple[str, ...]:
+    """What a header of authorization holds that nobody else may see."""
+    credentials = authorization.partition(" ")[2]
+    return (credentials,) if credentials else ()
+
+
+def _proxy_secrets(proxy: str) -> tuple[str, ...]:
+    """A proxy's password, and the forms in which it travels."""
+    userinfo = unquote(urlsplit(proxy).netloc.rpartition("@")[0])
+    password = userinfo.partition(":")[2]
+    return (userinfo, password, b64encode(userinfo.encode()).decode()) if password else ()
 
 
 def _proxy_of(url: httpx2.URL) -> str | None:

@@ -204,7 +204,8 @@ class TenantAccess:
         self._watching = None
         with suppress(StateError):
             await self._give_back()
-        for lane in (self._charges, self._counts, self._upkeep, self._keys):  # the one that knows the file last
+        # The connection that adopted the file is closed last: it knows what took its place.
+        for lane in (self._charges, self._counts, self._upkeep, self._keys):
             await lane.close()
         self._state = None
         self._directory = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -119,14 +119,22 @@ def end_of(path: Path) -> End:
         end = _end_of_file(file)
         if end is not None:
             return end
-    moved = [_end_of_file(file) for file in _moved_away(path)]
+    moved = []
+    for file in _moved_away(path):
+        with suppress(AccessLogError):  # it need not be a log at all
+            moved.append(_end_of_file(file))
     return max((end for end in moved if end), key=lambda end: end.sequence, default=End())
 
 
 def _moved_away(path: Path) -> list[Path]:
     known = {*files_of(path), path.with_name(f"{path.name}.lock")}
     found = [*path.parent.glob(f"{path.name}.*"), *path.parent.glob(f"{path.name}-*")]
-    return [file for file in found if file not in known and file.suffix not in (".gz", ".xz")]
+    packed = (".gz", ".xz", ".bz2", ".zst")
+    return [
+        file
+        for file in sorted(found)
+        if file not in known and file.suffix not in packed and file.is_file()
+    ]
 
 
 def _end_of_file(file: Path) -> End | None:
@@ -148,21 +156,20 @@ def _end_of_file(file: Path) -> End | None:
     return End(record["sequence"], record["hash"], witness, file, torn)
 
 
-def records_of(path: Path, event: str) -> Iterator[dict[str, Any]]:
+def records_of(path: Path, event: str) -> list[dict[str, Any]]:
     """The records of an event, oldest first, of the files that are still here.
 
     Raises:
         AccessLogError: when a file cannot be read.
     """
     needle = f'"event":"{event}"'.encode("ascii")
-    files = files_of(path)
     found = []
-    for file in [*_moved_away(path), *files]:
+    for file in [*_moved_away(path), *files_of(path)]:
         for line in read(file).split(b"\n"):
             record = opened(line) if needle in line else None
             if record is not None and record.get("event") == event:
                 found.append(record)
-    yield from sorted(found, key=lambda record: int(record["sequence"]))
+    return sorted(found, key=lambda record: int(record["sequence"]))
 
 
 def holds(path: Path, sequence: int, head: str) -> bool | None:
@@ -172,7 +179,7 @@ def holds(path: Path, sequence: int, head: str) -> bool | None:
         AccessLogError: when a file cannot be read.
     """
     needle = f'"sequence":{sequence}}}'.encode("ascii"), f'"sequence":{sequence},'.encode("ascii")
-    begins = 0
+    begins: list[int] = []
     for file in reversed([*_moved_away(path), *files_of(path)]):
         content = read(file)
         for line in content.split(b"\n"):
@@ -181,8 +188,9 @@ def holds(path: Path, sequence: int, head: str) -> bool | None:
                 if record is not None and record["sequence"] == sequence:
                     return bool(record["hash"] == head)
         first = opened(content.partition(b"\n")[0])
-        begins = begins if first is None else first["sequence"]
-    return None if begins > sequence else False
+        if first is not None:
+            begins.append(first["sequence"])
+    return None if begins and min(begins) > sequence else False
 
 
 @dataclass(frozen=True)

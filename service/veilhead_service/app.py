@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veilhead_service import problems, routes, telemetry
-from veilhead_service.access import AccessGate, InsecureAccess, TenantAccess
+from veilhead_service.access import AccessGate, InsecureAccess
 from veilhead_service.access_log import AccessLog
 from veilhead_service.access_log_chain import FILE_NAME
 from veilhead_service.intake import Intake
@@ -24,6 +24,7 @@ from veilhead_service.observation import ObservationMiddleware
 from veilhead_service.routes import Services
 from veilhead_service.settings import Settings
 from veilhead_service.telemetry import Telemetry
+from veilhead_service.tenant_access import TenantAccess
 from veilhead_service.tracing import Tracing
 from veilhead_service.workers import WorkerPool, current_models
 

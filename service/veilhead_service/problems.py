@@ -149,7 +149,7 @@ def of_error(error: VeilheadError) -> Problem:
             "model-unavailable",
             "this version is published here but cannot be served; the service's log says why",
         )
-    if isinstance(error, StateError):  # `access.py` logs it, once
+    if isinstance(error, StateError):  # `tenant_access.py` logs it, once
         return Problem(
             HTTPStatus.SERVICE_UNAVAILABLE,
             "state-unavailable",

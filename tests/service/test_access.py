@@ -22,14 +22,15 @@ from support.tenants import add_tenant, bearer
 from veilhead.session import SecretKey
 from veilhead_protocol.errors import StateError, WorkerError
 from veilhead_protocol.policy import BudgetClause, PolicySection
-from veilhead_service import access as access_module
-from veilhead_service.access import OPEN_PATHS, TenantAccess, scope_of
+from veilhead_service.access import OPEN_PATHS, scope_of
 from veilhead_service.app import create_app
 from veilhead_service.limits import Budget, Period, Rate
 from veilhead_service.model_store import publish
+from veilhead_service.problems import Problem
 from veilhead_service.settings import Settings
 from veilhead_service.state import State
 from veilhead_service.state_file import STATE_FILE
+from veilhead_service.tenant_access import TenantAccess
 from veilhead_service.tenants import KeyScope
 
 #: What each route needs. A new route must be added here, on purpose.
@@ -238,7 +239,7 @@ def test_a_key_expires_while_the_service_runs(directory):
     async def run():
         assert await admitted() == "clinic"
         clock["now"] = now + 100
-        with pytest.raises(access_module.Problem) as caught:
+        with pytest.raises(Problem) as caught:
             await admitted()
         await access.stop()
         return caught.value.code

@@ -7,7 +7,8 @@ READY := $(VENV)/.veilhead-ready
 export HF_HUB_OFFLINE := 1
 export PYTHONWARNINGS := default
 
-.PHONY: help setup demo test lint format attack bench bench-full chaos docs hostile fuzz vectors
+.PHONY: help setup demo test lint format attack bench bench-full chaos docs hostile fuzz vectors \
+	lock sbom audit pin-base image
 
 help:
 	@echo "make setup    install everything, the pinned MiniLM backbone included"
@@ -20,8 +21,13 @@ help:
 	@echo "make attack   what heads, embeddings and queries give away, with and without protection"
 	@echo "make chaos    faults under load: what callers see while parts of a service die"
 	@echo "make docs     the API reference, from the docstrings, in build/api"
-	@echo "make hostile  100,000 mutated requests to every route, every answer judged"
+	@echo "make hostile  1,000,000 hostile requests and connections to a real service, all judged"
 	@echo "make fuzz     fuzz every parser, 20 seconds each"
+	@echo "make lock     lock what the image installs, with hashes: after a change of dependencies"
+	@echo "make sbom     what the image holds, as CycloneDX, in build/sbom.cdx.json"
+	@echo "make audit    look the locked packages up among known vulnerabilities (needs a network)"
+	@echo "make pin-base pin the image's base by its digest in base-image.txt (needs Docker)"
+	@echo "make image    build the image veilhead-server on the pinned base (needs Docker)"
 	@echo "make vectors  write the golden vectors again, after a change of a format"
 
 setup: $(READY)
@@ -78,3 +84,40 @@ fuzz: setup
 
 vectors: setup
 	$(BIN)/python tests/vectors/generate.py
+
+# What the image installs, and what builds it: exact versions, with the hash of every file.
+UV_LOCK = $(BIN)/uv pip compile --quiet --constraint constraints.txt --generate-hashes --universal \
+	--python-version 3.11 --no-emit-index-url --custom-compile-command "make lock"
+
+lock: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[supply]'
+	$(UV_LOCK) --extra service --output-file locks/service.txt pyproject.toml
+	$(BIN)/python -c 'import tomllib; from pathlib import Path; \
+		print(*tomllib.loads(Path("pyproject.toml").read_text())["build-system"]["requires"], sep="\n")' \
+		| $(UV_LOCK) --output-file locks/build.txt -
+
+# Of an environment with exactly what the image installs: licences and who needs what, too.
+sbom: setup
+	rm -rf build/sbom && $(BIN)/python -m venv --without-pip build/sbom
+	$(BIN)/python -m pip --python build/sbom/bin/python install --quiet --only-binary :all: --no-deps \
+		--require-hashes --requirement locks/service.txt
+	$(BIN)/cyclonedx-py environment build/sbom/bin/python --pyproject pyproject.toml \
+		--mc-type application --output-reproducible --output-format JSON \
+		--output-file build/sbom.cdx.json
+
+audit: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[supply]'
+	$(BIN)/pip-audit --disable-pip --require-hashes --requirement locks/service.txt
+	$(BIN)/pip-audit --disable-pip --require-hashes --requirement locks/build.txt
+
+DOCKER ?= docker
+BASE_TAG ?= python:3.11-slim
+
+pin-base:
+	$(DOCKER) pull $(BASE_TAG)
+	$(DOCKER) image inspect --format '{{index .RepoDigests 0}}' $(BASE_TAG) > base-image.txt
+	cat base-image.txt
+
+image:
+	@test -s base-image.txt || { echo "no base-image.txt: run make pin-base first"; exit 1; }
+	$(DOCKER) build --build-arg PYTHON_IMAGE="$$(cat base-image.txt)" --tag veilhead-server .

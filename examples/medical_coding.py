@@ -2,7 +2,7 @@
 
 The vendor's head is trained on real phrases of the classification (a sample, so that this takes
 seconds; `veilhead-server train icd10-chapters` takes all of them). The hospital codes what the
-model is sure of and hands the rest to a person. Records live long: the parameters are `strong`.
+model is sure of and hands the rest to a person.
 
 Run it with `python examples/medical_coding.py`.
 """
@@ -18,11 +18,11 @@ from veilhead_models.training import train_artifact
 SURE = 0.5
 
 data = load_dataset("icd10-chapters").sample(train=1000, test=150)
-artifact, report = train_artifact(data, *minilm(), name="icd10-chapters", parameters="strong")
+artifact, report = train_artifact(data, *minilm(), name="icd10-chapters")
 
 with tempfile.TemporaryDirectory() as directory:
     artifact.save(Path(directory) / "icd10-chapters")
-    with Client.local(Path(directory) / "icd10-chapters", minimum_parameters="strong") as hospital:
+    with Client.local(Path(directory) / "icd10-chapters") as hospital:
         answers = hospital.classify(data.test.texts, top_k=3)
 
 truth = [data.labels[target] for target in data.test.targets]

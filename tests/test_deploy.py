@@ -18,7 +18,7 @@ from veilhead_service.access_log import AccessLog
 from veilhead_service.app import create_app
 from veilhead_service.cli import app as command
 from veilhead_service.settings import ENVIRONMENT_PREFIX, Settings
-from veilhead_service.telemetry import access_log_metrics, pool_metrics
+from veilhead_service.telemetry import access_log_metrics, network_metrics, pool_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -31,6 +31,7 @@ class Pool:
     waiting: int = 3
     restarts: dict = field(default_factory=lambda: {"died": 5})
     failed_starts: int = 4
+    unavailable: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def text(tmp_path_factory):
     if not hasattr(app.state.services.pool, "stats"):
         pool = Pool()
         telemetry.watch(pool_metrics(lambda: pool))
+    telemetry.watch(network_metrics(lambda: 5, 100, app.state.services.strangers))
     with_values = TestClient(app)
     with_values.get("/nowhere")
     return telemetry.expose([Usage()]).decode()
@@ -153,6 +155,39 @@ def test_compose_mounts_files_that_exist(compose):
                 assert source in compose["volumes"]
         for secret in service.get("secrets", []):
             assert secret in compose["secrets"]
+
+
+def test_compose_contains_its_services(compose):
+    """Nothing of an image changes, no privileges, bounded logs, enough descriptors."""
+    for name, service in compose["services"].items():
+        assert service["read_only"] is True, name
+        assert any(place.startswith("/tmp") for place in service["tmpfs"])  # noqa: S108
+        assert service["cap_drop"] == ["ALL"]
+        assert "no-new-privileges:true" in service["security_opt"]
+        options = service["logging"]["options"]
+        assert service["logging"]["driver"] == "json-file"
+        assert options["max-size"] == "10m"
+        assert int(options["max-file"]) > 1
+        limits = service["ulimits"]
+        assert limits["core"] == 0
+        assert limits["nofile"]["soft"] == limits["nofile"]["hard"] >= 65536
+        writable = {
+            volume.split(":")[1] for volume in service["volumes"] if not volume.endswith(":ro")
+        }
+        assert len(writable) == 1  # its own data
+
+
+def test_compose_and_the_image_ask_for_readiness(compose):
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    (check,) = re.findall(r"^HEALTHCHECK (.*)$", text, re.M)
+    flags, _, command = check.partition(" CMD ")
+    health = compose["services"]["veilhead"]["healthcheck"]
+    assert health["test"] == ["CMD", *json.loads(command)]
+    assert "/readyz" in health["test"][-1]
+    given = dict(re.findall(r"--([a-z-]+)=(\S+)", flags))
+    assert {name.replace("-", "_"): value for name, value in given.items()} == {
+        name: str(value) for name, value in health.items() if name != "test"
+    }
 
 
 def test_compose_publishes_on_loopback_only(compose):

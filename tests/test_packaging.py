@@ -1,7 +1,11 @@
-"""What is shipped: the wheel, and the server image built from the Dockerfile's own steps."""
+"""What is shipped: the wheel, and the server image built from the Dockerfile's own steps.
+
+What the image may install is in `test_locks.py`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -32,7 +36,9 @@ PACKAGES = {
     "veilhead_service",
 }
 
+LOCK = ROOT / "locks" / "service.txt"
 INSTALL = "/opt/veilhead"
+PINNED_BASE = "python:3.11-slim@sha256:" + "0" * 64
 START_SECONDS = 60.0
 
 
@@ -116,13 +122,15 @@ def test_the_image_is_built_from_what_it_names(stages):
     _, build, final = stages
     sources = [source for names, _ in copies(build) for source in names]
     assert sources == [
+        "locks/build.txt",
+        "locks/service.txt",
         "pyproject.toml",
-        "constraints.txt",
         "protocol/veilhead_protocol",
         "models/veilhead_models",
         "service/veilhead_service",
     ]
     assert copies(final) == []  # only from the build stage
+    assert not any("pip" in rest for name, rest in final if name == "RUN")
     ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     assert [line[1:] for line in ignored if line.startswith("!")] == sources
     assert "*" in ignored
@@ -145,6 +153,56 @@ def test_the_image_runs_as_nobody_in_particular(stages):
     assert json.loads(only(final, "ENTRYPOINT")) == ["veilhead-server"]
 
 
+def base_check(build, **given):
+    """The build stage's own check of its base, with these arguments."""
+    first = next(rest for name, rest in build if name == "RUN")
+    return subprocess.run(["/bin/sh", "-ec", first], env=given, capture_output=True, text=True)
+
+
+def test_a_base_that_is_not_pinned_by_a_digest_is_refused(stages):
+    _, build, _ = stages
+    arguments = [rest for name, rest in build if name == "ARG"]
+    assert arguments == ["PYTHON_IMAGE", "UNPINNED_BASE=no"]  # seen by the steps after them
+    assert base_check(build, PYTHON_IMAGE=PINNED_BASE, UNPINNED_BASE="no").returncode == 0
+    tagged = only(stages[0], "ARG").partition("=")[2]
+    for base in (tagged, "", PINNED_BASE[:-1], "x@sha256:", f"{PINNED_BASE}0", "x@yes"):
+        refused = base_check(build, PYTHON_IMAGE=base, UNPINNED_BASE="no")
+        assert refused.returncode == 1, base
+        assert "make pin-base" in refused.stderr
+    assert base_check(build, PYTHON_IMAGE=tagged, UNPINNED_BASE="yes").returncode == 0
+
+
+def test_the_image_installs_nothing_that_is_not_locked(stages):
+    """Every call of pip checks hashes, or sees no index."""
+    _, build, _ = stages
+    calls = [
+        words
+        for name, rest in build
+        if name == "RUN"
+        for words in map(shlex.split, rest.split("&&"))
+        if "pip" in words
+    ]
+    assert len(calls) == 4
+    for words in calls:
+        assert "--no-deps" in words
+        assert "--no-index" in words or {"--require-hashes", "--only-binary"} <= set(words)
+
+
+def test_two_builds_of_the_wheel_are_the_same(tmp_path):
+    digests = set()
+    for name in ("first", "second"):
+        source = tmp_path / name
+        for item in ("protocol", "client_sdk", "models", "service", "benchmarks"):
+            copy(ROOT / item, source / item)
+        copy(ROOT / "pyproject.toml", source)
+        command = ["-m", "build", "--wheel", "--no-isolation", "--outdir", source / "dist", source]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (wheel,) = (source / "dist").glob("*.whl")
+        digests.add(hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
 def run_build_stage(build, source, environment):
     """The build stage's COPY and RUN steps, with `environment` in the place of /opt/veilhead."""
     source.mkdir()
@@ -155,6 +213,7 @@ def run_build_stage(build, source, environment):
     (shims / "python").chmod(0o755)
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     variables["PATH"] = f"{shims}{os.pathsep}{os.environ['PATH']}"
+    variables |= {"PYTHON_IMAGE": PINNED_BASE, "UNPINNED_BASE": "no"}
     assert only(build, "WORKDIR") == "/src"
     ran = 0
     for name, rest in build:
@@ -177,7 +236,7 @@ def run_build_stage(build, source, environment):
             assert done.returncode == 0, f"{rest}\n{done.stdout}\n{done.stderr}"
             ran += 1
         else:
-            assert name in ("FROM", "WORKDIR")
+            assert name in ("ARG", "FROM", "WORKDIR")
     assert ran
 
 
@@ -222,6 +281,25 @@ def inside(environment, *command):
     )
 
 
+def check_bill_of_materials(environment, file, expected):
+    """As `make sbom` makes it: every distribution with its version, and who needs what."""
+    command = [Path(sys.executable).with_name("cyclonedx-py"), "environment"]
+    options = ["--pyproject", ROOT / "pyproject.toml", "--mc-type", "application"]
+    options += ["--output-reproducible", "--output-format", "JSON", "--output-file", file]
+    done = subprocess.run(
+        [*command, environment / "bin" / "python", *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    bill = json.loads(file.read_text())
+    assert bill["bomFormat"] == "CycloneDX"
+    root = bill["metadata"]["component"]
+    listed = {item["name"].lower(): item["version"] for item in (root, *bill["components"])}
+    assert {name.replace("_", "-"): version for name, version in listed.items()} == expected
+    needed = {item["ref"]: set(item.get("dependsOn", ())) for item in bill["dependencies"]}
+    assert len(needed[root["bom-ref"]]) > 10
+    assert str(ROOT) not in file.read_text()
+
+
 @contextmanager
 def running(environment, final, store, state, port):
     """The image's ENTRYPOINT and CMD, on these places and port of loopback; gives the process."""
@@ -253,7 +331,7 @@ def health_command(final, port):
     exec_form = only(final, "HEALTHCHECK").partition(" CMD ")[2]
     command = json.loads(exec_form)
     assert command[0] == "python"
-    assert "127.0.0.1:8000/livez" in command[-1]
+    assert "127.0.0.1:8000/readyz" in command[-1]
     return [*command[:-1], command[-1].replace(":8000/", f":{port}/")]
 
 
@@ -281,12 +359,13 @@ def test_the_image_serves_a_head_and_has_no_client(stages, tmp_path):
     commands = {path.name for path in (environment / "bin").glob("veilhead*")}
     assert commands == {"veilhead-server"}
     found = versions(environment)
-    pins = dict(
-        re.findall(r"^([A-Za-z0-9-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
-    )
-    common = pins.keys() & found.keys()
-    assert {"fastapi", "numpy", "tenseal"} <= common
-    assert {name: found[name] for name in common} == {name: pins[name] for name in common}
+    locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", LOCK.read_text(), re.M))
+    assert {name: version for name, version in found.items() if name != "veilhead"} == locked
+    assert {"fastapi", "numpy", "tenseal"} <= locked.keys()
+    build_tools = environment.with_name(f"{environment.name}-build")
+    complete = inside(build_tools, "python", "-m", "pip", "--python", environment, "check")
+    assert complete.returncode == 0, complete.stdout
+    check_bill_of_materials(environment, tmp_path / "sbom.json", found)
 
     # What it says.
     helped = inside(environment, "veilhead-server", "--help")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import tomllib
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
@@ -225,6 +226,50 @@ def test_the_threat_model_names_every_attack():
         attacks = {name for name in functions_of(path) if name.startswith("test_")}
         assert attacks
         assert attacks - functions == set()
+
+
+# --- SECURITY.md against the package's metadata ---------------------------------------------------
+
+
+def contacts_of_the_package():
+    """The maintainers, as they are written where an address stands behind a name."""
+    project = tomllib.loads(read(Path("pyproject.toml")))["project"]
+    urls = project.get("urls", {})
+    people = {
+        f"{person['name']} <{person['email']}>" if "email" in person else person["name"]
+        for person in project["maintainers"]
+    }
+    return people | {urls[name] for name in urls if name.lower() == "security"}
+
+
+def contacts_in(page):
+    (section,) = re.findall(r"^## Reporting a vulnerability$(.*?)(?=^## |\Z)", page, re.M | re.S)
+    return set(re.findall(r"^- Contact: (.+)$", section, re.M)), section
+
+
+def unfounded(page, contacts):
+    """Ways to report that a page names and the package does not, or that cannot be."""
+    named, section = contacts_in(page)
+    addresses = set(re.findall(r"[\w.+-]+@[\w.-]+|https?://[^\s)>]+", section))
+    return (
+        (named ^ contacts)
+        | {found for found in addresses if not any(found in contact for contact in contacts)}
+        | {found for found in addresses if re.search(r"noreply|\.(example|invalid|test)\b", found)}
+        | set(re.findall(r"advisor\w+|issue tracker|open an? \w* ?issue", section, re.I))
+    )
+
+
+def test_reports_go_to_who_the_package_names():
+    page, contacts = read(Path("SECURITY.md")), contacts_of_the_package()
+    assert contacts
+    assert unfounded(page, contacts) == set()
+    for wrong in (
+        page.replace("- Contact:", "Contact"),
+        page.replace("- Contact: ", "- Contact: Somebody "),
+        page.replace("They are the", "Write to security@veilhead.invalid. They are the"),
+        page.replace("They are the", "Open a private security advisory. They are the"),
+    ):
+        assert unfounded(wrong, contacts)
 
 
 # --- docs/http-api.md against the service ---------------------------------------------------------

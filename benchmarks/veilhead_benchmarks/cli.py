@@ -137,16 +137,17 @@ def chaos(
 
 @app.command()
 def hostile(
-    requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 100_000,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 1_000_000,
     seed: Annotated[int, typer.Option(help="What the requests follow from.")] = 1,
     only: Annotated[
-        int | None, typer.Option(min=0, help="Send the request of this number alone.")
+        int | None, typer.Option(min=0, help="Send what this number stands for, alone.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON file for a summary.")] = None,
 ) -> None:
-    """Send mutated and random requests to every route, and judge every answer.
+    """Send hostile requests to a real service, over hostile connections, and judge every answer.
 
-    Exit status 1 when any answer broke a promise; the seed and the request's number are printed.
+    Afterwards memory, open files and the disk must be as they were. Exit status 1 when any promise
+    was broken; the seed and the request's number are printed.
     """
     from veilhead_benchmarks.hostile import run_hostile, show
 

@@ -27,7 +27,7 @@ from veilhead_models.backbone import Backbone
 from veilhead_protocol.manifest import BackboneSection
 from veilhead_service.model_store import publish
 
-_PARAMETERS = "compact"
+_PARAMETERS = "standard"
 _NAME = "benchmark"
 _CHECKED = 8
 

@@ -94,7 +94,7 @@ def measure_memory(parameters: str, *, keys: int, worker_keys: int, classes: int
     settings = Settings()
     head = EncryptedHead(second.manifest, second.weight, second.bias)
     designed = head.held_bytes / classes
-    public_key = 2 * 8 * chosen.poly_modulus_degree * len(chosen.key_primes)
+    public_key = 2 * 8 * chosen.poly_modulus_degree
     message = float(KeyMessage.size(chosen))
     return [
         Memory(
@@ -132,12 +132,8 @@ def _forged(parameters: ParameterSet, count: int) -> Iterable[bytes]:
     """Key messages that hold no encryption of anything: the service cannot tell."""
     generator = np.random.default_rng(parameters.poly_modulus_degree)
     for _ in range(count):
-        b = np.stack(
-            [
-                generator.integers(0, prime, parameters.poly_modulus_degree, dtype=np.uint64)
-                for prime in parameters.key_primes
-            ]
-        )
+        degree = parameters.poly_modulus_degree
+        b = generator.integers(0, parameters.prime, degree, dtype=np.uint64)
         seed = generator.bytes(SEED_BYTES)
         yield KeyMessage(parameters, Prng.BLAKE2XB, Domain.NTT, b, seed).serialize()
 

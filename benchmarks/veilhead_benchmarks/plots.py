@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 #: Of colour-blind readers too (Okabe and Ito); the same for a system in every plot.
 _COLOURS: Final = {
-    "veilhead compact": "#0072B2",
-    "veilhead strong": "#56B4E9",
+    "veilhead standard": "#0072B2",
+    "veilhead compact": "#56B4E9",
     "plaintext": "#999999",
     "tenseal-mm": "#D55E00",
     "tenseal-batched": "#E69F00",
@@ -192,7 +192,7 @@ def _by_classes(results: Results) -> Plot | None:
 
 def _by_dimensions(results: Results) -> Plot | None:
     rows = results.find(
-        subject="single", system="veilhead", parameters="compact", classes=20, batch=1
+        subject="single", system="veilhead", parameters="standard", classes=20, batch=1
     )
     rows += results.find(subject="single", system="plaintext", classes=20, batch=1)
     if len({row.d for row in rows}) < 3:
@@ -220,7 +220,7 @@ def _by_batch(results: Results) -> Plot | None:
         chosen += [
             row
             for row in _singles(results)
-            if row.classes == count and _label(row) in ("veilhead compact", "plaintext")
+            if row.classes == count and _label(row) in ("veilhead standard", "plaintext")
         ]
         _lines(
             one,
@@ -281,7 +281,7 @@ def _ratios(results: Results) -> Plot | None:
     legend_above(figure)
     return Plot(
         "Server time of others over Veilhead's",
-        "Single queries, `compact`; below the line the other one is faster. Logarithmic.",
+        "Single queries, `standard`; below the line the other one is faster. Logarithmic.",
         figure,
     )
 
@@ -373,7 +373,7 @@ def _throughput(results: Results) -> Plot | None:
     right.set_ylim(bottom=0)
     right.set_xlabel("classes and texts offered a second, one worker")
     right.set_ylabel("milliseconds: p50 (o), p95 (△), p99 (x)")
-    return Plot("Throughput and waiting", "Single queries over HTTP, `compact`.", figure)
+    return Plot("Throughput and waiting", "Single queries over HTTP, `standard`.", figure)
 
 
 def _fidelity(results: Results) -> Plot | None:

@@ -77,7 +77,7 @@ def _operations(parameters: str) -> Mapping[str, Callable[[], Any]]:
         seal.evaluator.multiply_plain(loaded, weight, product)
 
     def encrypt_zero() -> None:
-        key.encryptor.encrypt_zero(seal.data_parms_id, zero)
+        key.encryptor.encrypt_zero(seal.parms_id, zero)
 
     multiply()
     # In place it would transform its own result again: it is timed with a copy to another object.
@@ -87,7 +87,7 @@ def _operations(parameters: str) -> Mapping[str, Callable[[], Any]]:
         seal.evaluator.transform_from_ntt(product, coefficients)
 
     transform()
-    residues = seal_io.save_ciphertext(coefficients)
+    residues = seal_io.save_ciphertext(seal, coefficients)
     cut = truncate(residues[1], chosen, scales.reply_bits)
     packed = pack_bits(cut, scales.reply_bits)
     return {
@@ -95,7 +95,7 @@ def _operations(parameters: str) -> Mapping[str, Callable[[], Any]]:
         _PRODUCT: multiply,
         _ZERO: encrypt_zero,
         _TRANSFORM: transform,
-        "read": lambda: seal_io.save_ciphertext(coefficients),
+        "read": lambda: seal_io.save_ciphertext(seal, coefficients),
         "truncate": lambda: truncate(residues[1], chosen, scales.reply_bits),
         "pack": lambda: pack_bits(cut, scales.reply_bits),
         "unpack": lambda: unpack_bits(packed, len(cut), scales.reply_bits),
@@ -143,9 +143,9 @@ def _matrix_ms(layout: Layout, manifest: Manifest) -> float:
     """Integer weights times the limbs of residues, as float64: [C, P t] times [P t, columns]."""
     bits = manifest.scales.weight_scale_bits
     # A sum of magnitudes below 2^(bits + e) leaves so many bits of a float64 to each limb.
-    limb = 53 - (bits + manifest.scales.exponent + 5)
+    limb = 53 - (bits + manifest.scales.served_exponent + 5)
     chosen = manifest.parameter_set
-    limbs = sum(-(-prime.bit_length() // limb) for prime in chosen.data_primes)
+    limbs = -(-chosen.residue_bits // limb)
     inner = layout.pieces * layout.block_length
     weights = np.ones((layout.classes, inner))
     residues = np.ones((inner, _COLUMNS))

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -42,6 +42,8 @@ class ServiceProcess:
         workers: int = 2,
         settings: Mapping[str, object] | None = None,
         environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        descriptors: tuple[int, int] | None = None,
     ) -> None:
         """Describe the service.
 
@@ -51,16 +53,22 @@ class ServiceProcess:
             workers: evaluating processes.
             settings: of `Settings`, by name.
             environment: further variables.
+            prefix: words before the command: a program that runs it.
+            descriptors: soft and hard limit of open files; those of this process when None.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
-        self._command = [sys.executable, "-m", "veilhead_service", "run"]
+        self._command = [*prefix, sys.executable, "-m", "veilhead_service", "run"]
         self._command += ["--store", str(store), "--port", str(self.port)]
         self._command += ["--workers", str(workers)]
-        given = {"insecure_no_tenants": True, "state_directory": log.parent / "state"}
+        if descriptors is not None:
+            limits = "ulimit -Sn {}; ulimit -Hn {}".format(*descriptors)
+            self._command = ["/bin/sh", "-c", f'{limits}; exec "$@"', "run", *self._command]
+        self.state_directory: Path = log.parent / "state"
+        given = {"insecure_no_tenants": True, "state_directory": self.state_directory}
         self._environment = os.environ | {
             f"VEILHEAD_SERVER_{name.upper()}": str(value)
             for name, value in {**given, **(settings or {})}.items()
@@ -167,7 +175,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def publish_random(
-    store: Path, work: Path, name: str, classes: int, dimensions: int, parameters: str = "compact"
+    store: Path, work: Path, name: str, classes: int, dimensions: int, parameters: str = "standard"
 ) -> HeadArtifact:
     """Publish a head of random weights, of the size that trained ones have."""
     generator = np.random.default_rng(classes)

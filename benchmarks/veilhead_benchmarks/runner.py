@@ -64,7 +64,7 @@ class Plan:
         peer_calls: of what takes seconds.
         parameters: parameter sets of single queries and of fidelity.
         classes: of single queries at 384 dimensions, all systems.
-        large: more of them, Veilhead's and the plaintext's.
+        large: more of them, but for the slow peers.
         sweep_dimensions: at 20 classes.
         batches: (texts, classes) in one request.
         peer_batches: the same for TenSEAL's batched tensor.
@@ -77,7 +77,7 @@ class Plan:
 
     calls: int = 51
     peer_calls: int = 3
-    parameters: tuple[str, ...] = ("compact", "strong")
+    parameters: tuple[str, ...] = ("standard", "compact")
     classes: tuple[int, ...] = (2, 8, 20, 77)
     large: tuple[int, ...] = (1024, 4096)
     sweep_dimensions: tuple[int, ...] = ()
@@ -95,19 +95,19 @@ class Plan:
         Loads(77),
         Loads(1024, shares=()),
     )
-    memory: tuple[tuple[str, int, int, int], ...] = (("compact", 1000, 200, 1024),)
+    memory: tuple[tuple[str, int, int, int], ...] = (("standard", 1000, 200, 1024),)
     fidelity: tuple[tuple[str, int, int], ...] = (("icd10-chapters", 40, 200), ("cfpb", 25, 100))
     concrete_ml: bool = False
 
 
 QUICK: Final = Plan()
 FULL: Final = Plan(
-    large=(150, 512, 1024, 4096),
+    large=(150, 512, 1024, 2048, 4096),
     sweep_dimensions=(64, 128, 256, 512, 768, 1024, 2048, 4096),
     batches=tuple((texts, classes) for classes in (20, 77) for texts in (8, 64, 256, 2048, 8192)),
     peer_batches=((2048, 2), (2048, 20), (4096, 20)),
     end_to_end=(*QUICK.end_to_end[:-1], Case(2048, 8, 6)),
-    memory=(("compact", 1000, 200, 1024), ("strong", 400, 200, 1024)),
+    memory=(("standard", 1000, 200, 1024), ("compact", 400, 200, 1024)),
     fidelity=(
         ("icd10-chapters", 40, 200),
         ("icd10-sections-77", 20, 200),
@@ -148,11 +148,13 @@ class _Run:
         for classes in plan.large:
             head = Head.random(classes, DIMENSIONS)
             yield self._single(PlaintextExchange(head), "plaintext", head, plan.calls)
-            yield from self._own_single(head, "compact", _SLOW_CALLS)
+            yield from self._own_single(head, "standard", _SLOW_CALLS)
+            bsgs = TensealBsgsExchange(head)
+            yield self._single(bsgs, "tenseal-bsgs", head, _SLOW_CALLS)
         for dimensions in plan.sweep_dimensions:
             head = Head.random(20, dimensions)
             yield self._single(PlaintextExchange(head), "plaintext", head, plan.calls)
-            yield from self._own_single(head, "compact", _SLOW_CALLS)
+            yield from self._own_single(head, "standard", _SLOW_CALLS)
 
     @staticmethod
     def _single(exchange: Exchange, system: System, head: Head, calls: int) -> Row:
@@ -212,13 +214,13 @@ class _Run:
             head = Head.random(classes, DIMENSIONS)
             for texts in (texts for texts, of in plan.batches if of == classes):
                 own, plain = (
-                    VeilheadExchange(head, "compact", together=True),
+                    VeilheadExchange(head, "standard", together=True),
                     PlaintextExchange(head),
                 )
                 calls = plan.calls if texts < _MANY_TEXTS else _SLOW_CALLS
                 yield measure("batch", "plaintext", plain, head, batch=texts, calls=calls)
                 yield measure("batch", "veilhead", own, head, batch=texts, calls=calls)
-                yield from self._floor(head, "compact", texts)
+                yield from self._floor(head, "standard", texts)
             for texts in (texts for texts, of in plan.peer_batches if of == classes):
                 peer = TensealBatchedExchange(head)
                 calls = plan.peer_calls

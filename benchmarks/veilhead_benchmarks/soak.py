@@ -29,10 +29,10 @@ from veilhead_models.artifact import HeadArtifact
 
 #: name: (parameter set, dimensions, classes)
 _MODELS: Final = {
-    "two": ("compact", 384, 2),
-    "chapters": ("compact", 384, 22),
-    "intents": ("compact", 384, 77),
-    "lasting": ("strong", 384, 10),
+    "two": ("standard", 384, 2),
+    "chapters": ("standard", 384, 22),
+    "intents": ("standard", 384, 77),
+    "lasting": ("compact", 384, 10),
 }
 _ROWS: Final = 8
 _SAMPLE_SECONDS: Final = 0.5

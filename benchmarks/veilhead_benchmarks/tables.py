@@ -129,7 +129,7 @@ def single_table(results: Results) -> Table:
             "decrypt ms", "keys", "up", "down", "max error",
         ),
         tuple(cells),
-        "One text; `over ours` is server time by that of Veilhead's `compact` in the same run.",
+        "One text; `over ours` is server time by that of Veilhead's `standard` in the same run.",
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from veilhead_benchmarks.processes import ServiceProcess, publish_random, unit_r
 from veilhead_models.artifact import HeadArtifact
 
 _DIMENSIONS: Final = 384
-_PARAMETERS: Final = "compact"
+_PARAMETERS: Final = "standard"
 _SEED: Final = 1
 
 #: Clients, each with a key of its own, and queries of each.

@@ -11,6 +11,7 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
+    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 
+import anyio
 import httpx2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +38,7 @@ from veilhead.engine import Call, Engine, QueryTrace, Row, opened_engine
 from veilhead.predictions import FunctionToApply, Prediction, Shape, default_function, scores
 from veilhead.rows import (
     EmbeddedRow,
+    TokenRows,
     as_rows,
     embed_token_rows,
     embedded_rows,
@@ -43,14 +46,16 @@ from veilhead.rows import (
     raise_errors,
 )
 from veilhead.runtimes import Runtime, check_runtime, plan_backbone
-from veilhead.tokens import AggregationStrategy, Entity, TokenShape
-from veilhead.transport import check_url
+from veilhead.subnormals import flush_subnormals
+from veilhead.tokens import AggregationStrategy, Entity, TokenLogits, TokenShape
+from veilhead.transport import NOT_HERE, check_url
 from veilhead.window import Window
+from veilhead_protocol.copies import keep_for_ever, process_mark
 from veilhead_protocol.errors import (
+    CallTimeoutError,
     ClientError,
     InputError,
     NoBackboneError,
-    NotFiniteError,
     SignatureError,
     VeilheadError,
 )
@@ -66,6 +71,7 @@ if TYPE_CHECKING:
 CHUNKS: Final = 8
 
 _Value = TypeVar("_Value")
+_Made = TypeVar("_Made")
 _Text = TypeVar("_Text")
 
 #: Predictions of a text, best first, or why there are none.
@@ -88,13 +94,17 @@ class AsyncClient:
         backbone_runtime: Runtime = "auto",
         device: str = "auto",
         digest: str | None = None,
-        minimum_parameters: str = "compact",
+        minimum_parameters: str = "standard",
         vendor_key: str | Sequence[str] | None = None,
         api_key: str | None = None,
         deidentify: bool | Deidentifier | None = None,
         pad_batches: bool = False,
+        fresh_keys: bool = False,
+        embed_first: bool = False,
+        prepare: bool = True,
         concurrency: int = 8,
         timeout: float = 30.0,
+        call_timeout: float | None = None,
         on_query: Callable[[QueryTrace], None] | None = None,
         on_download: Callable[[str, int], None] | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
@@ -108,6 +118,12 @@ class AsyncClient:
         """
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        for name, seconds in (
+            ("timeout", timeout),
+            ("call_timeout", 1.0 if call_timeout is None else call_timeout),
+        ):
+            if not 0 < seconds < float("inf"):
+                raise ValueError(f"{name} must be a number of seconds above 0, got {seconds}")
         check_url(url)
         check_runtime(backbone_runtime)
         self._opening = partial(
@@ -119,26 +135,38 @@ class AsyncClient:
             vendor_keys=_vendor_keys(vendor_key),
             api_key=find_api_key(api_key),
             pad_batches=pad_batches,
+            fresh_keys=fresh_keys,
+            prepare=prepare,
             concurrency=concurrency,
             timeout=timeout,
+            call_timeout=call_timeout,
             on_query=on_query,
             transport=transport,
         )
         self._model = model
+        self._call_timeout = call_timeout
+        self._embed_first = embed_first
         self._deidentify = deidentify
         self._deidentifier: Deidentifier | None = None
         self._runtime: Runtime = backbone_runtime
         self._device = device
         self._backbone_directory = None if backbone is None else Path(backbone)
         self._on_download = on_download
+        self._process = process_mark()
         self._stack = AsyncExitStack()
+        weakref.finalize(self, _abandon_copy, self._stack, self._process)
         self._connected: Engine | None = None
         self._closed = False
-        self._windows: weakref.WeakSet[Window[Any]] = weakref.WeakSet()
+        self._windows: weakref.WeakSet[Window[Any, Any]] = weakref.WeakSet()
         self._backbone: Embedder | None = None
         self._backbone_lock = asyncio.Lock()
         # One thread, since a backbone takes one batch at a time and uses every core for it.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="veilhead-backbone")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="veilhead-backbone", initializer=flush_subnormals
+        )
+        # Another, since the time that it takes to make an answer depends on what was decrypted: no
+        # request of this call or of others waits for it.
+        self._answers_thread = ThreadPoolExecutor(1, thread_name_prefix="veilhead-answers")
 
     @classmethod
     def local(cls, directory: str | Path, **options: Any) -> AsyncClient:
@@ -159,12 +187,14 @@ class AsyncClient:
         Raises:
             AccessError: when the service wants another API key.
             ServiceResponseError: when the service knows no such model.
-            TransportError: when it does not answer.
+            TransportError: when it does not answer, not in time, or the environment's proxy cannot
+                be used.
             ManifestError: when its manifest is not one, or not the pinned one.
             SignatureError: when no accepted vendor key signed it.
             ParameterError: when the model's parameters are below the minimum.
             ClientError: when de-identification lacks `phonenumbers`.
         """
+        self._check_process()
         if self._connected is not None or self._closed:
             raise ClientError("a client is entered once: make another one")
         connected = await self._stack.enter_async_context(self._opening())
@@ -185,12 +215,21 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Drop the keys and the connections. Closing twice is allowed."""
+        """Drop the keys and the connections. Closing twice is allowed.
+
+        In another process than the client was made in, nothing is done: they are still in use.
+        """
         self._closed = True
+        if self._process != process_mark():
+            return
         for window in list(self._windows):
             await window.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._thread, self._answers_thread):
+            thread.shutdown(wait=False, cancel_futures=True)
         await self._stack.aclose()
+
+    def __reduce__(self) -> Any:
+        raise ClientError(NOT_HERE)
 
     def __repr__(self) -> str:
         if self._connected is None:
@@ -255,7 +294,7 @@ class AsyncClient:
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
         single = isinstance(texts, str)
         rows = await self._logits_of([texts] if single else texts)
-        found = [_answer(row, shape) for row in rows]
+        found = await self._answers(rows, shape)
         if single and isinstance(found[0], VeilheadError):
             raise found[0]
         raise_errors(found)
@@ -323,12 +362,22 @@ class AsyncClient:
         """As `Client.classify_tokens`."""
         self._check_task("token-classification")
         shape = TokenShape.of(self.labels, aggregation_strategy, ignore_labels, stride)
-        backbone, call = await self._ready_backbone(), Call()
+        call = Call(self._call_timeout)
+        backbone = await call.in_time(self._ready_backbone())
         single = isinstance(texts, str)
-        rows = await self._collect(
-            partial(self._infer_tokens, backbone, text, row, shape, call)
+        embeds = [
+            partial(embed_token_rows, backbone, text, row, shape.stride, self._deidentifier)
             for row, text in enumerate([texts] if single else texts)
-        )
+        ]
+        if self._embed_first:
+            whole = await self._on_backbone_thread(lambda: [embed() for embed in embeds])
+            embeds = [partial(_given, rows) for rows in whole]
+        found = await self._collect(partial(self._infer_tokens, embed, call) for embed in embeds)
+
+        def entities(row: TokenLogits | VeilheadError) -> list[Entity] | VeilheadError:
+            return row if isinstance(row, VeilheadError) else shape.entities(row, backbone.join)
+
+        rows = await self._on_answers_thread(lambda: [entities(row) for row in found])
         if single and isinstance(rows[0], VeilheadError):
             raise rows[0]
         raise_errors(rows)
@@ -344,7 +393,8 @@ class AsyncClient:
         function = default_function(self.manifest.head)
         if function == "none":
             raise InputError(f"the model {self._model!r} predicts numbers, not probabilities")
-        return scores(self._stacked(await self._logits_of(texts)), function)
+        logits = self._stacked(await self._logits_of(texts))
+        return await self._on_answers_thread(lambda: scores(logits, function))
 
     async def classify_frame(
         self,
@@ -358,12 +408,14 @@ class AsyncClient:
 
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
         rows = await self._logits_of(list(texts))
-        return as_frame(texts.index, [_answer(row, shape) for row in rows], shape)
+        return await self._on_answers_thread(
+            lambda: as_frame(texts.index, [_answer(row, shape) for row in rows], shape)
+        )
 
     async def logits(self, embeddings: ArrayLike) -> NDArray[np.float64]:
         """As `Client.logits`."""
         rows = as_rows(embeddings, self.manifest.head.dimensions)
-        call, size = Call(), self._engine.chunk
+        call, size = Call(self._call_timeout), self._engine.chunk
         return self._stacked(
             await self._collect(
                 partial(self._infer, rows[start : start + size], call)
@@ -380,10 +432,19 @@ class AsyncClient:
 
     async def card(self) -> str:
         """As `Client.card`."""
-        return await self._engine.card()
+        return await Call(self._call_timeout).in_time(self._engine.card())
+
+    def _check_process(self) -> None:
+        """Refuse work in a copy of the process that made the client.
+
+        The other one has the same connections, and the event loop stayed there.
+        """
+        if self._process != process_mark():
+            raise ClientError(NOT_HERE)
 
     @property
     def _engine(self) -> Engine:
+        self._check_process()
         if self._connected is None:
             raise ClientError("the client is not connected: use it in `async with`")
         if self._closed:
@@ -404,9 +465,10 @@ class AsyncClient:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         self._check_task("text-classification")
         shape = Shape.of(self.manifest.head, top_k, function_to_apply)
-        return Stream(self, shape, self._window(concurrency), start)
+        return Stream(self, shape, concurrency, start)
 
     def _check_task(self, task: str) -> None:
+        self._check_process()
         if self.manifest.task != task:
             method = "classify_tokens" if task == "text-classification" else "classify"
             raise InputError(
@@ -414,10 +476,15 @@ class AsyncClient:
                 f"call `{method}`"
             )
 
-    def _window(self, limit: int) -> Window[Any]:
-        window: Window[Any] = Window(limit)
+    def _window(
+        self, limit: int, finish: Callable[[list[_Value]], Awaitable[list[_Made]]]
+    ) -> Window[_Value, _Made]:
+        window = Window(limit, finish)
         self._windows.add(window)
         return window
+
+    async def _answers(self, rows: list[Row], shape: Shape) -> list[Answer]:
+        return await self._on_answers_thread(lambda: [_answer(row, shape) for row in rows])
 
     def _stacked(self, rows: list[Row]) -> NDArray[np.float64]:
         """Logits [rows, C], when no row is an error."""
@@ -427,10 +494,13 @@ class AsyncClient:
     async def _logits_of(self, texts: Sequence[Any]) -> list[Row]:
         """Logits or an error for every text. Everything is sent before any error is seen."""
         self._check_task("text-classification")
-        backbone, call = await self._ready_backbone(), Call()
+        call = Call(self._call_timeout)
+        backbone = await call.in_time(self._ready_backbone())
         texts = list(texts)
         rows = embedded_rows(backbone, texts, self._deidentifier)
-        # A request goes out as soon as its rows are embedded.
+        if self._embed_first:
+            rows = iter(await self._on_backbone_thread(partial(list, rows)))
+        # Otherwise a request goes out as soon as its rows are embedded.
         size = self._engine.chunk
         return _in_order(
             await self._collect(
@@ -444,7 +514,7 @@ class AsyncClient:
     async def _collect(
         self, chunks: Iterable[Callable[[], Coroutine[Any, Any, list[_Value]]]]
     ) -> list[_Value]:
-        window: Window[_Value] = self._window(CHUNKS)
+        window: Window[_Value, _Value] = self._window(CHUNKS, _as_they_are)
         rows: list[_Value] = []
         try:
             for chunk in chunks:
@@ -466,7 +536,10 @@ class AsyncClient:
         """The places of the next rows, and logits or an error for each; none once all is lost."""
         if call.hopeless is not None:  # nothing would be sent: do not embed either
             return []
-        taken = await self._on_backbone_thread(lambda: list(islice(rows, count)))
+        try:
+            taken = await call.in_time(self._on_backbone_thread(lambda: list(islice(rows, count))))
+        except CallTimeoutError:
+            return []
         answers = await self._infer(np.array([row.embedding for row in taken]), call)
         return [
             (row.place, answer if row.error is None else row.error)
@@ -474,31 +547,28 @@ class AsyncClient:
         ]
 
     async def _infer_tokens(
-        self, backbone: Embedder, text: Any, row: int, shape: TokenShape, call: Call
-    ) -> list[list[Entity] | VeilheadError]:
-        """The entities of one text, whose tokens are sent together, or an error: one row."""
-        windows, error = await self._on_backbone_thread(
-            lambda: embed_token_rows(backbone, text, row, shape.stride, self._deidentifier)
-        )
-        logits: list[Row] = []
-        if windows:
-            rows = np.concatenate([window.embeddings for window in windows])  # [tokens, d]
-            logits = await self._infer(rows, call)
-        failed = next((found for found in logits if isinstance(found, VeilheadError)), error)
+        self, embed: Callable[[], TokenRows], call: Call
+    ) -> list[TokenLogits | VeilheadError]:
+        """The logits of one text's tokens, which are sent together, or an error: one row."""
+        if call.hopeless is not None:
+            return [call.not_sent()]
+        try:
+            rows = await call.in_time(self._on_backbone_thread(embed))
+        except CallTimeoutError as late:
+            return [late]
+        logits = await self._infer(rows.embeddings, call)
+        failed = next((found for found in logits if isinstance(found, VeilheadError)), None)
+        failed = failed if rows.error is None else rows.error
         if failed is not None:
             return [failed]
         made = np.array(logits, dtype=np.float64).reshape(-1, len(self.labels))  # [tokens, C]
-        ends = np.cumsum([len(window.tokens) for window in windows])
-        parts = np.split(made, ends[:-1]) if windows else []
-        tokens = [window.tokens for window in windows]
-        return [shape.entities(list(zip(tokens, parts, strict=True)), backbone.join)]
+        ends = np.cumsum([len(tokens) for tokens in rows.windows])
+        parts = np.split(made, ends[:-1]) if rows.windows else []
+        return [list(zip(rows.windows, parts, strict=True))]
 
     async def _infer(self, embeddings: NDArray[np.float64], call: Call) -> list[Row]:
         """Logits or an error for each row of embeddings [<= chunk, d]."""
-        rows = await self._engine.infer(embeddings, call)
-        for place in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
-            rows[place] = NotFiniteError("the embedding holds NaN or infinity")
-        return rows
+        return await self._engine.infer(embeddings, call)
 
     async def _ready_backbone(self) -> Embedder:
         """The loaded backbone; the first caller fetches and loads it."""
@@ -509,18 +579,27 @@ class AsyncClient:
                 f"{self.manifest.head.dimensions} values yourself and call `logits`"
             )
         async with self._backbone_lock:
-            if self._backbone is None:
-                plan = plan_backbone(section, self._runtime, self._device)
-                directory = self._backbone_directory
-                if directory is None:
-                    directory = await fetch_backbone(
-                        engine.transport, self.manifest, plan.files, progress=self._on_download
-                    )
-                self._backbone = await self._on_backbone_thread(partial(plan.load, directory))
-            return self._backbone
+            if self._backbone is not None:
+                return self._backbone
+            plan = plan_backbone(section, self._runtime, self._device)
+            directory = self._backbone_directory
+            if directory is None:
+                directory = await fetch_backbone(
+                    engine.transport, self.manifest, plan.files, progress=self._on_download
+                )
+            # A call whose time is over meanwhile leaves it to the next.
+            with anyio.CancelScope(shield=True):
+                loaded = await self._on_backbone_thread(partial(plan.load, directory))
+            self._backbone = loaded
+            return loaded
 
     async def _on_backbone_thread(self, work: Callable[[], _Value]) -> _Value:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _on_answers_thread(self, work: Callable[[], _Value]) -> _Value:
+        if self._closed:
+            raise ClientError("the client was closed while a call was under way")
+        return await asyncio.get_running_loop().run_in_executor(self._answers_thread, work)
 
 
 class Stream:
@@ -530,37 +609,47 @@ class Stream:
         chunk: texts that are best sent together.
     """
 
-    def __init__(self, client: AsyncClient, shape: Shape, window: Window[Row], start: int) -> None:
+    def __init__(self, client: AsyncClient, shape: Shape, concurrency: int, start: int) -> None:
         self._client = client
-        self._shape = shape
-        self._window = window
-        self._call = Call()
+        self._window: Window[Row, Answer] = client._window(
+            concurrency, lambda rows: client._answers(rows, shape)
+        )
+        self._call = Call(client._call_timeout, each_chunk=True)
         self._answered = start
         self.chunk = client._engine.chunk
 
     async def send(self, texts: Sequence[Any]) -> list[Answer]:
         """Start a chunk; the answers of earlier ones that are due."""
         backbone = await self._client._ready_backbone()
-        return self._answers(
-            await self._window.start(
-                partial(self._client._infer_texts, backbone, texts, self._call)
-            )
-        )
+        infer = partial(self._client._infer_texts, backbone, texts, self._call)
+        return self._numbered(await self._window.start(infer))
 
     async def rest(self) -> list[Answer]:
         """The next chunk's answers; none once there are no more."""
-        return self._answers(await self._window.rest())
+        self._client._check_process()
+        return self._numbered(await self._window.rest())
 
     async def cancel(self) -> None:
-        """Stop whatever is under way."""
-        await self._window.cancel()
+        """Stop whatever is under way, unless that is in another process."""
+        if self._client._process == process_mark():
+            await self._window.cancel()
 
-    def _answers(self, rows: list[Row]) -> list[Answer]:
-        first, self._answered = self._answered, self._answered + len(rows)
+    def _numbered(self, answers: list[Answer]) -> list[Answer]:
+        first, self._answered = self._answered, self._answered + len(answers)
         return [
             named(answer, number) if isinstance(answer, VeilheadError) else answer
-            for number, answer in enumerate((_answer(row, self._shape) for row in rows), first)
+            for number, answer in enumerate(answers, first)
         ]
+
+
+def _abandon_copy(stack: object, process: int) -> None:
+    """In a copied process, leave what the client holds as it is: another process uses it.
+
+    To close a connection here, or to free it, takes it off the list of those that the other
+    process's event loop waits for (epoll(7)): there, no answer would arrive any more.
+    """
+    if process != process_mark():
+        keep_for_ever(stack)
 
 
 def reported(answers: list[Answer], progress: Callable[[int], Any] | None) -> list[Answer]:
@@ -568,6 +657,14 @@ def reported(answers: list[Answer], progress: Callable[[int], Any] | None) -> li
     if answers and progress is not None:
         progress(len(answers))
     return answers
+
+
+async def _as_they_are(rows: list[_Value]) -> list[_Value]:
+    return rows
+
+
+def _given(rows: TokenRows) -> TokenRows:
+    return rows
 
 
 def _answer(row: Row, shape: Shape) -> Answer:
@@ -597,6 +694,11 @@ async def _chunks(
 async def _each(texts: Iterable[_Text]) -> AsyncIterator[_Text]:
     for text in texts:
         yield text
+
+
+def _check_seconds(name: str, seconds: float) -> None:
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{name} must be a number of seconds above 0, got {seconds}")
 
 
 def _vendor_keys(given: str | Sequence[str] | None) -> tuple[VendorKey, ...]:

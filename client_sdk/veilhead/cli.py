@@ -59,7 +59,7 @@ _Backbone = Annotated[
 ]
 _Device = Annotated[str, typer.Option(help="auto (CUDA, then MPS, then CPU) or a torch device.")]
 _Minimum = Annotated[
-    str, typer.Option(help="The weakest parameter set to accept: compact or strong.")
+    str, typer.Option(help="The weakest parameter set to accept: standard or compact.")
 ]
 _Digest = Annotated[
     str | None, typer.Option(help="The model version to accept, 64 hexadecimal digits.")
@@ -81,6 +81,24 @@ _Deidentify = Annotated[
         "--deidentify/--no-deidentify",
         help="Replace e-mail addresses, account numbers and the like before a text is embedded; "
         "by default, as the model's policy says.",
+    ),
+]
+_Timeout = Annotated[
+    float, typer.Option(help="Seconds that each attempt of a request may take, of five.")
+]
+_CallTimeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that the service may take with each chunk of texts, attempts and pauses "
+        "together; after that the command stops, and keeps what was answered."
+    ),
+]
+_EmbedFirst = Annotated[
+    bool,
+    typer.Option(
+        "--embed-first",
+        help="Embed all texts of a chunk before any is sent: the gaps between its requests then "
+        "tell nothing of their lengths.",
     ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
@@ -114,13 +132,16 @@ def classify(
         typer.Option(help="Scores by softmax, sigmoid or none (logits); else the model's own."),
     ] = None,
     deidentify: _Deidentify = None,
+    embed_first: _EmbedFirst = False,
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
-    minimum_parameters: _Minimum = "compact",
+    minimum_parameters: _Minimum = "standard",
     digest: _Digest = None,
     vendor_key: _VendorKey = None,
     api_key_file: _ApiKeyFile = None,
+    timeout: _Timeout = 30.0,
+    call_timeout: _CallTimeout = None,
 ) -> None:
     """Classify texts, files or standard input.
 
@@ -142,6 +163,9 @@ def classify(
             vendor_key,
             api_key_file,
             deidentify,
+            timeout,
+            call_timeout,
+            embed_first,
         ) as client:
             shape = Shape.of(client.manifest.head, top_k, function_to_apply)
             if table is None or out is None:
@@ -160,13 +184,16 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Its column of texts.")],
     label: Annotated[str, typer.Option(help="Its column of true labels, which stay here.")],
     deidentify: _Deidentify = None,
+    embed_first: _EmbedFirst = False,
     as_json: _Json = False,
     backbone: _Backbone = None,
     device: _Device = "auto",
-    minimum_parameters: _Minimum = "compact",
+    minimum_parameters: _Minimum = "standard",
     digest: _Digest = None,
     vendor_key: _VendorKey = None,
     api_key_file: _ApiKeyFile = None,
+    timeout: _Timeout = 30.0,
+    call_timeout: _CallTimeout = None,
 ) -> None:
     """Measure a model on your own labelled texts, over the encrypted path.
 
@@ -186,6 +213,9 @@ def evaluate(
             vendor_key,
             api_key_file,
             deidentify,
+            timeout,
+            call_timeout,
+            embed_first,
         ) as client:
             shape = Shape.of(client.manifest.head, 1, None)
             rows = list(_answers(client, labelled, shape))
@@ -271,10 +301,14 @@ def gateway(
     request_seconds: Annotated[
         float, typer.Option(help="A request that takes longer in all gets 504.")
     ] = 60.0,
+    timeout: _Timeout = 30.0,
+    call_timeout: Annotated[
+        float, typer.Option(help="Seconds that the vendor's service may take with each batch.")
+    ] = 60.0,
     deidentify: _Deidentify = None,
     backbone: _Backbone = None,
     device: _Device = "auto",
-    minimum_parameters: _Minimum = "compact",
+    minimum_parameters: _Minimum = "standard",
     digest: _Digest = None,
     vendor_key: _VendorKey = None,
     api_key_file: _ApiKeyFile = None,
@@ -309,7 +343,11 @@ def gateway(
             vendor_key=_vendor_keys(vendor_key),
             api_key=None if api_key_file is None else read_api_key_file(api_key_file),
             deidentify=deidentify,
+            fresh_keys=True,
+            embed_first=True,
             concurrency=max_batch,
+            timeout=timeout,
+            call_timeout=call_timeout,
             on_query=metrics.queried,
         )
         limits = Limits(
@@ -365,6 +403,9 @@ def _opened(
     vendor_key: list[str] | None,
     api_key_file: Path | None,
     deidentify: bool | None,
+    timeout: float = 30.0,
+    call_timeout: float | None = None,
+    embed_first: bool = False,
 ) -> Iterator[Client]:
     def announce(path: str, size: int) -> None:
         if _errors.is_terminal:
@@ -380,6 +421,9 @@ def _opened(
         vendor_key=_vendor_keys(vendor_key),
         api_key=None if api_key_file is None else read_api_key_file(api_key_file),
         deidentify=deidentify,
+        timeout=timeout,
+        call_timeout=call_timeout,
+        embed_first=embed_first,
         on_download=announce,
     ) as client:
         if deidentify is None and client.deidentifier is not None:

@@ -23,6 +23,7 @@ from veilhead.engine import Engine, QueryTrace
 from veilhead.predictions import FunctionToApply, Prediction
 from veilhead.runtimes import Runtime
 from veilhead.tokens import AggregationStrategy, Entity
+from veilhead_protocol.copies import keep_for_ever, process_mark
 from veilhead_protocol.errors import ClientError, VeilheadError
 from veilhead_protocol.manifest import Manifest
 
@@ -47,13 +48,17 @@ class Client:
         backbone_runtime: Runtime = "auto",
         device: str = "auto",
         digest: str | None = None,
-        minimum_parameters: str = "compact",
+        minimum_parameters: str = "standard",
         vendor_key: str | Sequence[str] | None = None,
         api_key: str | None = None,
         deidentify: bool | Deidentifier | None = None,
         pad_batches: bool = False,
+        fresh_keys: bool = False,
+        embed_first: bool = False,
+        prepare: bool = True,
         concurrency: int = 8,
         timeout: float = 30.0,
+        call_timeout: float | None = None,
         on_query: Callable[[QueryTrace], None] | None = None,
         on_download: Callable[[str, int], None] | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
@@ -71,7 +76,7 @@ class Client:
             device: `auto` (CUDA, then MPS, then CPU), or a torch device; of ONNX Runtime `auto`,
                 `cpu`, `cuda` or `cuda:N`.
             digest: the model version to accept, in hexadecimal; any when it is None.
-            minimum_parameters: the weakest parameter set to accept, `compact` or `strong`.
+            minimum_parameters: the weakest parameter set to accept, `standard` or `compact`.
             vendor_key: the vendor's public key, `ed25519:<base64>`, or several while the vendor
                 changes it: manifests that none of them signed are refused. Without one, any
                 manifest is believed (`digest` pins a single version all the same).
@@ -79,11 +84,25 @@ class Client:
             deidentify: replace e-mail addresses, account numbers and the like by placeholders
                 before a text is embedded: True for the built-in detectors, or a `Deidentifier`.
                 None follows the model's policy, and False never does.
-            pad_batches: add rows of zeros until their number is a power of two, so that sizes tell
+            pad_batches: add decoys until the number of rows is a power of two, so that sizes tell
                 less of it. The service charges for them too.
+            fresh_keys: never encrypt two queries under one key. Use it where other people see
+                answers: the answers to one query tell of its key, and would open every query under
+                it. It costs a key message more in each query, and no round trip.
+            embed_first: embed all texts of a call before any is sent (of `classify_many` all of a
+                chunk). Otherwise the longest are sent while others are embedded, and the gaps
+                between the requests are a profile of the texts' lengths.
+            prepare: encrypt zeros ahead while the client is idle, which makes the next query
+                faster. False is for a process that may be resumed twice from one snapshot or
+                checkpoint, which no process can notice: both would use the same zeros.
             concurrency: queries in flight at once; fewer for heads of a thousand classes or more.
-            timeout: seconds to wait for each connection, write and read; reads of replies of such
-                heads wait longer.
+            timeout: seconds that each attempt of a request may take in all, until its answer is
+                read; those at such heads may take longer. Files of the backbone may take any time
+                that brings 4,096 bytes for each second, judged over `timeout` seconds.
+            call_timeout: seconds that each call may take in all, this one too: rows without an
+                answer fail with CallTimeoutError then, and the others keep theirs. With
+                `classify_many` so long may the service take with each chunk. None: five attempts of
+                each request, and the pauses between them.
             on_query: called with the cost of every answered query, on another thread.
             on_download: called with path and size of each file of the backbone before it is
                 fetched.
@@ -94,7 +113,8 @@ class Client:
             InputError: when the API key is not one.
             AccessError: when the service wants another API key.
             ServiceResponseError: when the service knows no such model.
-            TransportError: when it does not answer.
+            TransportError: when it does not answer, not in time, or the environment's proxy cannot
+                be used.
             ManifestError: when its manifest is not one, or not the pinned one.
             SignatureError: when no accepted vendor key signed it, or a vendor key is not one.
             ParameterError: when the model's parameters are below the minimum.
@@ -112,15 +132,20 @@ class Client:
             api_key=api_key,
             deidentify=deidentify,
             pad_batches=pad_batches,
+            fresh_keys=fresh_keys,
+            embed_first=embed_first,
+            prepare=prepare,
             concurrency=concurrency,
             timeout=timeout,
+            call_timeout=call_timeout,
             on_query=on_query,
             on_download=on_download,
             transport=transport,
         )
+        self._process = process_mark()
         stack = ExitStack()
         # Closes at exit or when the client is collected; it must not hold the client itself.
-        self._finalizer = weakref.finalize(self, stack.close)
+        self._finalizer = weakref.finalize(self, _close, stack, self._process)
         try:
             self._portal: BlockingPortal = stack.enter_context(start_blocking_portal())
             self._loop = self._portal.call(_running_loop)
@@ -156,8 +181,14 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Drop the keys and the connections. Closing twice is allowed."""
+        """Drop the keys and the connections. Closing twice is allowed.
+
+        In another process than the client was made in, nothing is done: they are still in use.
+        """
         self._finalizer()
+
+    def __reduce__(self) -> Any:
+        return self._client.__reduce__()  # which refuses
 
     def __repr__(self) -> str:
         return repr(self._client).removeprefix("Async")
@@ -244,8 +275,9 @@ class Client:
             texts: any iterable of texts, endless ones too.
             top_k: labels for each text; None for all.
             function_to_apply: as for `classify`.
-            concurrency: chunks of texts under way at once, which bounds the memory; the queries in
-                flight are those of the client's own `concurrency`.
+            concurrency: chunks of texts under way at once; with those whose answers are there but
+                not yet taken, at most twice as many, which bounds the memory. The queries in flight
+                are those of the client's own `concurrency`.
             progress: called with the number of rows whenever some are answered; the `update` of a
                 tqdm bar fits.
             start: the number of the first row, in the messages of errors.
@@ -272,8 +304,9 @@ class Client:
             while rest := self._run(stream.rest):
                 yield from reported(rest, progress)
         finally:
-            with suppress(RuntimeError):  # closed already, or collected on the loop's own thread
-                self._portal.call(stream.cancel)
+            if self._process == process_mark():  # the event loop is here
+                with suppress(RuntimeError):  # closed already, or collected on the loop's thread
+                    self._portal.call(stream.cancel)
 
     @overload
     def classify_tokens(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too
@@ -431,6 +464,7 @@ class Client:
         self, work: Callable[..., Coroutine[Any, Any, _Value]], *arguments: Any, **options: Any
     ) -> _Value:
         """What `work` returns on the event loop. An interrupt here stops it there."""
+        self._client._check_process()
         if not self._finalizer.alive:
             raise ClientError("the client is closed: make another one")
         # The portal's own calls wait twice: for the work to begin, and for its value.
@@ -441,6 +475,14 @@ class Client:
             raise ClientError("the client was closed while a call was under way") from None
         finally:
             future.cancel()
+
+
+def _close(stack: ExitStack, process: int) -> None:
+    """Close what a client holds. In a copied process it is left alone: another one uses it."""
+    if process == process_mark():
+        stack.close()
+    else:
+        keep_for_ever(stack)
 
 
 async def _running_loop() -> asyncio.AbstractEventLoop:

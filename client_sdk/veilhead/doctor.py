@@ -9,8 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import anyio
 import httpx2
 import numpy as np
+from anyio.from_thread import start_blocking_portal
 
 from veilhead.api_key import find_api_key, read_api_key_file
 from veilhead.session import SecretKey
@@ -30,7 +32,7 @@ from veilhead_protocol.files import cache_directory
 from veilhead_protocol.loopback import is_loopback
 from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, NAME_PATTERN, Manifest
-from veilhead_protocol.parameters import COMPACT, STRONG, ParameterSet
+from veilhead_protocol.parameters import PARAMETER_SETS, ParameterSet
 from veilhead_protocol.wire import FORMAT_VERSION, KeyMessage
 
 _PACKAGES: Final = ("veilhead", "tenseal", "numpy", "httpx2", "zstandard")
@@ -61,7 +63,7 @@ def examine(
     model: str | None = None,
     *,
     api_key_file: Path | None = None,
-    transport: httpx2.BaseTransport | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
 ) -> list[Check]:
     """Every check of this machine, and of a service when its URL is given.
 
@@ -73,7 +75,7 @@ def examine(
     """
     checks = [check_python(), *check_packages(_PACKAGES, "veilhead"), *_check_backbone_packages()]
     checks += check_parameters()
-    checks += [_check_encryption(parameters) for parameters in (COMPACT, STRONG)]
+    checks += [_check_encryption(parameters) for parameters in PARAMETER_SETS.values()]
     checks.append(_check_cache())
     api_key = None
     try:
@@ -83,7 +85,8 @@ def examine(
         advice = "ask the vendor for a key, in a file that is yours alone"
         checks.append(Check("API key", Outcome.FAIL, str(error), advice))
     if url is not None:
-        checks += _check_service(url, model, api_key, transport)
+        with start_blocking_portal() as portal:
+            checks += portal.call(_check_service, url, model, api_key, transport)
     elif model is not None:
         checks.append(Check("model", Outcome.FAIL, "no URL", "give --url with --model"))
     return checks
@@ -111,8 +114,8 @@ def _check_encryption(parameters: ParameterSet) -> Check:
         key = SecretKey(parameters)
         read = KeyMessage.deserialize(key.message)
         encrypted = key.encrypt(np.ones(parameters.poly_modulus_degree), _SCALE_BITS)
-        shape = (len(parameters.data_primes), parameters.poly_modulus_degree)
-        if read.parameters is not parameters or encrypted.c0.shape != shape:
+        degree = parameters.poly_modulus_degree
+        if read.parameters is not parameters or len(encrypted.c0) != degree:
             raise AssertionError("SEAL made something else than it was asked for")
     except (AssertionError, RuntimeError, ValueError, VeilheadError) as error:
         advice = "install a tenseal that this version was tested with: 0.3.18"
@@ -132,11 +135,38 @@ def _check_cache() -> Check:
     )
 
 
-def _check_service(
+class _Service:
+    """A service that is asked a few things, each answered in bounded time and bytes or failed."""
+
+    def __init__(self, http: httpx2.AsyncClient) -> None:
+        self._http = http
+
+    async def ask(self, method: str, path: str) -> httpx2.Response:
+        """The answer; of a body that is too long, the beginning and one byte too many.
+
+        Raises:
+            httpx2.HTTPError: when there is none in time.
+        """
+        with anyio.move_on_after(_TIMEOUT_SECONDS):
+            async with self._http.stream(method, path) as response:
+                # The stream itself: a compressed answer could grow without bound.
+                if not isinstance(response.stream, httpx2.AsyncByteStream):
+                    raise TypeError("the transport's answer cannot be read asynchronously")
+                body = b""
+                async for piece in response.stream:
+                    body += piece[: MAX_MANIFEST_BYTES + 1 - len(body)]
+                    if len(body) > MAX_MANIFEST_BYTES:
+                        break
+                headers = {"Date": date} if (date := response.headers.get("date")) else {}
+                return httpx2.Response(response.status_code, headers=headers, content=body)
+        raise httpx2.ReadTimeout(f"no whole answer within {_TIMEOUT_SECONDS:g} s")
+
+
+async def _check_service(
     url: str,
     model: str | None,
     api_key: str | None,
-    transport: httpx2.BaseTransport | None,
+    transport: httpx2.AsyncBaseTransport | None,
 ) -> list[Check]:
     try:
         base = check_url(url)
@@ -144,7 +174,7 @@ def _check_service(
         return [Check("url", Outcome.FAIL, str(error), "use https://, or a service on loopback")]
     secured = "TLS" if base.scheme == "https" else "plain HTTP on loopback"
     checks = [passed("url", secured)]
-    with httpx2.Client(
+    async with httpx2.AsyncClient(
         base_url=base,
         timeout=_TIMEOUT_SECONDS,
         transport=transport,
@@ -153,20 +183,21 @@ def _check_service(
         headers={"Accept-Encoding": "identity"}
         | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"}),
     ) as http:
+        service = _Service(http)
         try:
-            ready = http.get("/readyz")
+            ready = await service.ask("GET", "/readyz")
         except httpx2.HTTPError as error:
             advice = "check the URL, the name, the network, and that the service runs"
             return [*checks, Check("service", Outcome.FAIL, type(error).__name__, advice)]
         checks.append(_check_ready(ready))
         checks.append(_check_skew(ready.headers.get("date"), datetime.now(UTC)))
         try:
-            versions = http.get("/version")
-            checks.append(_check_api_key(http, versions, given=api_key is not None))
+            versions = await service.ask("GET", "/version")
+            checks.append(await _check_api_key(service, versions, given=api_key is not None))
             if versions.status_code != 401:
                 checks.append(_check_formats(versions))
             if model is not None:
-                checks.append(_check_model(http, model))
+                checks.append(await _check_model(service, model))
         except httpx2.HTTPError as error:
             advice = "the service stopped answering; try again"
             checks.append(Check("service", Outcome.FAIL, type(error).__name__, advice))
@@ -192,11 +223,11 @@ def _check_skew(date: str | None, now: datetime) -> Check:
     return passed("clock", f"{skew:.0f} s from the service's")
 
 
-def _check_api_key(http: httpx2.Client, versions: httpx2.Response, *, given: bool) -> Check:
+async def _check_api_key(service: _Service, versions: httpx2.Response, *, given: bool) -> Check:
     """Whether the service accepts the key, and what it lets the key do; the key is not shown.
 
     Args:
-        http: sends the key with every request.
+        service: is asked with the key.
         versions: the answer to /version, which any good key opens.
         given: whether there is a key.
     """
@@ -213,7 +244,7 @@ def _check_api_key(http: httpx2.Client, versions: httpx2.Response, *, given: boo
     may = [
         scope
         for scope, method, path in _SCOPES
-        if http.request(method, path).status_code not in refused
+        if (await service.ask(method, path)).status_code not in refused
     ]
     found = f"accepted, for: {', '.join(may) or 'nothing of this'}"
     missing = sorted(_NEEDED_SCOPES - set(may))
@@ -247,11 +278,11 @@ def _check_formats(answer: httpx2.Response) -> Check:
     return passed(name, f"wire {FORMAT_VERSION}, {MANIFEST_FORMAT}")
 
 
-def _check_model(http: httpx2.Client, model: str) -> Check:
+async def _check_model(service: _Service, model: str) -> Check:
     name = "model"
     if not NAME_PATTERN.fullmatch(model):
         return Check(name, Outcome.FAIL, "not a model's name", "ask the vendor for the name")
-    answer = http.get(f"/v1/models/{model}")
+    answer = await service.ask("GET", f"/v1/models/{model}")
     if not answer.is_success:
         advice = {
             401: "give a key: VEILHEAD_API_KEY or --api-key-file",

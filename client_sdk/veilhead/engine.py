@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import Final, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from veilhead.session import EncryptedQuery, SecretKey, Session
 from veilhead.transport import Answer, Transport
 from veilhead_protocol.errors import (
+    CallTimeoutError,
+    EncryptionError,
     ManifestError,
     NotSentError,
     ParameterError,
@@ -57,6 +60,8 @@ _PREPARE_SECONDS: Final = 0.001
 
 Row = NDArray[np.float64] | VeilheadError  # logits [C], or why there are none
 
+_Value = TypeVar("_Value")
+
 
 @dataclass(frozen=True)
 class QueryTrace:
@@ -67,8 +72,8 @@ class QueryTrace:
         round_trip_seconds: query bytes out to reply bytes in, retries included.
         evaluate_seconds: what the service says it spent of that.
         decrypt_seconds: reply bytes to logits.
-        key_bytes: size of the key message, which is sent once for many queries.
-        query_bytes: size of the query.
+        key_bytes: size of the key message, which is sent once for many queries, or with this one.
+        query_bytes: size of the query without a key that it carries.
         reply_bytes: size of the reply.
         texts: embeddings in the query.
     """
@@ -83,17 +88,60 @@ class QueryTrace:
     texts: int = 1
 
 
-@dataclass
 class Call:
-    """One call of the user's: once a row shows that none can succeed, no further one is sent."""
+    """One call of the user's: once a row shows that none can succeed, no further one is sent.
 
-    hopeless: VeilheadError | None = None
+    Its time limit depends on the clock alone: what is sent, or not, tells no more.
 
-    def not_sent(self) -> NotSentError:
+    Attributes:
+        hopeless: what showed it.
+    """
+
+    def __init__(self, seconds: float | None = None, *, each_chunk: bool = False) -> None:
+        """Begin it.
+
+        Args:
+            seconds: what it may take in all; None for ever.
+            each_chunk: of a stream: so long may the service take with each chunk.
+        """
+        self.hopeless: VeilheadError | None = None
+        self._seconds = seconds
+        self._is_stream = each_chunk
+        is_limited = seconds is not None and not each_chunk
+        self._ends = anyio.current_time() + (seconds or 0) if is_limited else math.inf
+
+    def not_sent(self) -> VeilheadError:
         """What becomes of a further row."""
+        if isinstance(self.hopeless, CallTimeoutError) and not self._is_stream:
+            return self.hopeless
         return NotSentError(
             f"not sent, since an earlier row failed for all of them: {self.hopeless}"
         )
+
+    async def in_time(self, work: Awaitable[_Value]) -> _Value:
+        """What `work` gives before the call's time is over, that of a stream never.
+
+        Raises:
+            CallTimeoutError: when it is over; no further row is sent.
+        """
+        return await self._until(self._ends, work)
+
+    async def answered_in_time(self, work: Awaitable[_Value]) -> _Value:
+        """As `in_time`; the service may take the call's seconds with a chunk of a stream."""
+        if self._is_stream and self._seconds is not None:
+            return await self._until(anyio.current_time() + self._seconds, work)
+        return await self._until(self._ends, work)
+
+    async def _until(self, moment: float, work: Awaitable[_Value]) -> _Value:
+        if moment == math.inf:
+            return await work
+        with anyio.CancelScope(deadline=moment):
+            return await work
+        self.hopeless = CallTimeoutError(
+            f"no answer within the {self._seconds:g} s that call_timeout gives: give more, or "
+            "fewer texts in one call"
+        )
+        raise self.hopeless
 
 
 @dataclass
@@ -105,7 +153,9 @@ class Engine:
     concurrency: int
     on_query: Callable[[QueryTrace], None] | None
     pad_batches: bool = False
+    fresh_keys: bool = False
     vendor_keys: Sequence[VendorKey] = ()
+    prepare: bool = True
     manifest: Manifest = field(init=False)
     session: Session = field(init=False)
     _slots: anyio.Semaphore = field(init=False)
@@ -140,7 +190,7 @@ class Engine:
                 f"this client accepts {minimum.name} at least"
             )
         self.manifest = manifest
-        self.session = Session(manifest)
+        self.session = Session(manifest, fresh_keys=self.fresh_keys)
         # More queries of a large head would only wait in line at the service.
         fitting = max(2, _COST_IN_FLIGHT // manifest.layout.cost)
         self._slots = anyio.Semaphore(min(self.concurrency, fitting))
@@ -161,13 +211,26 @@ class Engine:
         """Logits, or an error, for each row of embeddings [batch, d].
 
         The rows go out in as few requests as are cheap. One is encrypted while others are on the
-        wire. With `pad_batches` rows of zeros make their number a power of two.
+        wire. With `pad_batches` decoys make their number a power of two. Rows that are answered
+        before the call's time is over keep their answers.
         """
         count = len(embeddings)
         if self.pad_batches and count > 0:
             padding = (1 << (count - 1).bit_length()) - count
-            embeddings = np.pad(embeddings, ((0, padding), (0, 0)))
-        rows: list[Row] = [NotSentError("not sent")] * len(embeddings)
+            # Rows that hold nothing: the session encrypts decoys in their places.
+            embeddings = np.pad(embeddings, ((0, padding), (0, 0)), constant_values=np.nan)
+        rows: list[Row | None] = [None] * len(embeddings)
+        unanswered: VeilheadError = NotSentError("not sent")
+        try:
+            await call.answered_in_time(self._infer_into(rows, embeddings, call))
+        except CallTimeoutError as late:
+            unanswered = late
+        return [unanswered if row is None else row for row in rows[:count]]
+
+    async def _infer_into(
+        self, rows: list[Row | None], embeddings: NDArray[np.float64], call: Call
+    ) -> None:
+        """Put logits, or an error, for each row of embeddings [batch, d] into `rows`."""
 
         async def one(start: int, size: int) -> None:
             async with self._slots:
@@ -177,7 +240,7 @@ class Engine:
         sizes, unused = self.session.plan(len(embeddings)), self._take_unused_keys()
         if len(sizes) == 1 and not unused:
             await one(0, *sizes)
-            return rows[:count]
+            return
         async with anyio.create_task_group() as tasks:
             for key_id in unused:  # of earlier calls: no call waits for its own
                 tasks.start_soon(self._delete, key_id)
@@ -185,7 +248,6 @@ class Engine:
             for size in sizes:
                 tasks.start_soon(one, start, size)
                 start += size
-        return rows[:count]
 
     async def _infer_rows(
         self, embeddings: NDArray[np.float64], call: Call
@@ -197,11 +259,14 @@ class Engine:
             query = self.session.encrypt(embeddings[0])
         else:
             # On a thread: what is on the wire goes on meanwhile.
-            query = await anyio.to_thread.run_sync(self.session.encrypt_batch, embeddings)
+            try:
+                query = await anyio.to_thread.run_sync(self.session.encrypt_batch, embeddings)
+            except EncryptionError as error:
+                return error
         self._in_use[query.key.id] += 1
         try:
             answer, waited = await self._ask(query)
-        except ReplyError as error:
+        except (ReplyError, EncryptionError) as error:
             return error
         except (TransportError, ServiceResponseError) as error:
             call.hopeless = error
@@ -222,14 +287,17 @@ class Engine:
                     evaluate_seconds=answer.evaluate_seconds,
                     decrypt_seconds=time.perf_counter() - received,
                     key_bytes=len(query.key.message),
-                    query_bytes=len(query.data),
+                    query_bytes=query.size - (len(query.key.message) if query.carries_key else 0),
                     reply_bytes=len(answer.body),
                     texts=len(embeddings),
                 )
             )
-        if len(embeddings) == 1:
+        if len(embeddings) == 1 and self.prepare:
             self._prepare_later()
-        return list(logits)
+        rows: list[Row] = list(logits)
+        for place, failure in query.failures.items():
+            rows[place] = failure
+        return rows
 
     def _prepare_later(self) -> None:
         """Encrypt zeros for the next single query, in a moment that is likely to be idle."""
@@ -242,7 +310,8 @@ class Engine:
     async def _ask(self, query: EncryptedQuery) -> tuple[Answer, float]:
         """The answer to a query and the seconds it took; registers the key as often as needed."""
         for attempt in range(1, _REGISTRATIONS + 1):
-            await self._register(query.key)
+            if not query.carries_key:
+                await self._register(query.key)
             started, before = time.perf_counter(), query.encrypt_seconds
             try:
                 answer = await self.transport.infer(
@@ -253,7 +322,8 @@ class Engine:
                     more_seconds=query.layout.cost * _COST_SECONDS,
                 )
             except ServiceResponseError as error:
-                if error.problem != "key-not-registered" or attempt == _REGISTRATIONS:
+                lost = error.problem == "key-not-registered" and not query.carries_key
+                if not lost or attempt == _REGISTRATIONS:
                     raise
                 self._registered.discard(query.key.id)
             else:
@@ -277,11 +347,14 @@ class Engine:
 
     async def _delete(self, key_id: bytes) -> None:
         """Let the service drop a key; when it does not hear this, the key expires."""
-        with suppress(httpx2.HTTPError):
+        # A call waits for this too.
+        with suppress(httpx2.HTTPError), anyio.move_on_after(_GOODBYE_SECONDS):
             await self.transport.delete_key(key_id)
 
     async def close(self) -> None:
         """Drop the keys, here and (as far as it listens) at the service."""
+        if not self.transport.is_here:
+            return
         if self._preparation is not None:
             self._preparation.cancel()
         with anyio.move_on_after(_GOODBYE_SECONDS):
@@ -300,8 +373,11 @@ async def opened_engine(
     vendor_keys: Sequence[VendorKey],
     api_key: str | None,
     pad_batches: bool,
+    fresh_keys: bool,
+    prepare: bool,
     concurrency: int,
     timeout: float,
+    call_timeout: float | None,
     on_query: Callable[[QueryTrace], None] | None,
     transport: httpx2.AsyncBaseTransport | None,
 ) -> AsyncIterator[Engine]:
@@ -309,8 +385,10 @@ async def opened_engine(
     async with Transport(
         url, timeout=timeout, connections=concurrency, api_key=api_key, transport=transport
     ) as connection:
-        engine = Engine(connection, model, concurrency, on_query, pad_batches, vendor_keys)
-        await engine.open(digest, minimum_parameters)
+        engine = Engine(
+            connection, model, concurrency, on_query, pad_batches, fresh_keys, vendor_keys, prepare
+        )
+        await Call(call_timeout).in_time(engine.open(digest, minimum_parameters))
         try:
             yield engine
         finally:

@@ -16,6 +16,10 @@ FunctionToApply = Literal["softmax", "sigmoid", "none"]
 
 _FUNCTIONS: Final[tuple[FunctionToApply, ...]] = get_args(FunctionToApply)
 
+#: exp(-690) is 2e-300. Beyond it a score is 0, and no number is subnormal: those are slow, and the
+#: service chooses what a reply decrypts to.
+_MOST_EXPONENT: Final = 690.0
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -80,15 +84,20 @@ def default_function(head: HeadSection) -> FunctionToApply:
 
 
 def scores(logits: NDArray[np.float64], function: FunctionToApply) -> NDArray[np.float64]:
-    """Scores [..., C] of logits [..., C]."""
+    """Scores [..., C] of logits [..., C], in a time that does not depend on them."""
     if function == "none":
         return logits
     if function == "sigmoid":
-        sigmoid: NDArray[np.float64] = np.exp(-np.logaddexp(0.0, -logits))
-        return sigmoid
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    softmax: NDArray[np.float64] = shifted / shifted.sum(axis=-1, keepdims=True)
+        return _exponentials(logits) / (1.0 + _exponentials(logits))
+    exponentials = _exponentials(logits - logits.max(axis=-1, keepdims=True))
+    softmax: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
     return softmax
+
+
+def _exponentials(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """exp of values; of those beyond the largest exponent that of the largest, or 0."""
+    bounded = np.exp(np.clip(values, -_MOST_EXPONENT, _MOST_EXPONENT))
+    return np.where(values < -_MOST_EXPONENT, 0.0, bounded)
 
 
 def predictions(
@@ -99,6 +108,10 @@ def predictions(
 ) -> list[Prediction]:
     """The `top_k` best labels of logits [C], best first; all of them for None."""
     values = scores(logits, function)
-    # Stable: equal logits keep the order of the labels.
-    order = np.argsort(-logits, kind="stable")[:top_k]
+    # Equal logits keep the order of the labels either way. Sorting takes longer for some values
+    # than for others; finding the largest does not.
+    if top_k == 1:
+        order = logits.argmax(axis=0, keepdims=True)
+    else:
+        order = np.argsort(-logits, kind="stable")[:top_k]
     return [Prediction(labels[index], float(values[index])) for index in order]

@@ -13,7 +13,7 @@ from veilhead.deidentify import Deidentified, Deidentifier
 from veilhead_protocol.errors import BackboneError, BatchError, InputError, VeilheadError
 
 if TYPE_CHECKING:
-    from veilhead_models.embedder import Embedder, TokenWindow
+    from veilhead_models.embedder import Embedder, Token, TokenWindow
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class EmbeddedRow:
 
     Attributes:
         place: the text's place among all of them.
-        embedding: [d]; zeros when there is none, so that the service sees no difference.
+        embedding: [d]; NaN when there is none: a decoy is sent, and the service sees no difference.
         error: why there is none.
     """
 
@@ -41,7 +41,7 @@ def embedded_rows(
             checked = _checked(text)
             usable[place] = checked if deidentifier is None else deidentifier(checked).text
         except VeilheadError as error:
-            yield EmbeddedRow(place, np.zeros(backbone.dimensions), error)
+            yield EmbeddedRow(place, np.full(backbone.dimensions, np.nan), error)
     yield from _embedded(backbone, usable)
 
 
@@ -57,11 +57,26 @@ def _embedded(backbone: Embedder, texts: dict[int, str]) -> Iterator[EmbeddedRow
         rest = list(left.items())
         if len(rest) == 1:
             failure = BackboneError(f"the backbone failed on the text: {type(error).__name__}")
-            yield EmbeddedRow(rest[0][0], np.zeros(backbone.dimensions), failure)
+            yield EmbeddedRow(rest[0][0], np.full(backbone.dimensions, np.nan), failure)
             return
         # In halves: those that can be embedded are, and less memory is needed.
         yield from _embedded(backbone, dict(rest[: len(rest) // 2]))
         yield from _embedded(backbone, dict(rest[len(rest) // 2 :]))
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """A text's tokens, and their embeddings.
+
+    Attributes:
+        windows: the tokens of each of its windows; none when there is an error.
+        embeddings: [tokens of all windows, d]; NaN where there are none: decoys are sent.
+        error: why there are none.
+    """
+
+    windows: list[tuple[Token, ...]] = field(repr=False)
+    embeddings: NDArray[np.float64] = field(repr=False)
+    error: VeilheadError | None = None
 
 
 def embed_token_rows(
@@ -70,24 +85,35 @@ def embed_token_rows(
     row: int,
     stride: int | None,
     deidentifier: Deidentifier | None = None,
-) -> tuple[list[TokenWindow], VeilheadError | None]:
-    """The windows of one text, or none and the error. `row` is its number, for messages.
+) -> TokenRows:
+    """The tokens of one text, or the error. `row` is its number, for messages.
 
-    The places of tokens are those in the text as it was given, de-identified or not.
+    The places of tokens are those in the text as it was given, de-identified or not. A backbone
+    that fails on a text is the vendor's: there are then as many decoys as the text has tokens, and
+    one where not even these can be counted.
     """
+    count = 1
+    error: VeilheadError
     try:
         checked = _checked(text)
-        if deidentifier is None:
-            return backbone.embed_tokens([checked], stride=stride)[0], None
-        safe = deidentifier(checked)
-        windows = backbone.embed_tokens([safe.text], stride=stride)[0]
-        return [_in_original(window, safe) for window in windows], None
-    except VeilheadError as error:  # no text, a detector that failed, or a stride that is none
-        return [], error
+        safe = None if deidentifier is None else deidentifier(checked)
+        clean = checked if safe is None else safe.text
+        count = backbone.count_tokens(clean, stride=stride)
+        windows = backbone.embed_tokens([clean], stride=stride)[0]
+        if safe is not None:
+            windows = [_in_original(window, safe) for window in windows]
+        nothing = np.zeros((0, backbone.dimensions))
+        return TokenRows(
+            [window.tokens for window in windows],
+            np.concatenate([nothing, *(window.embeddings for window in windows)]),
+        )
+    except VeilheadError as found:  # no text, a detector that failed, or a stride that is none
+        error = found
     except Exception as failure:  # out of memory, say: whatever torch raises
-        return [], BackboneError(
+        error = BackboneError(
             f"the backbone failed on the text of row {row}: {type(failure).__name__}"
         )
+    return TokenRows([], np.full((count, backbone.dimensions), np.nan), error)
 
 
 def _in_original(window: TokenWindow, safe: Deidentified) -> TokenWindow:
@@ -127,7 +153,8 @@ def as_rows(embeddings: ArrayLike, dimensions: int) -> NDArray[np.float64]:
             f"got an array of shape {list(array.shape)} and type {array.dtype}, "
             f"expected real numbers of shape [batch, {dimensions}]"
         )
-    return array.astype(np.float64)
+    with np.errstate(over="ignore"):  # of longer floats: infinity is sent as a decoy
+        return array.astype(np.float64)
 
 
 def named(error: VeilheadError, row: int) -> VeilheadError:

@@ -49,7 +49,10 @@ def plan_backbone(section: BackboneSection, runtime: Runtime, device: str) -> Pl
     if runtime == "torch":
         from veilhead_models.backbone import Backbone
 
-        return Plan(section.files, lambda place: Backbone.load(place, section, device=device))
+        return Plan(
+            section.files,
+            lambda place: Backbone.load(place, section, device=device, flush_subnormals=True),
+        )
 
     from veilhead_models.onnx_backbone import OnnxBackbone, onnx_files
 

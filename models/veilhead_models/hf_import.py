@@ -42,7 +42,7 @@ from veilhead_protocol.manifest import (
     Manifest,
     PolicySection,
 )
-from veilhead_protocol.scales import project, quantise
+from veilhead_protocol.scales import project, served_weight
 
 if TYPE_CHECKING:
     pass
@@ -182,7 +182,7 @@ def import_hf(
     out: str | Path,
     *,
     name: str | None = None,
-    parameters: str = "compact",
+    parameters: str = "standard",
     texts: Sequence[str] | None = None,
     embedding_scale: float | None = None,
     policy: PolicySection | None = None,
@@ -195,7 +195,7 @@ def import_hf(
         out: the artefact's directory.
         name: the model's name, which is its backbone's too; by default the last component of
             `out`.
-        parameters: `compact` or `strong`.
+        parameters: `standard` or `compact`.
         texts: texts such as clients will have, to measure the embedding scale with and to compare
             logits on; generated when it is None.
         embedding_scale: what embeddings are divided by; found when it is None.
@@ -400,7 +400,8 @@ def _parity(artifact: HeadArtifact, backbone: Backbone, view: Path, texts: Seque
     expected = np.concatenate(rows)  # [rows, C]
     embeddings = _embeddings(backbone, texts)  # [rows, d]
     scales, scale = artifact.scales, artifact.embedding.scale
-    weight = quantise(artifact.weight, scales.weight_scale_bits)  # [C, d], as it is served
+    # [C, d], as it is served, and as the client multiplies it back
+    weight = np.ldexp(served_weight(artifact.weight, scales), scales.downscale_bits)
     found = project(embeddings, scale) @ weight.T + artifact.bias  # [rows, C]
     kept = np.linalg.norm(embeddings, axis=1) <= scale * (1 + 1e-6)  # [rows]
     expected, found = expected[kept], found[kept]

@@ -97,7 +97,7 @@ class Tagger:
         section: BackboneSection,
         *,
         name: str | None = None,
-        parameters: str = "compact",
+        parameters: str = "standard",
         policy: PolicySection | None = None,
     ) -> HeadArtifact:
         """The head with the backbone of tokens that it was trained on, at this embedding scale.
@@ -206,7 +206,7 @@ def train_tagger_artifact(
     section: BackboneSection,
     *,
     name: str | None = None,
-    parameters: str = "compact",
+    parameters: str = "standard",
     device: str = "auto",
     privacy: PrivacyBudget | None = None,
     policy: PolicySection | None = None,
@@ -223,7 +223,7 @@ def train_tagger_artifact(
         backbone_directory: holds the files of the backbone.
         section: of an encoder, whose tokens are embedded (`token_backbone`).
         name: the model's name; by default the directory's it is saved to.
-        parameters: `compact` or `strong`.
+        parameters: `standard` or `compact`.
         device: where the backbone runs.
         privacy: train under this budget of differential privacy, for records (`dp_records`).
         policy: what the vendor asks of both sides.

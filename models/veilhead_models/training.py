@@ -292,7 +292,7 @@ def train_artifact(
     section: BackboneSection,
     *,
     name: str | None = None,
-    parameters: str = "compact",
+    parameters: str = "standard",
     device: str = "auto",
     privacy: PrivacyBudget | None = None,
     policy: PolicySection | None = None,

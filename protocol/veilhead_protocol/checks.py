@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from veilhead_protocol import seal_io
-from veilhead_protocol.parameters import COMPACT, STRONG
+from veilhead_protocol.parameters import PARAMETER_SETS
 
 #: The oldest Python that the project runs on.
 _PYTHON = (3, 11)
@@ -98,7 +98,7 @@ def check_packages(needed: Sequence[str], extra: str) -> list[Check]:
 def check_parameters() -> list[Check]:
     """Whether SEAL builds each parameter set, and which serialisation it speaks."""
     checks = []
-    for parameters in (COMPACT, STRONG):
+    for parameters in PARAMETER_SETS.values():
         name = f"parameters {parameters.name}"
         try:
             major, minor = seal_io.runtime(parameters).version

@@ -22,10 +22,6 @@ from veilhead_protocol.wire import ReplyMessage, Residues
 
 _PROBE_BITS: Final = 30
 
-#: Masks have at most 33 bits: both halves are below 2^17.
-_HALF_BITS: Final = 17
-_LOW_MASK: Final = np.uint64((1 << _HALF_BITS) - 1)
-
 #: Reply polynomials that are decrypted together: what bounds the memory of a large head's reply.
 _ROWS_AT_ONCE: Final = 64
 
@@ -39,7 +35,7 @@ def secret_coefficients(seal: seal_io.Runtime, secret: Any) -> NDArray[np.float6
     SEAL would have to write the key to a file to show it otherwise.
     """
     degree = seal.parameters.poly_modulus_degree
-    residues = np.zeros((2, len(seal.parameters.data_primes), degree), dtype=np.uint64)
+    residues = np.zeros((2, degree), dtype=np.uint64)
     residues[1] = 1 << _PROBE_BITS
     probe = seal_io.load_ciphertext(seal, residues, scale_bits=_PROBE_BITS)
     plaintext = seal.new_plaintext()
@@ -51,9 +47,9 @@ class DecryptionKey:
     """A secret's coefficients, ready for products with the masks of replies.
 
     The products are negacyclic convolutions of integers. A few of their coefficients are as many
-    inner products; many come together by FFT: halves of a mask are the real and imaginary parts of
-    one complex polynomial. With halves below 2^17 and a ternary secret, double precision is off by
-    less than 2^-12 (docs/protocol.md), so rounding gives the exact integers.
+    inner products; many come together by FFT: two masks are the real and the imaginary part of one
+    complex polynomial. With masks below 2^27 and a ternary secret, double precision is off by less
+    than 2^-6 (docs/protocol.md), so rounding gives the exact integers.
     """
 
     def __init__(self, coefficients: NDArray[np.float64]) -> None:
@@ -75,14 +71,18 @@ class DecryptionKey:
     def products(
         self, masks: Residues, wanted: Sequence[NDArray[np.intp]]
     ) -> list[NDArray[np.float64]]:
-        """Masks [m, N], below 2^34, times the secret: of each product the wanted coefficients."""
+        """Masks [m, N], below 2^27, times the secret: of each product the wanted coefficients."""
         if max(map(len, wanted)) <= _FEW:
             return list(map(self._inner_products, masks.astype(np.float64), wanted))
-        halves = (masks & _LOW_MASK) + 1j * (masks >> _HALF_BITS)
-        values = np.fft.ifft(np.fft.fft(halves * self._twist, axis=-1) * self._spectrum, axis=-1)
+        pairs = masks[::2] + 0j  # [ceil(m / 2), N]
+        pairs[: len(masks) // 2] += 1j * masks[1::2]
+        values = np.fft.ifft(np.fft.fft(pairs * self._twist, axis=-1) * self._spectrum, axis=-1)
         values *= self._back
-        sums = np.rint(values.real) + 2.0**_HALF_BITS * np.rint(values.imag)
-        return [row[places] for row, places in zip(sums, wanted, strict=True)]
+        found = []
+        for number, places in enumerate(wanted):
+            row = values[number // 2, places]
+            found.append(np.rint(row.imag if number % 2 else row.real))
+        return found
 
     def _inner_products(
         self, mask: NDArray[np.float64], places: NDArray[np.intp]
@@ -95,7 +95,7 @@ class DecryptionKey:
 def wanted_values(reply: ReplyMessage, key: DecryptionKey) -> NDArray[np.float64]:
     """Wanted coefficients of c0 + c1 s modulo 2^kappa, centred: [b, C]. Never published.
 
-    Every sum is an integer below 2^47, so float64 is exact. An unrounded value is an exact linear
+    Every sum is an integer below 2^40, so float64 is exact. An unrounded value is an exact linear
     equation in the secret: `rounded_logits` is the only form in which anything may leave.
     """
     layout, modulus = reply.layout, 2.0**reply.reply_bits
@@ -114,8 +114,8 @@ def wanted_values(reply: ReplyMessage, key: DecryptionKey) -> NDArray[np.float64
 
 
 def rounded_logits(values: NDArray[np.float64], manifest: Manifest) -> NDArray[np.float64]:
-    """Logits of wanted values, same shape, rounded to multiples of 2^-12."""
+    """Logits of wanted values, same shape, rounded as `round_logits` does."""
     scales = manifest.scales
-    # 2^kappa Delta / Q units make a logit of one.
-    unit = manifest.parameter_set.data_modulus / 2 ** (scales.reply_bits + scales.scale_bits)
-    return round_logits(values * unit)
+    # 2^kappa Delta / Q units make a served logit of one.
+    unit = manifest.parameter_set.prime / 2 ** (scales.reply_bits + scales.scale_bits)
+    return round_logits(values * unit, scales)

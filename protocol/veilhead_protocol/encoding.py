@@ -47,13 +47,13 @@ def slots_to_coefficients(slots: NDArray[np.complex128]) -> NDArray[np.float64]:
 
 
 def encode(runtime: Runtime, coefficients: NDArray[np.float64], scale_bits: int) -> Any:
-    """A SEAL plaintext (NTT form, data level) of rint(coefficients * 2^scale_bits), [N].
+    """A SEAL plaintext (NTT form) of rint(coefficients * 2^scale_bits), [N].
 
     Where a scaled coefficient passes 2^48 the double-precision FFT moves others by a few units.
     """
     plaintext = runtime.new_plaintext()
     slots = coefficients_to_slots(coefficients).tolist()
-    runtime.encoder.encode(slots, runtime.data_parms_id, 2.0**scale_bits, plaintext)
+    runtime.encoder.encode(slots, runtime.parms_id, 2.0**scale_bits, plaintext)
     return plaintext
 
 

@@ -45,6 +45,7 @@ VeilheadError
 └── ClientError                  the data owner's side
     ├── InsecureTransportError   plain HTTP to something that is not loopback
     ├── TransportError           no complete answer, after the retries
+    │   └── CallTimeoutError     none within the time that the user gave the whole call
     ├── ServiceResponseError     the service answered with a problem
     │   ├── AccessError          no API key, a wrong one, or one that lacks a scope
     │   └── BudgetExhaustedError no queries left in this period; `retry_after` says how long
@@ -342,23 +343,38 @@ class TransportError(ClientError):
     code = "transport"
 
 
+class CallTimeoutError(TransportError):
+    """No answer within the time that the user gave the whole call, `call_timeout`."""
+
+    code = "call-timeout"
+
+
 class ServiceResponseError(ClientError):
     """The service answered with a problem.
 
     Attributes: `status` (HTTP status), `problem` (the stable code in the problem's type),
-    `request_id` (quote it to the vendor), `retryable`.
+    `request_id` (quote it to the vendor), `retryable`, `retry_after` (whole seconds that the
+    service asks to wait before another try; None where it does not say).
     """
 
     code = "service-response"
 
     def __init__(
-        self, message: str, *, status: int, problem: str, request_id: str | None, retryable: bool
+        self,
+        message: str,
+        *,
+        status: int,
+        problem: str,
+        request_id: str | None,
+        retryable: bool,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.problem = problem
         self.request_id = request_id
         self.retryable = retryable
+        self.retry_after = retry_after
 
 
 class AccessError(ServiceResponseError):
@@ -374,10 +390,10 @@ class BudgetExhaustedError(ServiceResponseError):
     """
 
     code = "budget-exhausted"
+    retry_after: int
 
     def __init__(self, message: str, *, retry_after: int, **details: Any) -> None:
-        super().__init__(message, **details)
-        self.retry_after = retry_after
+        super().__init__(message, retry_after=retry_after, **details)
 
 
 class ReplyError(ClientError):
@@ -396,6 +412,12 @@ class InputError(ClientError):
     """A value that cannot be classified: not text, or an array of the wrong shape."""
 
     code = "input"
+
+
+class EncryptionError(ClientError):
+    """A row could not be encrypted: a decoy was sent in its place."""
+
+    code = "encryption"
 
 
 class NotFiniteError(InputError):

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 import platformdirs
 
 from veilhead_protocol.errors import BackboneError
-from veilhead_protocol.manifest import BackboneSection, FileEntry
+from veilhead_protocol.manifest import FileEntry
 
 #: Names the cache directory, instead of the user's own.
 CACHE_VARIABLE: Final = "VEILHEAD_CACHE"
@@ -44,25 +45,15 @@ def describe_file(directory: Path, path: str) -> FileEntry:
     return FileEntry(path=path, bytes=file.stat().st_size, sha256=sha256_of(file))
 
 
-def verify_files(directory: Path, section: BackboneSection) -> None:
-    """Check that `directory` holds the transformer of `section`, of the right size and digest.
+def verify(directory: Path, entries: Iterable[FileEntry]) -> None:
+    """Check that `directory` holds the files of `entries`, each of the right size and digest.
 
-    Its ONNX form, and files that the section does not name, are not looked at.
-
-    Raises:
-        BackboneError: naming the first file that is missing or differs, with got and expected.
-    """
-    for entry in section.files:
-        verify_file(directory, entry)
-
-
-def verify_all_files(directory: Path, section: BackboneSection) -> None:
-    """As `verify_files`, and its ONNX form too: all that is published.
+    Files that no entry names are not looked at.
 
     Raises:
         BackboneError: naming the first file that is missing or differs, with got and expected.
     """
-    for entry in section.all_files:
+    for entry in entries:
         verify_file(directory, entry)
 
 

@@ -1,7 +1,7 @@
 """Where texts, features and classes sit in polynomials.
 
-The layout is a canonical function of the counts, the parameter set and the head's exponent. Both
-sides compute it, it is stated in every message, and the service refuses any other.
+The layout is a canonical function of a head's public shape and the number of texts. Both sides
+compute it, it is stated in every message, and the service refuses any other.
 
 All layouts are one family. b texts share a query, G classes share a weight polynomial, and an
 embedding is cut into P pieces of t features (b G t <= N). Piece i of text s is at coefficients
@@ -32,19 +32,21 @@ from veilhead_protocol.parameters import ParameterSet
 MAX_DIMENSIONS: Final = 4096
 MAX_CLASSES: Final = 4096
 
-#: Most query polynomials in one request: 14 MB in `compact`, 37 MB in `strong`.
+#: Most query polynomials in one request: 28 MB in `standard`, 13 MB in `compact`.
 MAX_PIECES: Final = 1024
 
 #: Most logits in one answer.
 MAX_LOGITS: Final = 2**20
 
-#: Most products of one block request: what bounds the weight polynomials that it needs encoded.
+#: Most products of a head's block layouts, all of them together: what bounds the weight polynomials
+#: that a service encodes for them, each once.
 MAX_BLOCK_PRODUCTS: Final = 4096
 
-#: The cost of a layout in units of about 25 microseconds, of both sides and 1 Gbit/s between them:
-#: a query polynomial (encrypted, sent, checked, expanded), a reply polynomial (zero encryption,
-#: inverse transform, sent, decrypted) and a product. docs/protocol.md has the measurements. These
-#: are part of the protocol: other numbers are other layouts.
+#: The cost of a layout in units of about 41 microseconds under `standard`, of both sides and of
+#: 1 Gbit/s between them: a query polynomial (encrypted, sent, checked, expanded), a reply
+#: polynomial (zero encryption, inverse transform, sent, decrypted) and a product.
+#: docs/protocol.md has the measurements. These are part of the protocol: other numbers are other
+#: layouts.
 QUERY_COST: Final = 20
 REPLY_COST: Final = 20
 PRODUCT_COST: Final = 1
@@ -52,13 +54,8 @@ PRODUCT_COST: Final = 1
 #: The products of a bulk request are one matrix product: 2^16 multiplications cost a unit.
 _BULK_SHIFT: Final = 16
 
-#: What a request of several texts costs more than its layout: a fresh key, made and registered.
-_KEY_COST: Final = 100
-
-#: Larger groups than fit whole embeddings mean more noise, as the weights of a group meet in every
-#: coefficient. Up to this exponent there is room for it under the flood in either set.
-_GROUP: Final = 16
-_GROUP_EXPONENT: Final = 6
+#: What a request of several texts costs more than its layout: a fresh key, made, sent and loaded.
+_KEY_COST: Final = 40
 
 
 class LayoutKind(IntEnum):
@@ -72,11 +69,30 @@ class LayoutKind(IntEnum):
     BULK = 3
 
 
-def group_limit(parameters: ParameterSet, dimensions: int, exponent: int) -> int:
-    """Most classes that share a weight polynomial in any layout of such a head."""
-    whole = max(1, parameters.poly_modulus_degree // dimensions)
-    most = max(whole, _GROUP) if exponent <= _GROUP_EXPONENT else whole
-    return min(most, parameters.max_wanted(exponent))
+@dataclass(frozen=True)
+class HeadShape:
+    """What of a head decides its layouts. All of it is public.
+
+    Attributes:
+        parameters: the parameter set.
+        dimensions: d, values in an embedding.
+        classes: C, logits for each text.
+        exponent: logits are served below 2^exponent.
+        group_limit: most classes that may share a weight polynomial.
+        bulk: whether the model allows requests beyond the hint limit.
+    """
+
+    parameters: ParameterSet
+    dimensions: int
+    classes: int
+    exponent: int
+    group_limit: int
+    bulk: bool = False
+
+    @property
+    def max_wanted(self) -> int:
+        """Most wanted coefficients in one reply polynomial, but for bulk."""
+        return self.parameters.max_wanted(self.exponent)
 
 
 @dataclass(frozen=True)
@@ -104,38 +120,26 @@ class Layout:
     group: int
 
     @classmethod
-    def canonical(
-        cls,
-        parameters: ParameterSet,
-        *,
-        texts: int,
-        dimensions: int,
-        classes: int,
-        exponent: int,
-        bulk: bool = False,
-    ) -> Layout:
-        """The one layout that both sides accept for these counts.
-
-        Args:
-            parameters: the parameter set.
-            texts: texts in one request.
-            dimensions: values in an embedding.
-            classes: logits for each text.
-            exponent: e of the head.
-            bulk: whether the model allows requests beyond the hint limit.
+    def canonical(cls, shape: HeadShape, texts: int) -> Layout:
+        """The one layout that both sides accept for so many texts in one request.
 
         Raises:
-            LayoutError: when the counts are out of range.
+            LayoutError: when the head takes no request of so many.
         """
-        if not 1 <= dimensions <= MAX_DIMENSIONS:
-            raise LayoutError(f"got {dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")
-        if not 1 <= classes <= MAX_CLASSES:
-            raise LayoutError(f"got {classes} classes, expected 1 to {MAX_CLASSES}")
-        most = most_texts(parameters, exponent, bulk=bulk)
-        if not 1 <= texts <= most:
-            clause = "" if bulk else "; policy.bulk: this model answers no bulk requests"
-            raise LayoutError(f"got {texts} texts in one request, expected 1 to {most}{clause}")
-        return _canonical(parameters, texts, dimensions, classes, exponent)
+        if not 1 <= shape.dimensions <= MAX_DIMENSIONS:
+            raise LayoutError(f"got {shape.dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")
+        if not 1 <= shape.classes <= MAX_CLASSES:
+            raise LayoutError(f"got {shape.classes} classes, expected 1 to {MAX_CLASSES}")
+        if texts != 1 and texts not in block_sizes(shape):
+            if not shape.max_wanted < texts <= shape.parameters.poly_modulus_degree:
+                sizes = ", ".join(map(str, (1, *block_sizes(shape))))
+                raise LayoutError(f"got {texts} texts in one request, expected one of {sizes}")
+            if not shape.bulk:
+                raise LayoutError(
+                    f"got {texts} texts in one request, expected at most {shape.max_wanted}; "
+                    "policy.bulk: this model answers no bulk requests"
+                )
+        return _layout(shape, texts)
 
     @property
     def replies(self) -> int:
@@ -194,11 +198,6 @@ class Layout:
         return np.concatenate([values.reshape(self.texts, -1) for values in replies], axis=1)
 
 
-def most_texts(parameters: ParameterSet, exponent: int, *, bulk: bool) -> int:
-    """Most texts that any request of a head may have: one wanted coefficient each, at least."""
-    return parameters.poly_modulus_degree if bulk else parameters.max_wanted(exponent)
-
-
 @lru_cache(maxsize=64)
 def _wanted(texts: int, group: int, rows: int, block: int) -> NDArray[np.intp]:
     starts = np.arange(texts, dtype=np.intp)[:, np.newaxis] * (group * block)
@@ -208,16 +207,18 @@ def _wanted(texts: int, group: int, rows: int, block: int) -> NDArray[np.intp]:
 
 
 @lru_cache(maxsize=4096)
-def _canonical(
-    parameters: ParameterSet, texts: int, dimensions: int, classes: int, exponent: int
-) -> Layout:
-    degree = parameters.poly_modulus_degree
-    allowed = parameters.max_wanted(exponent)
-    if texts > allowed:
+def _layout(shape: HeadShape, texts: int) -> Layout:
+    """The cheapest layout of so many texts, whether or not a request may have so many."""
+    degree, dimensions, classes = (
+        shape.parameters.poly_modulus_degree,
+        shape.dimensions,
+        shape.classes,
+    )
+    if texts > shape.max_wanted:
         kind, groups = LayoutKind.BULK, 1
     else:
         kind = LayoutKind.SINGLE if texts == 1 else LayoutKind.BLOCK
-        groups = min(group_limit(parameters, dimensions, exponent), allowed // texts, classes)
+        groups = min(shape.group_limit, shape.max_wanted // texts, classes)
     if texts * classes > MAX_LOGITS:
         raise LayoutError(
             f"got {texts} texts of {classes} classes in one request, "
@@ -231,11 +232,7 @@ def _canonical(
         pieces = -(-dimensions // longest)
         block_length = -(-dimensions // pieces)
         layout = Layout(kind, degree, texts, dimensions, classes, block_length, pieces, group)
-        if pieces > MAX_PIECES:
-            continue
-        if kind is LayoutKind.BLOCK and layout.products > MAX_BLOCK_PRODUCTS:
-            continue
-        if best is None or layout.cost < best.cost:
+        if pieces <= MAX_PIECES and (best is None or layout.cost < best.cost):
             best = layout
     if best is None:
         raise LayoutError(
@@ -245,25 +242,54 @@ def _canonical(
     return best
 
 
-def plan(
-    parameters: ParameterSet,
-    *,
-    texts: int,
-    dimensions: int,
-    classes: int,
-    exponent: int,
-    bulk: bool = False,
-) -> list[int]:
+@lru_cache(maxsize=256)
+def block_sizes(shape: HeadShape) -> tuple[int, ...]:
+    """The numbers of texts that a block request of a head may have, in rising order: at most ten.
+
+    They are the powers of two, while all their layouts together have at most half of
+    `MAX_BLOCK_PRODUCTS`, and the one larger size that costs least for each text, of those whose
+    products fit into the rest. So a service encodes few weight polynomials, and each of them once.
+    """
+    sizes: list[int] = []
+    left: float = MAX_BLOCK_PRODUCTS
+    size = 2
+    while size <= shape.max_wanted:
+        products = _products(shape, size)
+        if left - products < MAX_BLOCK_PRODUCTS // 2:
+            break
+        sizes.append(size)
+        left -= products
+        size *= 2
+    larger = [
+        (_request_cost(_layout(shape, texts)) / texts, texts)
+        for texts in range(max(sizes, default=1) + 1, shape.max_wanted + 1)
+        if _products(shape, texts) <= left
+    ]
+    if larger:
+        cost, best = min(larger)
+        if not sizes or cost < _request_cost(_layout(shape, sizes[-1])) / sizes[-1]:
+            sizes.append(best)
+    return tuple(sizes)
+
+
+def _products(shape: HeadShape, texts: int) -> float:
+    """Products of the layout of a block of so many texts; infinite where there is none."""
+    with suppress(LayoutError):
+        return _layout(shape, texts).products
+    return inf
+
+
+def plan(shape: HeadShape, texts: int) -> list[int]:
     """Texts in each request, so that so many texts cost least: the largest requests first.
 
     Bulk is only used for more texts than dimensions, where an answer costs no more of a budget than
     its texts.
     """
-    blocks, best = _block_plans(parameters, dimensions, classes, exponent)
+    blocks, best = _block_plans(shape)
     most = len(blocks) - 1
     requests = []
-    while bulk and texts > max(dimensions, most):
-        size, cost = _bulk_size(parameters, texts, dimensions, classes, exponent)
+    while shape.bulk and texts > max(shape.dimensions, most):
+        size, cost = _bulk_size(shape, texts)
         if cost / size > blocks[best][0] / best:
             break
         requests.append(size)
@@ -279,38 +305,31 @@ def _request_cost(layout: Layout) -> int:
 
 
 @lru_cache(maxsize=64)
-def _block_plans(
-    parameters: ParameterSet, dimensions: int, classes: int, exponent: int
-) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
+def _block_plans(shape: HeadShape) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
     """The cost and the requests of the cheapest plan for 0, 1, 2, ... texts within the hint limit.
 
     And the number of texts that cost least each, which a long series is made of. Ties go to the
     larger requests.
     """
-    costs: dict[int, int] = {}
+    costs = {size: _request_cost(_layout(shape, size)) for size in (1, *block_sizes(shape))}
     plans: list[tuple[int, tuple[int, ...]]] = [(0, ())]
-    for texts in range(1, most_texts(parameters, exponent, bulk=False) + 1):
-        # Too many texts for a large head have no layout; one always has.
-        with suppress(LayoutError):
-            costs[texts] = _request_cost(
-                _canonical(parameters, texts, dimensions, classes, exponent)
-            )
-        cost, size = min((plans[texts - size][0] + costs[size], -size) for size in costs)
+    for texts in range(1, shape.max_wanted + 1):
+        cost, size = min(
+            (plans[texts - size][0] + costs[size], -size) for size in costs if size <= texts
+        )
         plans.append((cost, (-size, *plans[texts + size][1])))
     return plans, min(range(1, len(plans)), key=lambda size: plans[size][0] / size)
 
 
-def _bulk_size(
-    parameters: ParameterSet, texts: int, dimensions: int, classes: int, exponent: int
-) -> tuple[int, float]:
+def _bulk_size(shape: HeadShape, texts: int) -> tuple[int, float]:
     """The size and cost of the bulk request that is cheapest for each of its texts."""
-    degree = parameters.poly_modulus_degree
+    degree = shape.parameters.poly_modulus_degree
     powers = [2**bits for bits in range(degree.bit_length())]
     choices = [(inf, -1, inf)]
     for size in (*powers, min(texts, degree)):
-        if dimensions < size <= texts:
+        if shape.dimensions < size <= texts:
             with suppress(LayoutError):
-                layout = _canonical(parameters, size, dimensions, classes, exponent)
+                layout = _layout(shape, size)
                 if layout.kind is LayoutKind.BULK:
                     cost = float(_request_cost(layout))
                     choices.append((cost / size, -size, cost))

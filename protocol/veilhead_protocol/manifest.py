@@ -22,13 +22,19 @@ from pydantic import (
 )
 
 from veilhead_protocol.errors import ManifestError, ParameterError, ScaleError
-from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS, Layout
-from veilhead_protocol.parameters import MAX_EXPONENT, PARAMETER_SETS, ParameterSet
+from veilhead_protocol.layout import MAX_CLASSES, MAX_DIMENSIONS, HeadShape, Layout
+from veilhead_protocol.parameters import MAX_SERVED_EXPONENT, PARAMETER_SETS, ParameterSet
 from veilhead_protocol.policy import PolicySection as PolicySection
 from veilhead_protocol.policy import Section
-from veilhead_protocol.scales import BOUND_STEP, HeadScales
+from veilhead_protocol.scales import (
+    BOUND_STEP,
+    FEWEST_WEIGHT_BITS,
+    MAX_EXPONENT,
+    MOST_WEIGHT_BITS,
+    HeadScales,
+)
 
-FORMAT: Final = "veilhead-manifest/1"
+FORMAT: Final = "veilhead-manifest/2"
 
 #: A manifest is refused above this size before it is parsed.
 MAX_MANIFEST_BYTES: Final = 4 * 2**20
@@ -36,13 +42,24 @@ MAX_MANIFEST_BYTES: Final = 4 * 2**20
 #: A client fetches no backbone that is larger in all.
 MAX_BACKBONE_BYTES: Final = 16 * 2**30
 
+#: What an embedding may be divided by. No backbone's come near either end; beyond, a division by it
+#: could overflow, or leave nothing.
+MIN_EMBEDDING_SCALE: Final = 1e-9
+MAX_EMBEDDING_SCALE: Final = 1e9
+
+#: The largest whole number that every reader of JSON holds exactly.
+_MAX_COUNT: Final = 2**53
+
+#: How deep lists and objects of `about` may be in each other: no reader recurses further.
+_MAX_ABOUT_DEPTH: Final = 32
+
 #: Embeddings, overrides and isolates of the Unicode bidirectional algorithm.
 _BIDIRECTIONAL_CONTROLS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_ParameterName = Literal["compact", "strong"]
+_ParameterName = Literal["standard", "compact"]
 
 
 def valid_name(name: str) -> str:
@@ -71,6 +88,20 @@ def _safe_path(path: str) -> str:
     return path
 
 
+def _shallow(about: dict[str, Any]) -> dict[str, Any]:
+    found: list[Any] = [about]
+    for _ in range(_MAX_ABOUT_DEPTH):
+        inner = [
+            list(value.values()) if isinstance(value, dict) else value
+            for value in found
+            if isinstance(value, dict | list)
+        ]
+        found = [item for items in inner for item in items]
+    if any(isinstance(value, dict | list) for value in found):
+        raise ValueError(f"expected at most {_MAX_ABOUT_DEPTH} levels of lists and objects")
+    return about
+
+
 class HeadSection(Section):
     """The head's public numbers; `scales` holds what each of them means.
 
@@ -83,13 +114,15 @@ class HeadSection(Section):
     dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)]
     labels: Annotated[tuple[Annotated[str, Field(max_length=512)], ...], Field(strict=False)]
     problem_type: Literal["single_label", "multi_label", "regression"]
-    private_parameters: int
+    private_parameters: Annotated[int, Field(ge=2, le=MAX_CLASSES * (MAX_DIMENSIONS + 1))]
     exponent: Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
-    scale_bits: Annotated[int, Field(ge=1, le=128)]
-    weight_scale_bits: Annotated[int, Field(ge=1, le=40)]
-    flood_bits: Annotated[int, Field(ge=1, le=128)]
-    reply_bits: Annotated[int, Field(ge=1, le=48)]
-    error_bound: Annotated[float, Field(gt=0, le=0.5)]
+    downscale_bits: Annotated[int, Field(ge=0, le=MAX_EXPONENT)]
+    scale_bits: Annotated[int, Field(ge=1, le=53)]
+    weight_scale_bits: Annotated[int, Field(ge=FEWEST_WEIGHT_BITS, le=MOST_WEIGHT_BITS)]
+    flood_bits: Annotated[int, Field(ge=1, le=53)]
+    reply_bits: Annotated[int, Field(ge=21, le=27)]
+    group_limit: Annotated[int, Field(ge=1, le=256)]
+    error_bound: Annotated[float, Field(gt=0, le=2.0**MAX_EXPONENT)]
     commitment: _HexDigest
 
     @model_validator(mode="after")
@@ -113,7 +146,7 @@ class HeadSection(Section):
 class CalibrationSection(Section):
     """How a scale was measured: `margin` times the `quantile` of the norms of `rows` embeddings."""
 
-    rows: Annotated[int, Field(ge=1)]
+    rows: Annotated[int, Field(ge=1, le=_MAX_COUNT)]
     quantile: Annotated[float, Field(gt=0, le=1)]
     margin: Annotated[float, Field(ge=1, le=100)]
 
@@ -126,7 +159,7 @@ class EmbeddingSection(Section):
     `calibrated` (measured as `calibration` says) or `given` (set by whoever made the artefact).
     """
 
-    scale: Annotated[float, Field(gt=0, le=1e9)]
+    scale: Annotated[float, Field(ge=MIN_EMBEDDING_SCALE, le=MAX_EMBEDDING_SCALE)]
     scale_origin: Literal["normalised", "derived", "calibrated", "given"]
     calibration: CalibrationSection | None = None
 
@@ -201,7 +234,7 @@ class BackboneSection(Section):
     normalise: bool
     max_tokens: Annotated[int, Field(ge=2, le=8192)]
     token_types: bool = False
-    public_parameters: Annotated[int, Field(ge=1)]
+    public_parameters: Annotated[int, Field(ge=1, le=_MAX_COUNT)]
     files: Annotated[tuple[FileEntry, ...], Field(strict=False, min_length=1, max_length=64)]
     onnx: OnnxSection | None = None
 
@@ -237,7 +270,7 @@ class Manifest(Section):
     `task` says whether an embedding stands for a text, or for a token of one.
     """
 
-    format: Literal["veilhead-manifest/1"] = FORMAT
+    format: Literal["veilhead-manifest/2"] = FORMAT
     name: Annotated[str, AfterValidator(valid_name)]
     task: Literal["text-classification", "token-classification"]
     parameters: _ParameterName
@@ -246,7 +279,7 @@ class Manifest(Section):
     embedding: EmbeddingSection
     backbone: BackboneSection | None
     policy: PolicySection
-    about: dict[str, Any]
+    about: Annotated[dict[str, Any], AfterValidator(_shallow)]
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Manifest:
@@ -259,16 +292,22 @@ class Manifest(Section):
         if of_tokens != (self.task == "token-classification"):
             raise ValueError("the task is not the one of the backbone's pooling")
         head = self.head
-        expected = HeadScales.of_exponent(
-            parameters, head.exponent, head.weight_scale_bits, head.error_bound
-        )
+        if not 0 <= head.exponent - head.downscale_bits <= MAX_SERVED_EXPONENT:
+            raise ValueError(
+                f"head.downscale_bits must leave an exponent of 0 to {MAX_SERVED_EXPONENT}"
+            )
+        expected = self.scales
         for field in ("scale_bits", "flood_bits", "reply_bits"):
             if getattr(head, field) != getattr(expected, field):
                 raise ValueError(f"head.{field} does not follow from head.exponent")
         if expected.query_scale_bits < 1:
             raise ValueError("head.weight_scale_bits leaves no scale for the query")
-        if head.error_bound % BOUND_STEP != 0:
-            raise ValueError("head.error_bound is not a multiple of 2^-14")
+        if head.group_limit & (head.group_limit - 1):
+            raise ValueError("head.group_limit is not a power of two")
+        if head.group_limit > parameters.max_wanted(expected.served_exponent):
+            raise ValueError("head.group_limit passes the hint limit of the parameter set")
+        if head.error_bound % (BOUND_STEP * 2**head.downscale_bits) != 0:
+            raise ValueError("head.error_bound is not a multiple of 2^(downscale_bits - 14)")
         return self
 
     @property
@@ -281,7 +320,24 @@ class Manifest(Section):
         """The head's public numbers."""
         head = self.head
         return HeadScales.of_exponent(
-            self.parameter_set, head.exponent, head.weight_scale_bits, head.error_bound
+            self.parameter_set,
+            head.exponent,
+            downscale_bits=head.downscale_bits,
+            weight_scale_bits=head.weight_scale_bits,
+            group_limit=head.group_limit,
+            error_bound=head.error_bound,
+        )
+
+    @cached_property
+    def shape(self) -> HeadShape:
+        """What decides the layouts of its queries."""
+        return HeadShape(
+            parameters=self.parameter_set,
+            dimensions=self.head.dimensions,
+            classes=len(self.head.labels),
+            exponent=self.scales.served_exponent,
+            group_limit=self.head.group_limit,
+            bulk=self.policy.bulk,
         )
 
     @cached_property
@@ -295,14 +351,7 @@ class Manifest(Section):
         Raises:
             LayoutError: when the model does not take so many at once.
         """
-        return Layout.canonical(
-            self.parameter_set,
-            texts=texts,
-            dimensions=self.head.dimensions,
-            classes=len(self.head.labels),
-            exponent=self.head.exponent,
-            bulk=self.policy.bulk,
-        )
+        return Layout.canonical(self.shape, texts)
 
     def serialize(self) -> bytes:
         """The canonical bytes."""

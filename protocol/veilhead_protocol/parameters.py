@@ -13,18 +13,19 @@ from typing import Final
 
 from veilhead_protocol.errors import ParameterError, ScaleError
 
-#: Largest log2 of the whole modulus, special prime included, for 128 bits of classical security
-#: with a ternary secret. Source: Bossuat et al., "Security Guidelines for Implementing Homomorphic
-#: Encryption", IACR ePrint 2024/463, table for ternary secrets; read 2026-11. The 2018 standard
-#: (HomomorphicEncryption.org, November 2018) allows 54 and 109, so these are the stricter ones.
+#: Largest log2 of the modulus for 128 bits of classical security with a ternary secret. Source:
+#: Bossuat et al., "Security Guidelines for Implementing Homomorphic Encryption", IACR ePrint
+#: 2024/463, table for ternary secrets; read 2026-11. The 2018 standard (HomomorphicEncryption.org,
+#: November 2018) allows 54 and 109, so these are the stricter ones.
 MAX_MODULUS_BITS: Final = {2048: 53, 4096: 106}
 
 #: Variance of SEAL's centred binomial error (21 coin pairs): 21 / 2.
 #: Source: SEAL 4.3, `sample_poly_cbd` in native/src/seal/util/rlwe.cpp.
 ERROR_VARIANCE: Final = 10.5
 
-#: Largest exponent e of a head that either set carries.
-MAX_EXPONENT: Final = 12
+#: Largest exponent of the logits that a ciphertext carries. A head of larger logits is served
+#: divided by a power of two: `scales` says how.
+MAX_SERVED_EXPONENT: Final = 6
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class ParameterSet:
     Attributes:
         name: what manifests and users call it.
         poly_modulus_degree: N, coefficients in a polynomial.
-        data_primes: the primes of the ciphertext modulus Q, in the order of the wire.
-        special_prime: SEAL reserves the last of several primes for keys; None if there is one.
+        prime: Q, the ciphertext modulus.
         estimated_bits: log2 of the cheapest known attack (lattice-estimator 27a581b, 2026-06-06;
-            least of usvp, bdd, dual hybrid, primal hybrid; error 3.2, unlimited samples).
-        hint_limits: (largest e, bits) pairs; see `max_wanted`.
+            least of usvp, bdd, dual hybrid; MATZOV's cost model; error 3.24, unlimited samples).
+        core_svp_bits: the same attack in the core-SVP model, log2 of (classical, quantum) cost.
+        hint_bits: what `max_wanted` divides.
 
     Raises:
         ParameterError: when the modulus exceeds `MAX_MODULUS_BITS` or is malformed.
@@ -46,11 +47,10 @@ class ParameterSet:
 
     name: str
     poly_modulus_degree: int
-    data_primes: tuple[int, ...]
-    special_prime: int | None
+    prime: int
     estimated_bits: float
-    hint_limits: tuple[tuple[int, int], ...]
-    hint_weighs_exponent: bool
+    core_svp_bits: tuple[float, float]
+    hint_bits: int
 
     def __post_init__(self) -> None:
         limit = MAX_MODULUS_BITS.get(self.poly_modulus_degree)
@@ -59,47 +59,29 @@ class ParameterSet:
                 f"polynomial degree {self.poly_modulus_degree} is not supported, "
                 f"expected one of {sorted(MAX_MODULUS_BITS)}"
             )
-        if not self.data_primes:
-            raise ParameterError("a parameter set needs at least one data prime")
-        if (self.special_prime is None) != (len(self.data_primes) == 1):
-            raise ParameterError("SEAL reserves a special prime exactly when there are several")
-        bits = sum(prime.bit_length() for prime in self.key_primes)
-        if bits > limit:
+        # Residues have to be exact in double precision as well.
+        limit = min(limit, 53)
+        if self.prime.bit_length() > limit:
             raise ParameterError(
-                f"a modulus of {bits} bits at degree {self.poly_modulus_degree} is below "
-                f"128 bits of security, expected at most {limit} bits"
+                f"a modulus of {self.prime.bit_length()} bits at degree "
+                f"{self.poly_modulus_degree} is not supported, expected at most {limit} bits"
             )
-        for prime in self.key_primes:
-            if prime % (2 * self.poly_modulus_degree) != 1:
-                raise ParameterError("every prime must be 1 modulo twice the polynomial degree")
+        if self.prime % (2 * self.poly_modulus_degree) != 1:
+            raise ParameterError("the prime must be 1 modulo twice the polynomial degree")
 
     @property
-    def key_primes(self) -> tuple[int, ...]:
-        """All primes, the special one last: the modulus of key messages."""
-        return (
-            self.data_primes
-            if self.special_prime is None
-            else (*self.data_primes, self.special_prime)
-        )
-
-    @cached_property
-    def data_modulus(self) -> int:
-        """Q, the product of the data primes."""
-        product = 1
-        for prime in self.data_primes:
-            product *= prime
-        return product
+    def residue_bits(self) -> int:
+        """Bits of a residue on the wire."""
+        return self.prime.bit_length()
 
     @cached_property
     def canonical_form(self) -> bytes:
         """The bytes whose SHA-256 is `id`; docs/wire-format.md states this form."""
-        special = "" if self.special_prime is None else f"{self.special_prime:#x}"
         lines = (
-            "veilhead-parameters 1",
+            "veilhead-parameters 2",
             "scheme=ckks",
             f"degree={self.poly_modulus_degree}",
-            "data=" + ",".join(f"{prime:#x}" for prime in self.data_primes),
-            f"special={special}",
+            f"prime={self.prime:#x}",
             "secret=ternary",
             "error=cbd21",
         )
@@ -111,46 +93,45 @@ class ParameterSet:
         return hashlib.sha256(self.canonical_form).digest()
 
     def max_wanted(self, exponent: int) -> int:
-        """Most wanted coefficients in one reply polynomial, for a head of this exponent.
+        """Most wanted coefficients in one reply polynomial, for logits below 2^exponent as served.
 
-        A client that crafts its key may learn up to e + 11 bits about the masking polynomial for
-        every coefficient that it is sent. Within this limit the estimate with those hints stays
-        above 2^125 (lattice-estimator as above, leaky-LWE hints).
+        A client that crafts its key may learn up to exponent + 11 bits about the masking polynomial
+        for every coefficient that it is sent. docs/protocol.md has the estimates with those hints.
 
         Raises:
-            ScaleError: when the exponent is larger than `MAX_EXPONENT`.
+            ScaleError: when the exponent is larger than `MAX_SERVED_EXPONENT`.
         """
-        for largest, limit in self.hint_limits:
-            if exponent <= largest:
-                return limit // (exponent + 11) if self.hint_weighs_exponent else limit
-        raise ScaleError(f"exponent {exponent} is too large, expected at most {MAX_EXPONENT}")
+        if not 0 <= exponent <= MAX_SERVED_EXPONENT:
+            raise ScaleError(
+                f"logits are served below 2^{exponent}, expected an exponent of 0 to "
+                f"{MAX_SERVED_EXPONENT}"
+            )
+        return self.hint_bits // (exponent + 11)
 
     def at_least(self, minimum: ParameterSet) -> bool:
         """Whether this set is no weaker than `minimum`."""
         return self.estimated_bits >= minimum.estimated_bits
 
 
+STANDARD: Final = ParameterSet(
+    name="standard",
+    poly_modulus_degree=4096,
+    prime=0x1FFFFFFFFB4001,
+    estimated_bits=273.9,
+    core_svp_bits=(256.0, 225.6),
+    hint_bits=2900,
+)
+
 COMPACT: Final = ParameterSet(
     name="compact",
     poly_modulus_degree=2048,
-    data_primes=(0x1FFFFFFFFE1001,),
-    special_prime=None,
-    estimated_bits=128.8,
-    hint_limits=((7, 1152), (12, 920)),
-    hint_weighs_exponent=True,
+    prime=0x3FFFFFFFFC001,
+    estimated_bits=137.1,
+    core_svp_bits=(110.0, 96.9),
+    hint_bits=1152,
 )
 
-STRONG: Final = ParameterSet(
-    name="strong",
-    poly_modulus_degree=4096,
-    data_primes=(0xFFFFEE001, 0x7FFFF6001),
-    special_prime=0x2E001,
-    estimated_bits=156.7,
-    hint_limits=((9, 192), (12, 128)),
-    hint_weighs_exponent=False,
-)
-
-PARAMETER_SETS: Final = {COMPACT.name: COMPACT, STRONG.name: STRONG}
+PARAMETER_SETS: Final = {STANDARD.name: STANDARD, COMPACT.name: COMPACT}
 
 
 def parameter_set(name: str) -> ParameterSet:

@@ -7,6 +7,7 @@ by whoever reads it, with the clause that it breaks.
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
@@ -62,7 +63,7 @@ class PolicySection(Section):
     """
 
     preset: PresetName | None = _OPTIONAL
-    minimum_parameters: Literal["compact", "strong"] = "compact"
+    minimum_parameters: Literal["standard", "compact"] = "compact"
     bulk: bool = False
     deidentify: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     query_budget: BudgetClause | None = _OPTIONAL
@@ -117,9 +118,12 @@ class PolicySection(Section):
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
         return float(value)
-    return None
+    except OverflowError:  # `about` may hold whole numbers of any length
+        return math.inf
 
 
 class Guard(StrEnum):
@@ -170,7 +174,7 @@ def _a_month(budget: BudgetClause) -> int:
 
 
 def _clauses(
-    minimum_parameters: Literal["compact", "strong"],
+    minimum_parameters: Literal["standard", "compact"],
     *,
     bulk: bool,
     deidentify: bool,
@@ -190,14 +194,14 @@ def _clauses(
 PRESETS: Final = MappingProxyType(
     {
         "medical": _clauses(
-            "strong",
+            "standard",
             bulk=False,
             deidentify=True,
             a_day=10_000,
             privacy=PrivacyClause(max_epsilon=4.0, max_delta=1e-5),
         ),
         "finance": _clauses(
-            "strong",
+            "standard",
             bulk=False,
             deidentify=True,
             a_day=100_000,

@@ -10,7 +10,6 @@ loader accepts a size field of 3 over half the data, and trailing bytes.
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 import tempfile
@@ -24,7 +23,8 @@ import zstandard
 from numpy.typing import NDArray
 from tenseal import sealapi
 
-from veilhead_protocol.parameters import COMPACT, ParameterSet
+from veilhead_protocol.copies import process_mark
+from veilhead_protocol.parameters import STANDARD, ParameterSet
 from veilhead_protocol.seal_memory import read_array, read_seeded, seeded_is_readable
 
 Residues = NDArray[np.uint64]
@@ -38,9 +38,6 @@ _COUNT: Final = struct.Struct("<Q")
 SEED_BYTES: Final = 64
 _INFO_BYTES: Final = _HEADER.size + 1 + SEED_BYTES  # of a seed: header, PRNG, seed
 
-#: 1 modulo twice every degree in use, and so small that SEAL's own limit on the modulus holds.
-_SPARE_PRIME: Final = 0x10001
-
 
 @dataclass(frozen=True)
 class Runtime:
@@ -53,15 +50,9 @@ class Runtime:
     version: tuple[int, int]
 
     @property
-    def data_parms_id(self) -> list[int]:
-        """SEAL's id of the level of queries and replies."""
+    def parms_id(self) -> list[int]:
+        """SEAL's id of the one level that keys, queries and replies have."""
         parms_id: list[int] = self.context.first_parms_id()
-        return parms_id
-
-    @property
-    def key_parms_id(self) -> list[int]:
-        """SEAL's id of the level of keys."""
-        parms_id: list[int] = self.context.key_parms_id()
         return parms_id
 
     @staticmethod
@@ -75,10 +66,12 @@ class Runtime:
         return sealapi.Ciphertext()
 
 
-def _make_runtime(parameters: ParameterSet, primes: tuple[int, ...]) -> Runtime:
+@lru_cache(maxsize=4)
+def runtime(parameters: ParameterSet) -> Runtime:
+    """The process's SEAL objects for this set."""
     parms = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.CKKS)
     parms.set_poly_modulus_degree(parameters.poly_modulus_degree)
-    parms.set_coeff_modulus([sealapi.Modulus(prime) for prime in primes])
+    parms.set_coeff_modulus([sealapi.Modulus(parameters.prime)])
     context = sealapi.SEALContext(parms, True, sealapi.SEC_LEVEL_TYPE.TC128)
     if not context.parameters_set():
         raise AssertionError(f"SEAL refuses {parameters.name}: {context.parameters_error_name()}")
@@ -89,43 +82,27 @@ def _make_runtime(parameters: ParameterSet, primes: tuple[int, ...]) -> Runtime:
     )
 
 
-@lru_cache(maxsize=4)
-def runtime(parameters: ParameterSet) -> Runtime:
-    """The process's SEAL objects for this set."""
-    return _make_runtime(parameters, parameters.key_primes)
-
-
-@lru_cache(maxsize=4)
-def _key_level_runtime(parameters: ParameterSet) -> Runtime:
-    """A context whose data level has all the set's primes.
-
-    SEAL refuses ciphertexts at a key level that is not also a data level. One more prime, which
-    SEAL then reserves and nothing here uses, makes it one.
-    """
-    spare = () if parameters.special_prime is None else (_SPARE_PRIME,)
-    return _make_runtime(parameters, parameters.key_primes + spare)
-
-
 class _Scratch(threading.local):
     """An anonymous file for each thread (and process) that SEAL writes to and reads from."""
 
     def __init__(self) -> None:
-        self._owner = -1
+        self._process = 0
         self._descriptor = -1
         self._path = ""
         self._template: bytes | None = None
         self.decompressor = zstandard.ZstdDecompressor()
 
     def _open(self) -> None:
-        # A descriptor inherited by fork shares its file with the parent: make a new one.
-        if self._owner == os.getpid():
+        # A descriptor of a copied process shares its file with the other one: make a new one.
+        process = process_mark()
+        if self._process == process:
             return
         if hasattr(os, "memfd_create"):
             self._descriptor = os.memfd_create("veilhead", os.MFD_CLOEXEC)
             self._path = f"/proc/self/fd/{self._descriptor}"
         else:
             self._descriptor, self._path = tempfile.mkstemp(prefix="veilhead-public-")
-        self._owner = os.getpid()
+        self._process = process
         self._template = None
 
     def save(self, seal_object: Any) -> bytes:
@@ -182,19 +159,18 @@ def _header(version: tuple[int, int], size: int) -> bytes:
 
 def _lay_out(
     seal: Runtime,
-    parms_id: list[int],
     residues: Residues,
     *,
     seed: tuple[int, bytes] | None,
     ntt_form: bool,
     scale: float,
 ) -> bytes:
-    """SEAL's bytes of a ciphertext: residues [1, L, N] with (prng, seed), or [2, L, N] without."""
-    _polynomials, primes, degree = residues.shape
+    """SEAL's bytes of a ciphertext: c0 [N] with (prng, seed), or both halves [2, N] without."""
     data = np.ascontiguousarray(residues, dtype="<u8").tobytes()
     array = _COUNT.pack(residues.size) + data
+    degree = residues.shape[-1]
     parts = [
-        _MEMBERS.pack(*parms_id, ntt_form, 2, degree, primes, scale, 1),
+        _MEMBERS.pack(*seal.parms_id, ntt_form, 2, degree, 1, scale, 1),
         _header(seal.version, len(array)),
         array,
     ]
@@ -215,19 +191,12 @@ def load_seeded_ciphertext(
     ntt_form: bool,
     scale_bits: int,
 ) -> Any:
-    """A data-level SEAL ciphertext in NTT form: c0 [L, N], and c1 that SEAL expands from the seed.
+    """A SEAL ciphertext in NTT form: c0 [N], and c1 that SEAL expands from the seed.
 
     `ntt_form` says what c0 and the expansion are in; coefficients are transformed here.
     """
     ciphertext = sealapi.Ciphertext()
-    data = _lay_out(
-        seal,
-        seal.data_parms_id,
-        c0[np.newaxis],
-        seed=(prng, seed),
-        ntt_form=ntt_form,
-        scale=2.0**scale_bits,
-    )
+    data = _lay_out(seal, c0, seed=(prng, seed), ntt_form=ntt_form, scale=2.0**scale_bits)
     _scratch().load(ciphertext, seal.context, data)
     if not ntt_form:
         seal.evaluator.transform_to_ntt_inplace(ciphertext)
@@ -235,65 +204,66 @@ def load_seeded_ciphertext(
 
 
 def load_public_key(seal: Runtime, b: Residues, seed: bytes, *, prng: int, ntt_form: bool) -> Any:
-    """A SEAL public key (b, a): b [L, N] at the key level, and a that SEAL expands from the seed.
+    """A SEAL public key (b, a): b [N], and a that SEAL expands from the seed.
 
     That a is expanded here, and never taken from the client, is what keeps replies masked.
     """
     if ntt_form:
-        data = _lay_out(
-            seal, seal.key_parms_id, b[np.newaxis], seed=(prng, seed), ntt_form=True, scale=1.0
-        )
+        data = _lay_out(seal, b, seed=(prng, seed), ntt_form=True, scale=1.0)
     else:
-        both = _key_level_residues(_key_level_runtime(seal.parameters), b, seed, prng)
-        data = _lay_out(seal, seal.key_parms_id, both, seed=None, ntt_form=True, scale=1.0)
+        transformed = load_seeded_ciphertext(seal, b, seed, prng=prng, ntt_form=False, scale_bits=0)
+        both = save_ciphertext(seal, transformed)
+        data = _lay_out(seal, both, seed=None, ntt_form=True, scale=1.0)
     public_key = sealapi.PublicKey()
     _scratch().load(public_key, seal.context, data)
     return public_key
 
 
-def _key_level_residues(level: Runtime, b: Residues, seed: bytes, prng: int) -> Residues:
-    """(b, a) [2, L, N] in NTT form, of b and a seed that are coefficients."""
-    ciphertext = load_seeded_ciphertext(level, b, seed, prng=prng, ntt_form=False, scale_bits=0)
-    return save_ciphertext(ciphertext)
-
-
 def load_ciphertext(
     seal: Runtime, residues: Residues, *, scale_bits: int, ntt_form: bool = True
 ) -> Any:
-    """A data-level SEAL ciphertext of the residues [2, L, N], which are in this form."""
+    """A SEAL ciphertext of the residues [2, N], which are in this form."""
     ciphertext = sealapi.Ciphertext()
-    data = _lay_out(
-        seal, seal.data_parms_id, residues, seed=None, ntt_form=ntt_form, scale=2.0**scale_bits
-    )
+    data = _lay_out(seal, residues, seed=None, ntt_form=ntt_form, scale=2.0**scale_bits)
     _scratch().load(ciphertext, seal.context, data)
     return ciphertext
 
 
-def save_ciphertext(ciphertext: Any) -> Residues:
-    """The residues [2, L, N] of a SEAL ciphertext, in the form that it is in."""
-    shape = (2, ciphertext.coeff_modulus_size(), ciphertext.poly_modulus_degree())
-    return read_array(ciphertext, math.prod(shape)).reshape(shape)
+def save_ciphertext(seal: Runtime, ciphertext: Any) -> Residues:
+    """The residues [2, N] of a SEAL ciphertext, in the form that it is in."""
+    degree = seal.parameters.poly_modulus_degree
+    return _checked(seal, read_array(ciphertext, 2 * degree)).reshape(2, degree)
 
 
 def add_plaintext(seal: Runtime, residues: Residues, plaintext: Any) -> Residues:
-    """Residues [L, N] of a ciphertext's c0, in NTT form, plus a data-level SEAL plaintext."""
-    words = read_array(plaintext, residues.size).reshape(residues.shape)
-    primes = np.array(seal.parameters.data_primes, dtype=np.uint64)[:, np.newaxis]
-    added = residues + words
-    reduced: Residues = np.minimum(added, added - primes)  # a difference below zero wraps around
+    """Residues [N] of a ciphertext's c0, in NTT form, plus a SEAL plaintext."""
+    added = residues + _checked(seal, read_array(plaintext, residues.size))
+    # A difference below zero wraps around.
+    reduced: Residues = np.minimum(added, added - np.uint64(seal.parameters.prime))
     return reduced
+
+
+def _checked(seal: Runtime, residues: Residues) -> Residues:
+    """Residues as SEAL gave them, which are below the prime: what is not would be packed wrongly.
+
+    Raises:
+        AssertionError: when one is not.
+    """
+    if residues.max() >= seal.parameters.prime:
+        raise AssertionError("SEAL gave a residue that is not below the prime")
+    return residues
 
 
 def expand_residues(
     seal: Runtime, c0: Residues, seed: bytes, *, prng: int, ntt_form: bool, into: Residues
 ) -> None:
-    """Write (c0, c1) in NTT form into `into` [2, L, N]: c0 [L, N], and c1 expanded from the seed.
+    """Write (c0, c1) in NTT form into `into` [2, N]: c0 [N], and c1 expanded from the seed.
 
     `ntt_form` says what c0 and the expansion are in, as in `load_seeded_ciphertext`.
     """
     if not ntt_form:
         into[:] = save_ciphertext(
-            load_seeded_ciphertext(seal, c0, seed, prng=prng, ntt_form=False, scale_bits=0)
+            seal, load_seeded_ciphertext(seal, c0, seed, prng=prng, ntt_form=False, scale_bits=0)
         )
         return
     # SEAL is given zeros in the place of the c0 that is known: it need not read them again.
@@ -301,42 +271,35 @@ def expand_residues(
     template = _expansion_template(seal.parameters)
     _EXPANSIONS.load_ending(ciphertext, seal.context, template, bytes([prng]) + seed)
     into[0] = c0
-    into[1] = save_ciphertext(ciphertext)[1]
+    into[1] = save_ciphertext(seal, ciphertext)[1]
 
 
 @lru_cache(maxsize=4)
 def _expansion_template(parameters: ParameterSet) -> bytes:
     """SEAL's bytes of a ciphertext of zeros in NTT form, up to the generator and the seed."""
-    seal = runtime(parameters)
-    zeros = np.zeros((1, len(parameters.data_primes), parameters.poly_modulus_degree), np.uint64)
-    return _lay_out(
-        seal, seal.data_parms_id, zeros, seed=(0, bytes(SEED_BYTES)), ntt_form=True, scale=1.0
-    )
+    zeros = np.zeros(parameters.poly_modulus_degree, np.uint64)
+    seed = (0, bytes(SEED_BYTES))
+    return _lay_out(runtime(parameters), zeros, seed=seed, ntt_form=True, scale=1.0)
 
 
 def shift_residues(parameters: ParameterSet, residues: Residues) -> None:
-    """Fill residues [m, shifts, 2, L, N]: row k is row 0 times X^k, all in NTT form.
+    """Fill residues [m, shifts, 2, N]: row k is row 0 times X^k, all in NTT form.
 
     There X^k is a product with the k-th powers of the roots.
     """
     for shift in range(1, residues.shape[1]):
-        for number, prime in enumerate(parameters.data_primes):
-            residues[:, shift, :, number] = _multiply(
-                residues[:, shift - 1, :, number], _roots(parameters)[number], prime
-            )
+        residues[:, shift] = _multiply(residues[:, shift - 1], _roots(parameters), parameters.prime)
 
 
 @lru_cache(maxsize=4)
 def _roots(parameters: ParameterSet) -> Residues:
-    """The polynomial X in NTT form: [L, N]."""
+    """The polynomial X in NTT form: [N]."""
     seal = runtime(parameters)
-    monomial = np.zeros(
-        (2, len(parameters.data_primes), parameters.poly_modulus_degree), dtype=np.uint64
-    )
-    monomial[..., 1] = 1
+    monomial = np.zeros((2, parameters.poly_modulus_degree), dtype=np.uint64)
+    monomial[:, 1] = 1
     ciphertext = load_ciphertext(seal, monomial, scale_bits=0, ntt_form=False)
     seal.evaluator.transform_to_ntt_inplace(ciphertext)
-    (root, _) = save_ciphertext(ciphertext)
+    (root, _) = save_ciphertext(seal, ciphertext)
     return np.asarray(root)
 
 
@@ -352,8 +315,8 @@ def _multiply(first: Residues, second: Residues, prime: int) -> Residues:
     return product
 
 
-def save_seeded(serializable: Any) -> tuple[Residues, int, bytes]:
-    """c0 [L, N], the PRNG's type byte and the seed of a seeded SEAL ciphertext, in NTT form."""
+def save_seeded(seal: Runtime, serializable: Any) -> tuple[Residues, int, bytes]:
+    """c0 [N], the PRNG's type byte and the seed of a seeded SEAL ciphertext, in NTT form."""
     if _reads_seeded():
         c0, info = read_seeded(serializable, _INFO_BYTES)
     else:
@@ -362,25 +325,25 @@ def save_seeded(serializable: Any) -> tuple[Residues, int, bytes]:
     expected = (_MAGIC, _HEADER.size, _UNCOMPRESSED, _INFO_BYTES)
     if (magic, header_size, mode, size) != expected or len(info) != _INFO_BYTES:
         raise AssertionError("SEAL wrote seed information that this version does not know")
-    return c0, info[_HEADER.size], info[_HEADER.size + 1 :]
+    return _checked(seal, c0), info[_HEADER.size], info[_HEADER.size + 1 :]
 
 
 @lru_cache(maxsize=1)
 def _reads_seeded() -> bool:
     """Whether seeded ciphertexts are where `seal_memory` expects them: tried on one of zero."""
-    seal = runtime(COMPACT)
+    seal = runtime(STANDARD)
     secret = sealapi.KeyGenerator(seal.context).secret_key()
-    zero = sealapi.Encryptor(seal.context, secret).encrypt_zero_symmetric(seal.data_parms_id)
+    zero = sealapi.Encryptor(seal.context, secret).encrypt_zero_symmetric(seal.parms_id)
     return seeded_is_readable(zero, *_saved_seeded(zero))
 
 
 def _saved_seeded(serializable: Any) -> tuple[Residues, bytes]:
-    """c0 [L, N] and the seed information, by SEAL's compressed file."""
+    """c0 [N] and the seed information, by SEAL's compressed file."""
     members = _inflate(_scratch().save(serializable))
     *_, ntt_form, size, degree, primes, _scale, _correction = _MEMBERS.unpack_from(members)
     (count,) = _COUNT.unpack_from(members, _MEMBERS.size + _HEADER.size)
-    if not ntt_form or size != 2 or count != primes * degree:
+    if not ntt_form or size != 2 or primes != 1 or count != degree:
         raise AssertionError("SEAL wrote a ciphertext of another shape or form than expected")
     start = _MEMBERS.size + _HEADER.size + _COUNT.size
-    c0 = np.frombuffer(members, dtype="<u8", count=count, offset=start).reshape(primes, degree)
+    c0 = np.frombuffer(members, dtype="<u8", count=count, offset=start)
     return c0, members[start + 8 * count :]

@@ -54,7 +54,7 @@ def read_array(owner: Any, count: int) -> NDArray[np.uint64]:
 
 
 def read_seeded(serializable: Any, info_bytes: int) -> tuple[NDArray[np.uint64], bytes]:
-    """Copies of c0 [L, N] of a seeded SEAL ciphertext and of its seed information.
+    """Copies of c0 [N] of a seeded SEAL ciphertext and of its seed information.
 
     Only where `seeded_is_readable` has found what is expected.
 
@@ -78,15 +78,15 @@ def _seeded(serializable: Any, info_bytes: int, read: _Read) -> tuple[NDArray[np
     (value,) = _POINTER.unpack(read(id(serializable) + _HEAD_BYTES, _POINTER.size))
     members = _CIPHERTEXT.unpack(read(value, _CIPHERTEXT.size))
     ntt_form, polynomials, degree, primes, size, first = members
-    half = degree * primes
-    if not ntt_form or polynomials != 2 or size != 2 * half or half > _MOST_WORDS:
+    half = degree
+    if not ntt_form or primes != 1 or (polynomials, size) != (2, 2 * half) or half > _MOST_WORDS:
         raise AssertionError("a seeded SEAL ciphertext has another shape or form than expected")
     c0_bytes = _WORD.itemsize * half
     # Nothing after the seed is initialised, so nothing of it is read.
     second = read(first + c0_bytes, len(_SEED_MARK) + info_bytes)
     if not second.startswith(_SEED_MARK):
         raise AssertionError("a seeded SEAL ciphertext has no seed where it is expected")
-    words = np.frombuffer(read(first, c0_bytes), dtype=_WORD).reshape(primes, degree)
+    words = np.frombuffer(read(first, c0_bytes), dtype=_WORD)
     return words, second[len(_SEED_MARK) :]
 
 

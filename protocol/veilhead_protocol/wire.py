@@ -7,8 +7,8 @@ each rule has its own error. Nothing here calls SEAL.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -39,7 +39,7 @@ from veilhead_protocol.parameters import PARAMETER_SETS, ParameterSet
 Residues = NDArray[np.uint64]
 
 MAGIC: Final = b"VEIL"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 SEED_BYTES: Final = 64
 DIGEST_BYTES: Final = 32
 
@@ -57,11 +57,16 @@ _ROWS_AT_ONCE: Final = 256
 
 
 class MessageType(IntEnum):
-    """The message's type byte."""
+    """The message's type byte.
+
+    A query that carries its key has the header of a query, then the whole key message, and then
+    the polynomials.
+    """
 
     KEY = 1
     QUERY = 2
     REPLY = 3
+    QUERY_WITH_KEY = 4
 
 
 class Prng(IntEnum):
@@ -162,33 +167,28 @@ def _lanes(width: int) -> tuple[NDArray[np.intp], Residues]:
     return bits // 8, (bits % 8).astype(np.uint64)
 
 
-def _polynomial_bytes(degree: int, primes: Sequence[int]) -> int:
-    return sum(packed_bytes(degree, prime.bit_length()) for prime in primes)
-
-
-def _pack_polynomials(residues: Residues, primes: Sequence[int]) -> list[bytes]:
-    """Residues [P, L, N], each polynomial prime after prime, at the width of its prime."""
-    packed = [pack_rows(residues[:, row], prime.bit_length()) for row, prime in enumerate(primes)]
-    return [b"".join(map(np.ndarray.tobytes, rows)) for rows in zip(*packed, strict=True)]
+def _polynomial_bytes(parameters: ParameterSet) -> int:
+    return packed_bytes(parameters.poly_modulus_degree, parameters.residue_bits)
 
 
 def _unpack_polynomials(
-    data: bytes, polynomials: int, degree: int, primes: Sequence[int], *, offset: int, stride: int
+    data: bytes, polynomials: int, parameters: ParameterSet, *, offset: int, stride: int
 ) -> Residues:
-    """The inverse of `_pack_polynomials`, for polynomials `stride` bytes apart: [P, L, N].
+    """Packed residues of polynomials that are `stride` bytes apart: [P, N].
 
     Every residue is in range, and none of the polynomials is zero.
     """
-    residues = np.empty((polynomials, len(primes), degree), dtype=np.uint64)
-    for row, prime in enumerate(primes):
-        width = prime.bit_length()
-        residues[:, row] = _unpack_rows(
-            data, polynomials, degree, width, offset=offset, stride=stride
-        )
-        offset += packed_bytes(degree, width)
-        if residues[:, row].max() >= prime:
-            raise ResidueRangeError(f"a residue is not below its prime {prime:#x}")
-    if not residues.any(axis=(1, 2)).all():
+    residues = _unpack_rows(
+        data,
+        polynomials,
+        parameters.poly_modulus_degree,
+        parameters.residue_bits,
+        offset=offset,
+        stride=stride,
+    )
+    if residues.max() >= parameters.prime:
+        raise ResidueRangeError(f"a residue is not below its prime {parameters.prime:#x}")
+    if not residues.any(axis=1).all():
         raise ZeroPolynomialError("all residues of a polynomial are zero")
     return residues
 
@@ -200,7 +200,9 @@ def _write_prefix(kind: MessageType, prng: Prng, domain: Domain, parameters: Par
     return _PREFIX.pack(MAGIC, FORMAT_VERSION, kind, prng, domain, parameters.id)
 
 
-def _read_prefix(data: bytes, kind: MessageType) -> tuple[Prng, Domain, ParameterSet]:
+def _read_prefix(
+    data: bytes, *kinds: MessageType
+) -> tuple[MessageType, Prng, Domain, ParameterSet]:
     magic, version, found, prng, domain, parameter_id = _PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise MessageTypeError("the message does not begin with 'VEIL'")
@@ -208,8 +210,10 @@ def _read_prefix(data: bytes, kind: MessageType) -> tuple[Prng, Domain, Paramete
         raise FormatVersionError(
             f"the message has format version {version}, expected {FORMAT_VERSION}"
         )
-    if found != kind:
-        raise MessageTypeError(f"the message has type {found}, expected {kind} ({kind.name})")
+    if found not in kinds:
+        names = " or ".join(f"{kind} ({kind.name})" for kind in kinds)
+        raise MessageTypeError(f"the message has type {found}, expected {names}")
+    kind = MessageType(found)
     for parameters in PARAMETER_SETS.values():
         if parameters.id == parameter_id:
             break
@@ -218,12 +222,12 @@ def _read_prefix(data: bytes, kind: MessageType) -> tuple[Prng, Domain, Paramete
     if kind is MessageType.REPLY:
         if prng != Prng.NONE or domain != Domain.COEFFICIENT:
             raise PaddingError("the PRNG and domain bytes of a reply must be zero")
-        return Prng.NONE, Domain.COEFFICIENT, parameters
+        return kind, Prng.NONE, Domain.COEFFICIENT, parameters
     if prng not in (Prng.BLAKE2XB, Prng.SHAKE256):
         raise PrngError(f"the message has PRNG {prng}, expected 1 (BLAKE2Xb) or 2 (SHAKE256)")
     if domain not in (Domain.COEFFICIENT, Domain.NTT):
         raise DomainError(f"the message has domain {domain}, expected 0 (coefficient) or 1 (NTT)")
-    return Prng(prng), Domain(domain), parameters
+    return kind, Prng(prng), Domain(domain), parameters
 
 
 class Counts(NamedTuple):
@@ -273,6 +277,7 @@ def _read_counts(data: bytes, offset: int) -> Counts:
 class QueryHeader:
     """What a query says of itself. It routes the query; `QueryMessage` then checks all of it."""
 
+    has_key: bool
     prng: Prng
     domain: Domain
     parameters: ParameterSet
@@ -291,15 +296,19 @@ class QueryHeader:
             raise MessageLengthError(
                 f"got {len(data)} bytes, expected a query header of {QUERY_HEADER_BYTES}"
             )
-        prng, domain, parameters = _read_prefix(data, MessageType.QUERY)
+        kind, prng, domain, parameters = _read_prefix(
+            data, MessageType.QUERY, MessageType.QUERY_WITH_KEY
+        )
         model_digest, key_id = _TARGET.unpack_from(data, _PREFIX.size)
         counts = _read_counts(data, _PREFIX.size + _TARGET.size)
-        return cls(prng, domain, parameters, model_digest, key_id, counts)
+        has_key = kind is MessageType.QUERY_WITH_KEY
+        return cls(has_key, prng, domain, parameters, model_digest, key_id, counts)
 
     def serialize(self) -> bytes:
         """The bytes that the query begins with: `QUERY_HEADER_BYTES` of them."""
+        kind = MessageType.QUERY_WITH_KEY if self.has_key else MessageType.QUERY
         return (
-            _write_prefix(MessageType.QUERY, self.prng, self.domain, self.parameters)
+            _write_prefix(kind, self.prng, self.domain, self.parameters)
             + _TARGET.pack(self.model_digest, self.key_id)
             + self.counts.serialize()
         )
@@ -310,7 +319,7 @@ class QueryHeader:
 
 @dataclass(frozen=True)
 class KeyMessage:
-    """An encryption of zero under a fresh secret: b [L, N] at the key level, and a's seed."""
+    """An encryption of zero under a fresh secret: b [N], and a's seed."""
 
     parameters: ParameterSet
     prng: Prng
@@ -321,14 +330,12 @@ class KeyMessage:
     @staticmethod
     def size(parameters: ParameterSet) -> int:
         """Bytes of a key message under this set."""
-        body = _polynomial_bytes(parameters.poly_modulus_degree, parameters.key_primes)
-        return KEY_HEADER_BYTES + body + SEED_BYTES
+        return KEY_HEADER_BYTES + _polynomial_bytes(parameters) + SEED_BYTES
 
     def serialize(self) -> bytes:
         """The message's bytes; their SHA-256 is the key's id."""
-        (packed,) = _pack_polynomials(self.b[np.newaxis], self.parameters.key_primes)
         prefix = _write_prefix(MessageType.KEY, self.prng, self.domain, self.parameters)
-        return prefix + packed + self.seed
+        return prefix + pack_bits(self.b, self.parameters.residue_bits) + self.seed
 
     @classmethod
     def deserialize(cls, data: bytes) -> KeyMessage:
@@ -341,20 +348,13 @@ class KeyMessage:
             raise MessageLengthError(
                 f"got {len(data)} bytes, expected a key header of {KEY_HEADER_BYTES}"
             )
-        prng, domain, parameters = _read_prefix(data, MessageType.KEY)
+        _, prng, domain, parameters = _read_prefix(data, MessageType.KEY)
         if len(data) != cls.size(parameters):
             raise MessageLengthError(
                 f"got {len(data)} bytes, expected {cls.size(parameters)} for a "
                 f"{parameters.name} key"
             )
-        (b,) = _unpack_polynomials(
-            data,
-            1,
-            parameters.poly_modulus_degree,
-            parameters.key_primes,
-            offset=KEY_HEADER_BYTES,
-            stride=len(data),
-        )
+        (b,) = _unpack_polynomials(data, 1, parameters, offset=KEY_HEADER_BYTES, stride=len(data))
         return cls(parameters, prng, domain, b, data[-SEED_BYTES:])
 
 
@@ -365,7 +365,7 @@ def key_id(key_bytes: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class SeededPolynomial:
-    """One encrypted polynomial: c0 [L, N] and the seed of c1."""
+    """One encrypted polynomial: c0 [N] and the seed of c1."""
 
     c0: Residues
     seed: bytes
@@ -373,7 +373,10 @@ class SeededPolynomial:
 
 @dataclass(frozen=True)
 class QueryMessage:
-    """Encrypted embeddings: one seeded ciphertext for every piece of the layout."""
+    """Encrypted embeddings: one seeded ciphertext for every piece of the layout.
+
+    `key_message` is the whole message of the key where the query carries it, and else empty.
+    """
 
     parameters: ParameterSet
     model_digest: bytes
@@ -382,29 +385,35 @@ class QueryMessage:
     prng: Prng
     domain: Domain
     polynomials: tuple[SeededPolynomial, ...]
+    key_message: bytes = b""
 
     @staticmethod
-    def size(parameters: ParameterSet, layout: Layout) -> int:
+    def size(parameters: ParameterSet, layout: Layout, *, has_key: bool = False) -> int:
         """Bytes of a query in this layout."""
-        body = _polynomial_bytes(parameters.poly_modulus_degree, parameters.data_primes)
-        return QUERY_HEADER_BYTES + layout.pieces * (body + SEED_BYTES)
+        size = QUERY_HEADER_BYTES + layout.pieces * (_polynomial_bytes(parameters) + SEED_BYTES)
+        return size + KeyMessage.size(parameters) if has_key else size
 
     @property
     def header(self) -> QueryHeader:
         """What it says of itself."""
-        counts = Counts.of(self.layout, self.layout.pieces)
         return QueryHeader(
-            self.prng, self.domain, self.parameters, self.model_digest, self.key_id, counts
+            bool(self.key_message),
+            self.prng,
+            self.domain,
+            self.parameters,
+            self.model_digest,
+            self.key_id,
+            Counts.of(self.layout, self.layout.pieces),
         )
 
     def serialize(self) -> bytes:
         """The message's bytes; a reply repeats their SHA-256."""
-        residues = np.stack([polynomial.c0 for polynomial in self.polynomials])  # [P, L, N]
-        parts = [self.header.serialize()]
+        residues = np.stack([polynomial.c0 for polynomial in self.polynomials])  # [P, N]
+        parts = [self.header.serialize(), self.key_message]
         for packed, polynomial in zip(
-            _pack_polynomials(residues, self.parameters.data_primes), self.polynomials, strict=True
+            pack_rows(residues, self.parameters.residue_bits), self.polynomials, strict=True
         ):
-            parts += [packed, polynomial.seed]
+            parts += [packed.tobytes(), polynomial.seed]
         return b"".join(parts)
 
     @classmethod
@@ -413,8 +422,8 @@ class QueryMessage:
     ) -> QueryMessage:
         """The query of these bytes, which must be in `layout`.
 
-        With `key_seed` the seeds are also checked against the key's: c1 = a would let a client
-        read the reply's mask.
+        The seeds are also checked against those of its keys, `key_seed` and that of a carried key:
+        c1 = a would let a client read the reply's mask.
 
         Raises:
             WireError: one of its kinds, for the first thing that is wrong.
@@ -425,26 +434,18 @@ class QueryMessage:
                 f"the query is under {header.parameters.name}, expected {parameters.name}"
             )
         header.counts.check(layout, layout.pieces)
-        if len(data) != cls.size(parameters, layout):
-            raise MessageLengthError(
-                f"got {len(data)} bytes, expected {cls.size(parameters, layout)} for this model"
-            )
-        degree = parameters.poly_modulus_degree
-        body = _polynomial_bytes(degree, parameters.data_primes)
-        stride = body + SEED_BYTES
-        ends = range(QUERY_HEADER_BYTES + stride, len(data) + 1, stride)
+        expected = cls.size(parameters, layout, has_key=header.has_key)
+        if len(data) != expected:
+            raise MessageLengthError(f"got {len(data)} bytes, expected {expected} for this model")
+        key_message = carried_key(data, header)
+        start = QUERY_HEADER_BYTES + len(key_message)
+        stride = _polynomial_bytes(parameters) + SEED_BYTES
+        ends = range(start + stride, len(data) + 1, stride)
         seeds = [data[end - SEED_BYTES : end] for end in ends]
-        distinct = set(seeds) if key_seed is None else {key_seed, *seeds}
-        if len(distinct) != len(seeds) + (key_seed is not None):
+        of_keys = {seed for seed in (key_seed, key_message[-SEED_BYTES:]) if seed}
+        if len(of_keys | set(seeds)) != len(of_keys) + len(seeds):
             raise SeedReuseError("a seed occurs twice, in the query or in the query and its key")
-        residues = _unpack_polynomials(
-            data,
-            layout.pieces,
-            degree,
-            parameters.data_primes,
-            offset=QUERY_HEADER_BYTES,
-            stride=stride,
-        )
+        residues = _unpack_polynomials(data, layout.pieces, parameters, offset=start, stride=stride)
         return cls(
             parameters,
             header.model_digest,
@@ -453,7 +454,26 @@ class QueryMessage:
             header.prng,
             header.domain,
             tuple(map(SeededPolynomial, residues, seeds)),
+            key_message,
         )
+
+
+def carried_key(data: bytes, header: QueryHeader) -> bytes:
+    """The key message that a query of this header carries; empty where it carries none.
+
+    Raises:
+        MessageLengthError: when it is not all there.
+        KeyMismatchError: when its SHA-256 is not the key id of the header.
+    """
+    if not header.has_key:
+        return b""
+    end = QUERY_HEADER_BYTES + KeyMessage.size(header.parameters)
+    if len(data) < end:
+        raise MessageLengthError(f"got {len(data)} bytes, expected a key up to byte {end}")
+    key_message = data[QUERY_HEADER_BYTES:end]
+    if not hmac.compare_digest(key_id(key_message), header.key_id):
+        raise KeyMismatchError("the SHA-256 of the carried key is not the key id of the query")
+    return key_message
 
 
 @dataclass(frozen=True)
@@ -528,7 +548,7 @@ class ReplyMessage:
             raise MessageLengthError(
                 f"got {len(data)} bytes, expected a reply of {cls.size(layout, reply_bits)}"
             )
-        _, _, found = _read_prefix(data, MessageType.REPLY)
+        *_, found = _read_prefix(data, MessageType.REPLY)
         if found != parameters:
             raise ParameterMismatchError(
                 f"the reply is under {found.name}, expected {parameters.name}"
@@ -574,12 +594,15 @@ class ReplyMessage:
         )
 
 
-#: Largest body of a query that any model can be sent. What a model takes is known from the header.
-MAX_QUERY_BYTES: Final = QUERY_HEADER_BYTES + max(
-    MAX_PIECES
-    * (_polynomial_bytes(parameters.poly_modulus_degree, parameters.data_primes) + SEED_BYTES)
-    for parameters in PARAMETER_SETS.values()
-)
-
 #: Largest body of a key message.
 MAX_KEY_BYTES: Final = max(KeyMessage.size(parameters) for parameters in PARAMETER_SETS.values())
+
+#: Largest body of a query that any model can be sent. What a model takes is known from the header.
+MAX_QUERY_BYTES: Final = (
+    QUERY_HEADER_BYTES
+    + MAX_KEY_BYTES
+    + max(
+        MAX_PIECES * (_polynomial_bytes(parameters) + SEED_BYTES)
+        for parameters in PARAMETER_SETS.values()
+    )
+)

@@ -61,6 +61,13 @@ class Access(Protocol):
             StateError: when it cannot be known.
         """
 
+    def count_registration(self, tenant: str) -> None:
+        """Count a key that came with an admitted query as the request that it saves.
+
+        Raises:
+            Problem: rate-limited.
+        """
+
     def charged(
         self, tenant: str, model: str, units: int, default: Budget | None = None
     ) -> AbstractAsyncContextManager[None]:
@@ -108,6 +115,9 @@ class InsecureAccess:
     async def admit(self, authorization: list[str], path: str) -> str:  # noqa: ARG002
         """Everybody is the same tenant."""
         return INSECURE_TENANT
+
+    def count_registration(self, tenant: str) -> None:
+        """Nothing is counted."""
 
     @asynccontextmanager
     async def charged(

@@ -16,6 +16,7 @@ of tenants, and a key id is shortened and hashed.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -29,8 +30,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from veilhead_protocol.copies import process_mark
 from veilhead_protocol.errors import AccessLogError
 from veilhead_service.access_log_chain import End, Witness, end_of, files_of, sealed
+from veilhead_service.background import reason_of
 
 #: Lines that may wait for the disk. Beyond it, requests go unrecorded or are refused.
 _WAITING: Final = 4096
@@ -58,7 +61,9 @@ class _Item:
 class AccessLog:
     """The writer of a log: one thread, a bounded line of records, one process at a time."""
 
-    def __init__(self, path: Path, *, sync_seconds: float, file_bytes: int) -> None:
+    def __init__(
+        self, path: Path, *, sync_seconds: float, file_bytes: int, reserve_bytes: int = 0
+    ) -> None:
         """Nothing is touched before `start`.
 
         Args:
@@ -66,12 +71,15 @@ class AccessLog:
             sync_seconds: lines are forced to the disk after so long; 0 for every batch of them,
                 before anybody is told that they are written.
             file_bytes: the size at which a file is closed.
+            reserve_bytes: what is left free of the disk for others (a tenth of a small disk).
         """
         self._path = path
         self._sync_seconds = sync_seconds
         self._file_bytes = file_bytes
+        self._reserve_bytes = reserve_bytes
         self._items: queue.Queue[_Item | None] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
+        self._process = 0  # whose the thread is
         self._file = -1
         self._lock_file = -1
         self._size = 0
@@ -143,6 +151,7 @@ class AccessLog:
         except AccessLogError:
             self._close_files()
             raise
+        self._process = process_mark()
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._thread.start()
         logger.info(
@@ -150,8 +159,8 @@ class AccessLog:
         )
 
     def stop(self) -> None:
-        """Write what waits, and close the log."""
-        if self._thread is None:
+        """Write what waits, and close the log; nothing in a copy of the process that writes it."""
+        if self._thread is None or self._is_copied:
             return
         self._items.put(None)
         self._thread.join()
@@ -167,12 +176,25 @@ class AccessLog:
         """
         item = _Item({"event": "request", "time": _now(), **fields}, Future(), sync)
         item.written.set_running_or_notify_cancel()  # who waits may go away, the record stays
+        if self._is_copied:
+            item.written.set_exception(
+                AccessLogError(
+                    f"{self._path} is written by another process, which this one is a copy of: "
+                    "start the service after the fork"
+                )
+            )
+            return item.written
         try:
             self._items.put_nowait(item)
         except queue.Full:
             self._dropped += 1
             item.written.set_exception(AccessLogError("too many records wait for the disk"))
         return item.written
+
+    @property
+    def _is_copied(self) -> bool:
+        """Whether the thread that writes is another process's."""
+        return self._thread is not None and self._process != process_mark()
 
     def _close_files(self) -> None:
         for descriptor in (self._file, self._lock_file):
@@ -206,10 +228,22 @@ class AccessLog:
         ended = False
         while not ended:
             batch, ended = self._next_batch()
-            if batch or self._failed:
-                self._record(batch)
-            if ended or self._sync_is_due():
-                self._try_sync()
+            try:
+                if batch or self._failed:
+                    self._record(batch)
+                if ended or self._sync_is_due():
+                    self._try_sync()
+            except Exception as error:  # the thread goes on: nobody would write after it
+                self._fail(batch, error)
+
+    def _fail(self, batch: list[_Item], error: Exception) -> None:
+        """Tell of a failure that nobody expected; who waits for these records is told, too."""
+        logger.error("the access log failed: %s", reason_of(error), exc_info=error)
+        self._failed = True
+        for item in batch:
+            if not item.written.done():
+                self._unrecorded += 1
+                item.written.set_exception(AccessLogError("the access log failed"))
 
     def _next_batch(self) -> tuple[list[_Item], bool]:
         """The records that wait, and whether they are the last ones."""
@@ -264,6 +298,10 @@ class AccessLog:
             the file is cut off by the next attempt.
         """
         self._look_at_file()
+        disk = os.fstatvfs(self._file)
+        tenth = disk.f_blocks * disk.f_frsize // 10
+        if disk.f_bavail * disk.f_frsize < min(self._reserve_bytes, tenth):
+            raise OSError(errno.ENOSPC, "the disk is full but for the reserve")
         if self._size >= self._file_bytes and not before:
             self._rotate()
         if self._continues == "moved" and self._size:

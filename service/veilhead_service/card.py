@@ -389,17 +389,16 @@ def _ends_of_curves(attacks: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[st
 def _encryption(sources: CardSources) -> Iterator[str]:
     manifest = sources.manifest
     found = manifest.parameter_set
-    bits = found.data_modulus.bit_length()
-    key_bits = sum(prime.bit_length() for prime in found.key_primes)
+    classical, quantum = found.core_svp_bits
     yield from _table(
         ("what", "value"),
         [
             ("scheme", "CKKS (RLWE), no evaluation keys"),
             ("parameter set", found.name),
             ("polynomial degree", str(found.poly_modulus_degree)),
-            ("ciphertext modulus", f"{bits} bits"),
-            ("modulus of keys, which the security rests on", f"{key_bits} bits"),
+            ("modulus", f"{found.residue_bits} bits"),
             ("cheapest known attack", f"2^{found.estimated_bits:g}"),
+            ("the same by core-SVP", f"2^{classical:g}, with a quantum computer 2^{quantum:g}"),
             ("promised error of a logit", f"{manifest.head.error_bound:.6f}"),
         ],
     )
@@ -409,7 +408,7 @@ def _encryption(sources: CardSources) -> Iterator[str]:
     if found.name == "compact":
         yield (
             "`compact` has no margin against quantum computers and is not meant for ciphertexts "
-            "that are archived for decades; `strong` is."
+            "that are archived for decades; `standard` is."
         )
         yield ""
     measured = sources.fidelity

@@ -14,9 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from veilhead_protocol.errors import StoreError
 from veilhead_protocol.policy import GUARDS, PRESETS, PolicySection, preset_policy
 from veilhead_service import access_log_cli, card_cli, logs, models_cli, settings_cli
 from veilhead_service.doctor import doctor
+from veilhead_service.head_encryption import HeadKey
 from veilhead_service.reporting import reported
 from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
 from veilhead_service.tenants_cli import app as tenants_app
@@ -95,12 +97,9 @@ def train(
         typer.Option(help="Directory of an encoder, or of an artefact; MiniLM when absent."),
     ] = None,
     parameters: Annotated[
-        str | None,
-        typer.Option(
-            help="compact (fast), or strong (for secrets that must last decades); the policy's "
-            "minimum when absent."
-        ),
-    ] = None,
+        str,
+        typer.Option(help="standard, or compact (half the bytes, a thinner margin)."),
+    ] = "standard",
     policy: _PolicyName = None,
     device: Annotated[str, typer.Option(help="auto, or a torch device.")] = "auto",
     dp_epsilon: Annotated[
@@ -167,7 +166,7 @@ def train(
             artifact, report = training(
                 directory,
                 section,
-                parameters=parameters or (asked or PolicySection()).minimum_parameters,
+                parameters=parameters,
                 policy=asked,
                 device=device,
                 privacy=privacy,
@@ -196,8 +195,8 @@ def import_hf(
     name: Annotated[str | None, typer.Option(help="Another name for the model.")] = None,
     parameters: Annotated[
         str,
-        typer.Option(help="compact (fast), or strong (for secrets that must last decades)."),
-    ] = "compact",
+        typer.Option(help="standard, or compact (half the bytes, a thinner margin)."),
+    ] = "standard",
     texts: Annotated[
         Path | None,
         typer.Option(
@@ -309,25 +308,22 @@ def publish(
     """Put an artefact into a store. A service that runs on the store notices by itself.
 
     The head first answers a self-test. Published again, the same artefact gains a signature or
-    an encrypted head.
+    an encrypted head, and what was damaged is written anew. A store with an encrypted head takes
+    no plaintext one.
 
     Example: veilhead-server publish artifacts/icd10-chapters --store store
     """
     with reported():
         from veilhead_service.card_cli import read_card
-        from veilhead_service.head_encryption import HeadKey
         from veilhead_service.model_store import publish as publish_artifact
         from veilhead_service.retirement import Retirement
-        from veilhead_service.settings import Settings
         from veilhead_service.signing import SigningKey
 
         manifest = publish_artifact(
             directory,
             store,
             signing_key=None if sign_with is None else SigningKey.load(sign_with),
-            head_key=(
-                Settings().open_head_key() if head_key_file is None else HeadKey.load(head_key_file)
-            ),
+            head_key=_head_key(head_key_file),
             retire_previous=(
                 None if retire_previous_after is None else Retirement.parse(retire_previous_after)
             ),
@@ -339,6 +335,22 @@ def publish(
     for line in _policy_lines(manifest.policy):
         typer.echo(line)
     typer.echo(f"{manifest.name}: published in {store} (digest {manifest.digest.hex()})")
+
+
+def _head_key(file: Path | None) -> HeadKey | None:
+    """The head key of a flag, or else of the service's settings, which may ask for one."""
+    from veilhead_service.settings import Settings
+
+    if file is not None:
+        return HeadKey.load(file)
+    settings = Settings()
+    head_key = settings.open_head_key()
+    if head_key is None and settings.require_encrypted_heads:
+        raise StoreError(
+            "VEILHEAD_SERVER_REQUIRE_ENCRYPTED_HEADS is set and no head key was given: "
+            "publish with --head-key-file"
+        )
+    return head_key
 
 
 @app.command()
@@ -377,7 +389,9 @@ def run(
     """
     with reported():
         from veilhead_service.app import create_app
+        from veilhead_service.machine import available_bytes
         from veilhead_service.server import serve
+        from veilhead_service.settings import WORKER_BYTES
         from veilhead_service.state import State
 
         settings, _ = from_flags(
@@ -401,4 +415,12 @@ def run(
             )
         else:
             State(settings.state_directory).close()  # what is wrong with it is said here
+        free = available_bytes()
+        if free is not None and free < settings.workers * WORKER_BYTES + settings.key_memory_bytes:
+            _logger.warning(
+                "%d workers take %d MiB and more, and %d MiB are free: `veilhead-server doctor`",
+                settings.workers,
+                settings.workers * WORKER_BYTES // 2**20,
+                free // 2**20,
+            )
         serve(create_app(settings), settings, host=settings.host, port=settings.port)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import http.client
+import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,7 +30,15 @@ from veilhead_protocol.checks import (
     passed,
     render,
 )
-from veilhead_protocol.errors import SecretFileError, StateError, StoreError, VeilheadError
+from veilhead_protocol.errors import (
+    ConfigurationError,
+    SecretFileError,
+    StateError,
+    StoreError,
+    VeilheadError,
+)
+from veilhead_service.background import reason_of
+from veilhead_service.machine import available_bytes
 from veilhead_service.settings_cli import Assignments, ConfigFile, from_flags
 
 if TYPE_CHECKING:
@@ -42,15 +52,18 @@ _PACKAGES: Final = (
 #: No clock that is right is before this: the year of this version.
 _EARLIEST: Final = datetime(2026, 1, 1, tzinfo=UTC)
 
+#: Below so many connections a busy address is in the way of others.
+_FEW_CONNECTIONS: Final = 512
+
 #: How long a service that runs already may take to say that it is ready.
 _PROBE_SECONDS: Final = 2.0
 
 #: Not getrusage's maximum: that begins with what the parent had when it forked.
 _MEASURE: Final = """\
 from veilhead_protocol import seal_io
-from veilhead_protocol.parameters import COMPACT, STRONG
+from veilhead_protocol.parameters import PARAMETER_SETS
 import veilhead_service.worker
-for parameters in (COMPACT, STRONG):
+for parameters in PARAMETER_SETS.values():
     seal_io.runtime(parameters)
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM:"):
@@ -92,9 +105,11 @@ def examine(settings: Settings) -> list[Check]:
         *check_state(settings.state_directory),
         check_tenants(settings),
         check_port(settings.host, settings.port),
+        check_descriptors(settings),
+        check_disk(settings),
         check_core_dumps(),
         check_swap(Path("/proc/swaps")),
-        check_memory(settings.workers, settings.key_memory_bytes, Path("/proc/meminfo")),
+        check_memory(settings.workers, settings.key_memory_bytes, available_bytes()),
         check_clock(datetime.now(UTC)),
         *([check_tracing()] if settings.tracing else []),
     ]
@@ -103,6 +118,7 @@ def examine(settings: Settings) -> list[Check]:
 def check_store(settings: Settings) -> list[Check]:
     """Whether the store can be read, only its owner writes to it, and heads are private."""
     from veilhead_service.model_store import ModelStore
+    from veilhead_service.store_versions import check_store_format
 
     store = settings.store
     if not store.is_dir():
@@ -132,17 +148,19 @@ def check_store(settings: Settings) -> list[Check]:
         require_encrypted_heads=settings.require_encrypted_heads,
     )
     try:
+        check_store_format(store)
         names = source.names()
-        for name in names:
+    except StoreError as error:
+        return [*checks, Check("store", Outcome.FAIL, str(error), "let the service's user read it")]
+    for name in names:
+        try:
             model = source.current(name)
+        except (StoreError, OSError) as error:
+            advice = "let the service's user read it, or publish the model again"
+            checks.append(Check(f"model {name}", Outcome.FAIL, reason_of(error), advice))
+        else:
             found = "nothing" if model is None else model.manifest.digest.hex()[:12]
             checks.append(passed(f"model {name}", f"stands for {found}"))
-    except StoreError as error:
-        checks.append(Check("store", Outcome.FAIL, str(error), "publish the model again"))
-        return checks
-    except OSError as error:
-        advice = "let the service's user read it"
-        return [*checks, Check("store", Outcome.FAIL, f"{store}: {error.strerror}", advice)]
     if not names:
         advice = "`veilhead-server publish`; a running service notices"
         checks.append(Check("models", Outcome.WARN, "none is published", advice))
@@ -204,11 +222,37 @@ def _is_ready(host: str, port: int) -> bool:
     connection = http.client.HTTPConnection(host, port, timeout=_PROBE_SECONDS)
     try:
         connection.request("GET", "/readyz")
-        return connection.getresponse().read(64) == b'{"status":"ready"}'
-    except (OSError, http.client.HTTPException):
+        return bool(json.loads(connection.getresponse().read())["status"] == "ready")
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
         return False
     finally:
         connection.close()
+
+
+def check_descriptors(settings: Settings) -> Check:
+    """Whether the limit of open files leaves enough for connections; `run` raises the soft one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    name = "open files"
+    try:
+        most = settings.connections(hard)
+    except ConfigurationError as error:
+        advice = "raise it where the service is started: systemd, the container, limits.conf"
+        return Check(name, Outcome.FAIL, str(error), advice)
+    found = f"limit {hard}, at most {most} connections"
+    if settings.max_connections is None and most < _FEW_CONNECTIONS:
+        return Check(name, Outcome.WARN, found, "raise it: `ulimit -n`, LimitNOFILE=, --ulimit")
+    return passed(name, found)
+
+
+def check_disk(settings: Settings) -> Check:
+    """Whether the access log's disk has more free than the reserve that the log leaves."""
+    name = "disk of the state"
+    parents = (settings.state_directory.absolute(), *settings.state_directory.absolute().parents)
+    free = shutil.disk_usage(next(found for found in parents if found.exists())).free
+    found = f"{free / 2**20:.0f} MiB free, reserve {settings.disk_reserve_bytes / 2**20:.0f} MiB"
+    if free <= settings.disk_reserve_bytes * 2:
+        return Check(name, Outcome.WARN, found, "the access log stops at the reserve: make room")
+    return passed(name, found)
 
 
 def check_core_dumps() -> Check:
@@ -248,20 +292,19 @@ def worker_bytes() -> int | None:
     return int(done.stdout)
 
 
-def check_memory(workers: int, key_bytes: int, table: Path) -> Check:
-    """Whether the workers fit into the memory that is available; `table` is /proc/meminfo."""
+def check_memory(workers: int, key_bytes: int, available: int | None) -> Check:
+    """Whether the workers fit into the memory that is available, `machine.available_bytes`."""
     each = worker_bytes()
     if each is None:
         advice = "run `python -m veilhead_service.worker 0` and read its message"
         return Check("memory", Outcome.FAIL, "a worker does not start", advice)
     needed = workers * each + key_bytes
     text = f"{workers} workers of {each / 2**20:.0f} MiB, keys {key_bytes / 2**20:.0f} MiB"
-    try:
-        fields = dict(line.split(":", 1) for line in table.read_text().splitlines() if ":" in line)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return Check("memory", Outcome.WARN, f"{text}; {table} says nothing", "see that it fits")
-    text += f", {available / 2**20:.0f} MiB available"
+    if available is None:
+        return Check(
+            "memory", Outcome.WARN, f"{text}; nobody says what is free", "see that it fits"
+        )
+    text += f", {available / 2**20:.0f} MiB available to this machine and control group"
     if needed > available:
         return Check("memory", Outcome.FAIL, text, "fewer workers, less for keys, or more memory")
     if needed > available * 0.75:

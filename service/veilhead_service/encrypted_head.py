@@ -1,20 +1,19 @@
 """The private head, evaluated on encrypted embeddings.
 
-For every group of classes: the product with the group's weight polynomial, a fresh encryption of
-zero under the client's key, bias and flood on the wanted coefficients, and residues cut down to
-kappa bits. Each step protects the head or the query; docs/threat-model.md says which, and the
-tests attack the product with each one removed.
+For every group of classes: a fresh encryption of zero under the client's key, plus the products
+with the group's weight polynomials, plus bias and flood on the wanted coefficients, and residues
+cut down to kappa bits. Each step protects the head or the query; docs/threat-model.md says which,
+and the tests attack the product with each one removed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from itertools import islice, pairwise, starmap
+from functools import lru_cache
+from itertools import chain, islice, pairwise, starmap
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from tenseal import sealapi
 
 from veilhead_protocol import seal_io
+from veilhead_protocol.copies import MadeAhead
 from veilhead_protocol.encoding import encode
 from veilhead_protocol.errors import (
     KeyMismatchError,
@@ -31,7 +31,7 @@ from veilhead_protocol.errors import (
 from veilhead_protocol.layout import Layout, LayoutKind
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.parameters import ParameterSet
-from veilhead_protocol.scales import quantise
+from veilhead_protocol.scales import served_weight
 from veilhead_protocol.wire import (
     Domain,
     KeyMessage,
@@ -43,9 +43,6 @@ from veilhead_protocol.wire import (
     key_id,
 )
 from veilhead_service.limits import requested_layout
-
-#: Encoded weights of block layouts that a head keeps, beside those of its single layout.
-BLOCK_BYTES: Final = 64 * 2**20
 
 #: Reply polynomials that are masked and cut together: what bounds the memory of a large head.
 _REPLIES_AT_ONCE: Final = 256
@@ -65,7 +62,7 @@ class ClientKey:
     id: bytes
     seed: bytes
     encryptor: Any
-    _ahead: list[Any] = field(default_factory=list, repr=False, compare=False)
+    _ahead: MadeAhead[Any] = field(default_factory=MadeAhead, repr=False, compare=False)
 
     @classmethod
     def from_message(cls, data: bytes) -> ClientKey:
@@ -87,14 +84,14 @@ class ClientKey:
         return cls(message.parameters, key_id(data), message.seed, encryptor)
 
     def zero(self) -> Any:
-        """A fresh encryption of zero at the data level: one that was made ahead, or a new one."""
-        return self._ahead.pop() if self._ahead else self._encrypt_zero()
+        """A fresh encryption of zero: one that was made ahead, or a new one."""
+        return self._ahead.take(self._encrypt_zero)
 
     def prepare(self, count: int) -> bool:
         """Encrypt one zero ahead, unless so many are ready; whether one was."""
         if len(self._ahead) >= count:
             return False
-        self._ahead.append(self._encrypt_zero())
+        self._ahead.add(self._encrypt_zero())
         return True
 
     def forget_prepared(self) -> None:
@@ -104,8 +101,12 @@ class ClientKey:
     def _encrypt_zero(self) -> Any:
         seal = seal_io.runtime(self.parameters)
         zero = seal.new_ciphertext()
-        self.encryptor.encrypt_zero(seal.data_parms_id, zero)
+        self.encryptor.encrypt_zero(seal.parms_id, zero)
         return zero
+
+
+#: The weight polynomials of a layout, [R][P]; None for one that is zero.
+_Weights = list[list[Any | None]]
 
 
 class EncryptedHead:
@@ -120,27 +121,24 @@ class EncryptedHead:
         self.layout = manifest.layout
         self._scales = manifest.scales
         self._seal = seal_io.runtime(self.parameters)
-        self._weight = quantise(weight, self._scales.weight_scale_bits)  # [C, d]
+        self._weight = served_weight(weight, self._scales)  # [C, d]
+        served_bias = np.ldexp(bias, -self._scales.downscale_bits)
         delta = 2**self._scales.scale_bits
-        values = [round(float(value) * delta) for value in bias]
         self._biases: Residues = np.array(
-            [[value % prime for value in values] for prime in self.parameters.data_primes],
+            [round(float(value) * delta) % self.parameters.prime for value in served_bias],
             dtype=np.uint64,
-        )  # [L, C]
+        )  # [C]
         # SEAL refuses to multiply by zero; such a polynomial costs a product with one all the same.
         self._stand_in = self._encode(np.ones(1))
-        self._single = self._encoded(self.layout)
-        self._blocks: OrderedDict[int, _Weights] = OrderedDict()
+        # All of them stay: `block_sizes` bounds how many there can be.
+        self._weights = {1: self._encoded(self.layout)}
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the encoded weights, which are nearly all that a head holds."""
-        polynomials = sum(weights.polynomials for weights in (self._single, *self._blocks.values()))
-        return self._weight.nbytes + polynomials * self._polynomial_bytes
-
-    @property
-    def _polynomial_bytes(self) -> int:
-        return self.layout.degree * len(self.parameters.data_primes) * 8
+        rows = chain.from_iterable(self._weights.values())
+        polynomials = sum(weight is not None for row in rows for weight in row)
+        return self._weight.nbytes + polynomials * self.layout.degree * 8
 
     def __repr__(self) -> str:
         return f"EncryptedHead({self.manifest.name!r}, {self.manifest.digest.hex()[:12]})"
@@ -169,15 +167,38 @@ class EncryptedHead:
             layout=layout,
             reply_bits=self._scales.reply_bits,
             query_digest=hashlib.sha256(query_bytes).digest(),
-            polynomials=tuple(self._answer(layout, self._products(query), key)),
+            polynomials=tuple(self._answer(layout, self._masked(query, key))),
         )
         return reply.serialize()
 
-    def _products(self, query: QueryMessage) -> Iterator[Any | None]:
-        """For every reply polynomial the ciphertext of query times weights; None for zeros."""
+    def _masked(self, query: QueryMessage, key: ClientKey) -> Iterator[Residues]:
+        """For every reply polynomial the coefficients [2, N] of mask plus query times weights."""
         if query.layout.kind is LayoutKind.BULK:
-            return self._matrix_products(query)
-        pieces = [
+            ciphertexts = self._matrix_products(query, key)
+        else:
+            ciphertexts = self._products(query, key)
+        for ciphertext in ciphertexts:
+            self._seal.evaluator.transform_from_ntt_inplace(ciphertext)
+            yield seal_io.save_ciphertext(self._seal, ciphertext)
+
+    def _products(self, query: QueryMessage, key: ClientKey) -> Iterator[Any]:
+        """For every reply polynomial the mask plus the sum over the pieces of query times weight.
+
+        The same work is done for a weight polynomial that is zero, and thrown away: an answer's
+        time does not tell how many there are.
+        """
+        evaluator, pieces = self._seal.evaluator, self._pieces(query)
+        for row in self._weights_of(query.layout):
+            total = self._mask(key)
+            for piece, weight in zip(pieces, row, strict=True):
+                product = self._seal.new_ciphertext()
+                evaluator.multiply_plain(piece, weight or self._stand_in, product)
+                evaluator.add_inplace(total if weight else product, product)
+            yield total
+
+    def _pieces(self, query: QueryMessage) -> list[Any]:
+        """The ciphertexts of a query, whose second halves are expanded from their seeds."""
+        return [
             seal_io.load_seeded_ciphertext(
                 self._seal,
                 polynomial.c0,
@@ -188,54 +209,38 @@ class EncryptedHead:
             )
             for polynomial in query.polynomials
         ]
-        weights = self._weights_of(query.layout)
-        return (self._product(pieces, row) for row in weights.rows)
 
-    def _answer(
-        self, layout: Layout, products: Iterator[Any | None], key: ClientKey
-    ) -> Iterator[ReplyPolynomial]:
-        """What is sent of each product, once it is masked, flooded and cut."""
+    def _mask(self, key: ClientKey) -> Any:
+        """A fresh encryption of zero, which every sum begins with.
+
+        Without it, reply over query is the weights; with one used twice, two replies differ by the
+        weights.
+        """
+        zero = key.zero()
+        zero.scale = 2.0**self._scales.scale_bits
+        return zero
+
+    def _answer(self, layout: Layout, masked: Iterator[Residues]) -> Iterator[ReplyPolynomial]:
+        """What is sent of each masked product, once it is flooded and cut."""
         reply = 0
-        while masked := [self._masked(one, key) for one in islice(products, _REPLIES_AT_ONCE)]:
-            places = _places(layout, reply, len(masked))
-            picked = [c0[:, wanted] for (c0, _), wanted in zip(masked, places.wanted, strict=True)]
-            flooded = self._add_offsets(np.concatenate(picked, axis=1), places.classes)
+        while part := list(islice(masked, _REPLIES_AT_ONCE)):
+            places = _places(layout, reply, len(part))
+            picked = [c0[wanted] for (c0, _), wanted in zip(part, places.wanted, strict=True)]
+            flooded = self._add_offsets(np.concatenate(picked), places.classes)
             logits = self._truncate(flooded)
-            masks = np.concatenate([c1 for _, c1 in masked], axis=1)  # [L, replies * N]
-            cut = self._truncate(masks).reshape(len(masked), layout.degree)
-            for part, c1 in zip(places.parts, cut, strict=True):
-                yield ReplyPolynomial(logits[part], c1)
-            reply += len(masked)
+            cut = self._truncate(np.stack([c1 for _, c1 in part]))  # [replies, N]
+            for place, c1 in zip(places.parts, cut, strict=True):
+                yield ReplyPolynomial(logits[place], c1)
+            reply += len(part)
 
-    def _masked(self, product: Any | None, key: ClientKey) -> Residues:
-        """The coefficients [2, L, N] of a product with its fresh mask."""
-        ciphertext = self._rerandomise(product, key)
-        self._seal.evaluator.transform_from_ntt_inplace(ciphertext)
-        return seal_io.save_ciphertext(ciphertext)
-
-    def _product(self, pieces: list[Any], weights: list[Any | None]) -> Any | None:
-        """The sum over the pieces of query times weight; None when all the weights are zero."""
-        evaluator = self._seal.evaluator
-        total = None
-        for piece, weight in zip(pieces, weights, strict=True):
-            product = self._seal.new_ciphertext()
-            evaluator.multiply_plain(piece, weight or self._stand_in, product)
-            if weight is None:
-                continue
-            if total is None:
-                total = product
-            else:
-                evaluator.add_inplace(total, product)
-        return total
-
-    def _matrix_products(self, query: QueryMessage) -> Iterator[Any | None]:
+    def _matrix_products(self, query: QueryMessage, key: ClientKey) -> Iterator[Any]:
         """The same sums for every class at once: integers times residues, one matrix product.
 
         In bulk a weight polynomial has at most a few coefficients, so the sum over pieces and
         coefficients of weight times (X^k times query) costs far less than products would.
         """
         layout = query.layout
-        shape = (2, len(self.parameters.data_primes), layout.degree)
+        shape = (2, layout.degree)
         shifted = np.empty((layout.pieces, layout.block_length, *shape), dtype=np.uint64)
         for row, polynomial in zip(shifted, query.polynomials, strict=True):
             seal_io.expand_residues(
@@ -247,60 +252,35 @@ class EncryptedHead:
                 into=row[0],
             )
         seal_io.shift_residues(self.parameters, shifted)
-        rows = shifted.reshape(-1, *shape)  # [P t, 2, L, N]
+        rows = shifted.reshape(-1, 2 * layout.degree)  # [P t, 2 N]
         scale = 2.0**self._scales.weight_scale_bits
         weight = layout.pack_weight(self._weight * scale).reshape(layout.classes, -1)  # [C, P t]
         for start in range(0, layout.classes, _REPLIES_AT_ONCE):
             part = weight[start : start + _REPLIES_AT_ONCE]
-            sums = np.empty((len(part), *rows.shape[1:]), dtype=np.uint64)
-            for number, prime in enumerate(self.parameters.data_primes):
-                for half in range(2):
-                    sums[:, half, number] = multiply_modulo(part, rows[:, half, number], prime)
-            for residues in sums:
-                yield seal_io.load_ciphertext(
+            sums = multiply_modulo(part, rows, self.parameters.prime)
+            for residues in sums.reshape(-1, *shape):
+                total = self._mask(key)
+                product = seal_io.load_ciphertext(
                     self._seal, residues, scale_bits=self._scales.scale_bits
                 )
+                self._seal.evaluator.add_inplace(total, product)
+                yield total
 
     def _weights_of(self, layout: Layout) -> _Weights:
         """The weight polynomials in a layout, encoded when they are not here yet."""
-        if layout == self.layout:
-            return self._single
-        if layout.texts not in self._blocks:
-            self._blocks[layout.texts] = self._encoded(layout)
-            while (
-                len(self._blocks) > 1
-                and sum(weights.polynomials for weights in self._blocks.values())
-                * self._polynomial_bytes
-                > BLOCK_BYTES
-            ):
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(layout.texts)
-        return self._blocks[layout.texts]
+        if layout.texts not in self._weights:
+            self._weights[layout.texts] = self._encoded(layout)
+        return self._weights[layout.texts]
 
     def _encoded(self, layout: Layout) -> _Weights:
         packed = layout.pack_weight(self._weight)  # [R, P, G t]
-        return _Weights(
-            [[self._encode(row) if row.any() else None for row in pieces] for pieces in packed]
-        )
+        return [[self._encode(row) if row.any() else None for row in pieces] for pieces in packed]
 
     def _encode(self, coefficients: NDArray[np.float64]) -> Any:
         """The weight polynomial that begins with these coefficients, in NTT form."""
         padded = np.zeros(self.layout.degree)
         padded[: len(coefficients)] = coefficients
         return encode(self._seal, padded, self._scales.weight_scale_bits)
-
-    def _rerandomise(self, product: Any | None, key: ClientKey) -> Any:
-        """The product plus a fresh encryption of zero.
-
-        Without it, reply over query is the weights; with one used twice, two replies differ by the
-        weights.
-        """
-        zero = key.zero()
-        if product is None:
-            return zero
-        zero.scale = product.scale
-        self._seal.evaluator.add_inplace(zero, product)
-        return zero
 
     def _flood(self, count: int) -> NDArray[np.int64]:
         """Integers uniform in [-F, F), [count], from the operating system.
@@ -312,16 +292,10 @@ class EncryptedHead:
         return drawn.astype(np.int64) - (1 << bits)
 
     def _add_offsets(self, wanted: Residues, classes: NDArray[np.intp]) -> Residues:
-        """Wanted coefficients [L, n] plus bias and flood, prime by prime."""
-        flood = self._flood(len(classes))
-        return np.stack(
-            [
-                (row + biases[classes] + np.mod(flood, prime).astype(np.uint64)) % np.uint64(prime)
-                for row, biases, prime in zip(
-                    wanted, self._biases, self.parameters.data_primes, strict=True
-                )
-            ]
-        )
+        """Wanted coefficients [n] plus bias and flood."""
+        prime = self.parameters.prime
+        flood = np.mod(self._flood(len(classes)), prime).astype(np.uint64)
+        return (wanted + self._biases[classes] + flood) % np.uint64(prime)
 
     def _truncate(self, residues: Residues) -> Residues:
         return truncate(residues, self.parameters, self._scales.reply_bits)
@@ -358,18 +332,6 @@ def _places(layout: Layout, first: int, count: int) -> _Places:
     )
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """The weight polynomials of a layout, [R][P]; None for one that is zero."""
-
-    rows: list[list[Any | None]]
-
-    @cached_property
-    def polynomials(self) -> int:
-        """How many of them hold memory."""
-        return sum(weight is not None for row in self.rows for weight in row)
-
-
 def multiply_modulo(integers: NDArray[np.float64], residues: Residues, prime: int) -> Residues:
     """Integers [m, k] times residues [k, n] modulo a prime: [m, n], exact.
 
@@ -404,24 +366,10 @@ def _shift(values: NDArray[np.int64], bits: int, prime: int) -> NDArray[np.int64
 
 
 def truncate(residues: Residues, parameters: ParameterSet, reply_bits: int) -> Residues:
-    """round(2^kappa c / Q) modulo 2^kappa for the residues [L, n] of c: [n].
+    """round(2^kappa c / Q) modulo 2^kappa for residues c, same shape.
 
-    c / Q is the fractional part of sum_i ([c_i (Q / q_i)^-1] mod q_i) / q_i, in double precision:
-    a value within 2^-20 of a tie may round either way, one unit of 2^-20 of a logit.
+    In double precision: a value within 2^-20 of a tie may round either way, one unit of 2^-20 of a
+    logit as it is served.
     """
-    fraction = np.zeros(residues.shape[1])
-    for row, prime in zip(residues, parameters.data_primes, strict=True):
-        cofactor = parameters.data_modulus // prime
-        digit = row if cofactor == 1 else _multiply_modulo(row, pow(cofactor, -1, prime), prime)
-        fraction += digit / prime
-    fraction -= np.floor(fraction)
-    scaled = np.rint(fraction * 2.0**reply_bits).astype(np.uint64)
+    scaled: Residues = np.rint(residues * (2.0**reply_bits / parameters.prime)).astype(np.uint64)
     return scaled & np.uint64((1 << reply_bits) - 1)
-
-
-def _multiply_modulo(values: Residues, factor: int, prime: int) -> Residues:
-    """values * factor modulo a prime of at most 36 bits, in 64-bit words."""
-    high, low = divmod(factor, 1 << 18)
-    modulus = np.uint64(prime)
-    upper = values * np.uint64(high) % modulus
-    return ((upper << np.uint64(18)) + values * np.uint64(low)) % modulus

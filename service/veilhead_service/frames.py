@@ -22,6 +22,10 @@ LOAD: Final = b"load"
 #: read a process's arguments and environment.
 HEAD_KEY: Final = b"head-key"
 READY: Final = b"ready"
+#: Sent by a worker before its answer when it begins to load a head, and when that has ended, well
+#: or not: a worker that dies or hangs in between was loading.
+LOADING: Final = b"loading"
+LOADED: Final = b"loaded"
 REPLY: Final = b"reply"
 REFUSED: Final = b"refused"
 FAILED: Final = b"failed"

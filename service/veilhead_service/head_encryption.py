@@ -31,6 +31,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from veilhead_protocol.errors import HeadKeyError, SecretFileError
+from veilhead_protocol.formats import format_complaint
 from veilhead_service.store_files import create_secret, read_secret
 
 MAGIC: Final = b"VEILHEAD"
@@ -41,6 +42,7 @@ NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 HEADER_BYTES: Final = 32
 
+_FORMAT_NAME: Final = "veilhead-encrypted-head"
 _SCHEME: Final = "aes256gcm"
 _PREFIX: Final = MAGIC + bytes([FORMAT_VERSION, 0, 0, 0])
 _KEY_ID_DOMAIN: Final = b"veilhead-head-key 1\n"
@@ -146,9 +148,16 @@ def key_id_of(content: bytes) -> bytes:
     Raises:
         HeadKeyError: when it is not an encrypted head.
     """
-    if len(content) < HEADER_BYTES or not content.startswith(_PREFIX):
+    if len(content) < HEADER_BYTES or not content.startswith(MAGIC):
+        raise HeadKeyError("this is not an encrypted head: publish the artefact again")
+    if not content.startswith(_PREFIX):
+        complaint = format_complaint(
+            f"{_FORMAT_NAME}/{content[len(MAGIC)]}",
+            f"{_FORMAT_NAME}/{FORMAT_VERSION}",
+            if_older="publish the artefact again",
+        )
         raise HeadKeyError(
-            f"not an encrypted head of format {FORMAT_VERSION}: publish the artefact again"
+            f"this encrypted head cannot be read: {complaint or 'publish the artefact again'}"
         )
     return content[len(_PREFIX) : len(_PREFIX) + KEY_ID_BYTES]
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from veilhead_models.artifact import ENCRYPTED_HEAD_FILE, HeadArtifact
-from veilhead_protocol.errors import ArtifactError, HeadKeyError, ModelUnavailableError
+from veilhead_protocol.errors import (
+    ArtifactError,
+    HeadKeyError,
+    ModelUnavailableError,
+)
+from veilhead_service.background import reason_of
 from veilhead_service.encrypted_head import EncryptedHead
 from veilhead_service.head_encryption import HeadKey
 from veilhead_service.self_test import self_test
@@ -23,9 +30,21 @@ class HeadLoader:
     """Loads heads of a store, with the key of those that are encrypted."""
 
     def __init__(
-        self, head_key: HeadKey | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        head_key: HeadKey | None = None,
+        *,
+        memory_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Make a loader.
+
+        Args:
+            head_key: the key of encrypted heads.
+            memory_bytes: by how much a load may let the process grow; None for no limit.
+            clock: seconds that only ever advance.
+        """
         self._head_key = head_key
+        self._memory_bytes = memory_bytes
         self._clock = clock
         self._failures: dict[Path, tuple[float, ModelUnavailableError]] = {}
 
@@ -33,8 +52,9 @@ class HeadLoader:
         """The head of a version's directory, once it has passed its self-test.
 
         Raises:
-            ModelUnavailableError: when its files are damaged, its key is missing, or it answers
-                wrongly. The same error is raised for half a minute before the next attempt.
+            ModelUnavailableError: when its files are damaged or cannot be read, its key is
+                missing, it needs too much memory, it answers wrongly, or anything else fails. The
+                same error is raised for half a minute before the next attempt.
         """
         failed = self._failures.get(directory)
         if failed is not None and self._clock() - failed[0] < FAILURE_SECONDS:
@@ -51,10 +71,45 @@ class HeadLoader:
         return head
 
     def _load(self, directory: Path) -> EncryptedHead:
-        artifact = load_artifact(directory, self._head_key)
-        head = EncryptedHead(artifact.manifest, artifact.weight, artifact.bias)
-        self_test(head, artifact)
-        return head
+        try:
+            with _bounded_growth(self._memory_bytes):
+                artifact = load_artifact(directory, self._head_key)
+                head = EncryptedHead(artifact.manifest, artifact.weight, artifact.bias)
+                self_test(head, artifact)
+            return head
+        except ModelUnavailableError:
+            raise
+        except MemoryError:
+            raise ModelUnavailableError(
+                f"loading {directory} takes more memory than there is, or than "
+                f"worker_memory_bytes allows ({self._memory_bytes} bytes)"
+            ) from None
+        except Exception as error:  # whatever it is, only this model is without an answer
+            raise ModelUnavailableError(
+                f"{directory} cannot be loaded: {reason_of(error)}"
+            ) from error
+
+
+@contextmanager
+def _bounded_growth(extra_bytes: int | None) -> Iterator[None]:
+    """Let this process's data, setrlimit(2), grow by at most so much in this block.
+
+    An allocation beyond that fails here, and no other process of the machine pays for it.
+    """
+    if extra_bytes is None:
+        yield
+        return
+    pages = Path("/proc/self/statm").read_text("ascii").split()[5]
+    wanted = int(pages) * resource.getpagesize() + extra_bytes
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    for limit in (soft, hard):
+        if limit != resource.RLIM_INFINITY:
+            wanted = min(wanted, limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def load_artifact(directory: Path, head_key: HeadKey | None) -> HeadArtifact:
@@ -88,3 +143,5 @@ def load_artifact(directory: Path, head_key: HeadKey | None) -> HeadArtifact:
         )
     except ArtifactError as error:
         raise ModelUnavailableError(str(error)) from error
+    except OSError as error:
+        raise ModelUnavailableError(f"{directory} cannot be read ({error.strerror})") from error

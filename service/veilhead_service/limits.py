@@ -10,9 +10,8 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
 from veilhead_protocol.errors import LayoutError, MessageLayoutError
-from veilhead_protocol.layout import Layout
+from veilhead_protocol.layout import Layout, LayoutKind
 from veilhead_protocol.manifest import Manifest
-from veilhead_protocol.parameters import ParameterSet
 from veilhead_protocol.wire import QueryHeader
 
 
@@ -106,7 +105,7 @@ def requested_layout(header: QueryHeader, manifest: Manifest) -> Layout:
         raise MessageLayoutError(str(error)) from None
 
 
-def charge(layout: Layout, exponent: int, parameters: ParameterSet) -> int:
+def charge(layout: Layout) -> int:
     """Units that one answer costs: what it tells of the head, in ordinary answers.
 
     Coefficients sent / C: the number of texts. Where a reply polynomial sends more coefficients
@@ -114,7 +113,7 @@ def charge(layout: Layout, exponent: int, parameters: ParameterSet) -> int:
     costs at least the d + 1 that determine a linear head. Only bulk passes the bound.
     Source: docs/protocol.md, "Hints about the mask".
     """
-    if layout.texts * layout.group > parameters.max_wanted(exponent):
+    if layout.kind is LayoutKind.BULK:
         return max(layout.texts, layout.dimensions + 1)
     return layout.texts
 

@@ -12,8 +12,9 @@ import logging.config
 import os
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import PurePath
@@ -27,6 +28,10 @@ request_state: ContextVar[Mapping[str, Any] | None] = ContextVar("request_state"
 
 #: Loggers whose messages are written by this project, and hold nothing of a request.
 _OWN: Final = "veilhead"
+
+#: Records like each other that are shown in so long: so many of this project's, one of others'.
+_REPEAT_SECONDS: Final = 60.0
+_OWN_REPEATS: Final = 20
 
 _FORMAT_VARIABLE: Final = "VEILHEAD_SERVER_LOG_FORMAT"
 _LEVEL_VARIABLE: Final = "VEILHEAD_SERVER_LOG_LEVEL"
@@ -43,6 +48,42 @@ def _location(found: TracebackType | None) -> str:
     return f"{PurePath(frame.filename).name}:{frame.lineno} in {frame.name}"
 
 
+class Repeats(logging.Filter):
+    """Lets a warning or an error through so many times a minute, and then says how many there were.
+
+    Requests and connections cause them, and whoever reaches the port causes those. What counts as
+    the same is the message before its arguments are put in, where it was logged, and what failed.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._seen: dict[tuple[object, ...], tuple[float, int]] = {}  # since when, how many
+        self._lock = threading.Lock()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show a record, which then says how many others like it were left out."""
+        if record.levelno < logging.WARNING:
+            return True
+        own = record.name.partition(".")[0] == _OWN
+        failed = record.exc_info[0] if record.exc_info else None
+        # Libraries put what failed into the message; its place in the source says as much.
+        key = (record.name, record.pathname, record.lineno, record.msg if own else None, failed)
+        allowed = _OWN_REPEATS if own else 1
+        now = self._clock()
+        with self._lock:
+            since, count = self._seen.get(key, (now, 0))
+            if count and now - since < _REPEAT_SECONDS:
+                self._seen[key] = since, count + 1
+                return count < allowed
+            self._seen[key] = now, 1
+        if count > allowed:
+            message = record.getMessage().partition("\n")[0].rstrip()
+            left_out = count - allowed
+            record.msg, record.args = f"{message} ({left_out} more like it were left out)", ()
+        return True
+
+
 class _Formatter(logging.Formatter):
     """What the two formats have in common: which parts of a record may be shown."""
 
@@ -51,9 +92,9 @@ class _Formatter(logging.Formatter):
         if record.name.partition(".")[0] != _OWN:
             # Libraries append representations of whatever failed: asyncio does, line by line.
             message = redacted(message.partition("\n")[0].rstrip())
-        time = datetime.fromtimestamp(record.created, UTC)
+        when = datetime.fromtimestamp(record.created, UTC)
         parts = {
-            "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": message,
@@ -104,7 +145,14 @@ def configure(log_format: Literal["json", "text"], level: str) -> None:
             "version": 1,
             "disable_existing_loggers": False,
             "formatters": {"line": {"()": formatter}},
-            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+            "filters": {"repeats": {"()": "veilhead_service.logs.Repeats"}},
+            "handlers": {
+                "stderr": {
+                    "class": "logging.StreamHandler",
+                    "formatter": "line",
+                    "filters": ["repeats"],
+                }
+            },
             "root": {"handlers": ["stderr"], "level": level.upper()},
             "loggers": {
                 "uvicorn": {"handlers": [], "propagate": True},

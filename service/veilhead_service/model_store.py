@@ -8,6 +8,8 @@
     STORE/<name>/<digest>.card.signatures   who signed that, a line each
     STORE/<name>/current                the digest that the name stands for
     STORE/.lock                         held by whoever publishes or retires
+    STORE/.format                       the number of this format
+    STORE/.encrypted                    there when the store takes encrypted heads only
 
 Versions never change: a directory is named by the digest of its manifest and renamed into place
 whole. What may change about a version stands beside it, in small files that are replaced whole.
@@ -20,7 +22,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,22 +32,19 @@ from pathlib import Path
 from typing import Protocol
 
 from veilhead_models.artifact import (
-    BACKBONE_DIRECTORY,
     ENCRYPTED_HEAD_FILE,
-    HEAD_FILE,
-    MANIFEST_FILE,
     HeadArtifact,
+    read_manifest,
 )
 from veilhead_protocol.errors import (
     ArtifactError,
-    BackboneError,
     HeadKeyError,
     ManifestError,
     ModelRetiredError,
     ModelUnavailableError,
     StoreError,
 )
-from veilhead_protocol.files import verify_files
+from veilhead_protocol.formats import read_regular
 from veilhead_protocol.manifest import NAME_PATTERN, Manifest
 from veilhead_protocol.policy import PolicySection
 from veilhead_protocol.signatures import (
@@ -58,6 +57,7 @@ from veilhead_service.head_encryption import HEADER_BYTES, HeadKey, key_id_of
 from veilhead_service.retirement import Retirement
 from veilhead_service.signing import SigningKey
 from veilhead_service.store_files import sync_directory, write_atomically
+from veilhead_service.store_versions import check_store_format, claim, put_version
 
 _CURRENT = "current"
 _SIGNATURES = ".signatures"
@@ -135,10 +135,9 @@ class StoredModel:
             StoreError: when its manifest cannot be read.
         """
         try:
-            manifest = Manifest.deserialize((directory / MANIFEST_FILE).read_bytes())
-        except (OSError, ManifestError) as error:
-            raise StoreError(f"no readable {MANIFEST_FILE} in {directory}: {error}") from error
-        return cls(manifest, directory)
+            return cls(read_manifest(directory), directory)
+        except ArtifactError as error:
+            raise StoreError(f"this version cannot be served: {error}") from error
 
 
 class ModelSource(Protocol):
@@ -195,15 +194,29 @@ class ModelStore:
         self._opened: dict[tuple[str, str], tuple[tuple[_Stamp, ...], StoredModel]] = {}
 
     def names(self) -> list[str]:
-        """The names of all models, sorted."""
-        return sorted(self._names())
+        """The names of all models, sorted; those of models that cannot be read, too.
 
-    def _names(self) -> Iterator[str]:
-        if not self._root.is_dir():
-            return
-        for entry in self._root.iterdir():
-            if NAME_PATTERN.fullmatch(entry.name) and (entry / _CURRENT).is_file():
-                yield entry.name
+        Raises:
+            StoreError: when the store itself cannot be read.
+        """
+        try:
+            entries = os.listdir(self._root)  # noqa: PTH208
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StoreError(f"{self._root} cannot be read: {error.strerror}") from error
+        return sorted(name for name in entries if self._is_model(name))
+
+    def _is_model(self, name: str) -> bool:
+        if not NAME_PATTERN.fullmatch(name):
+            return False
+        try:
+            os.stat(self._root / name / _CURRENT)  # noqa: PTH116
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True  # whoever asks for it is told why it cannot be read
+        return True
 
     def current(self, name: str) -> StoredModel | None:
         """The version that a name stands for, or None when nothing is published under it.
@@ -245,9 +258,17 @@ class ModelStore:
         raise ModelRetiredError(f"this version was retired on {model.retirement}; {advice}")
 
     def versions(self, name: str) -> Iterator[tuple[str, StoredModel | StoreError]]:
-        """Every version of a name by its digest, the retired ones too, and why one is unusable."""
-        for entry in sorted((self._root / name).iterdir()):
-            if not (_DIGEST_PATTERN.fullmatch(entry.name) and entry.is_dir()):
+        """Every version of a name by its digest, the retired ones too, and why one is unusable.
+
+        Raises:
+            StoreError: when the name's directory cannot be read.
+        """
+        try:
+            entries = sorted((self._root / name).iterdir())
+        except OSError as error:
+            raise StoreError(f"{self._root / name} cannot be read: {error.strerror}") from error
+        for entry in entries:
+            if not _DIGEST_PATTERN.fullmatch(entry.name):
                 continue
             try:
                 model = self._open(name, entry.name)
@@ -266,8 +287,8 @@ class ModelStore:
         if not NAME_PATTERN.fullmatch(name):
             return None
         try:
-            digest = (self._root / name / _CURRENT).read_text("ascii").strip()
-        except FileNotFoundError:
+            digest = read_regular(self._root / name / _CURRENT).decode("ascii").strip()
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise StoreError(f"{self._root / name / _CURRENT} cannot be read: {error}") from error
@@ -285,20 +306,31 @@ class ModelStore:
         known = self._opened.get((name, digest))
         if known is not None and known[0] == stamps:
             return known[1]
+        self._opened.pop((name, digest), None)
+        try:
+            model = self._read(name, digest)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+        if model is not None:
+            self._opened[name, digest] = (stamps, model)
+        return model
+
+    def _read(self, name: str, digest: str) -> StoredModel | None:
         directory = self._root / name / digest
-        if not directory.is_dir():
-            self._opened.pop((name, digest), None)
+        try:
+            if not stat.S_ISDIR(directory.stat().st_mode):
+                return None
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        check_store_format(self._root)
         opened = StoredModel.open(directory)
         if opened.manifest.digest.hex() != digest or opened.manifest.name != name:
             raise StoreError(f"{directory} holds another model than its name says")
         if self._check_heads:
             self._check_head(opened)
-        model = StoredModel(
+        return StoredModel(
             opened.manifest, directory, _read_signatures(directory), _read_retirement(directory)
         )
-        self._opened[name, digest] = (stamps, model)
-        return model
 
     def _check_head(self, model: StoredModel) -> None:
         """Refuse what no worker could load; only the first bytes of the head are read."""
@@ -330,7 +362,7 @@ class ModelStore:
 def _stamp(path: str) -> _Stamp:
     try:
         status = os.stat(path)  # noqa: PTH116
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}") from error
@@ -340,7 +372,7 @@ def _stamp(path: str) -> _Stamp:
 def _read_beside(directory: Path, suffix: str) -> bytes | None:
     path = directory.with_name(directory.name + suffix)
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -401,7 +433,8 @@ def publish(
     """Copy a verified artefact into a store and let its name stand for it.
 
     Publishing the same artefact again changes nothing in a whole version, but adds the signature,
-    and puts the head under `head_key`. Parts of a damaged version are replaced.
+    and puts the head under `head_key`. A damaged version is written anew. Once a head was encrypted
+    in a store, it takes no plaintext one.
 
     One publishes at a time: another process that publishes or retires is waited for.
 
@@ -422,8 +455,9 @@ def publish(
         ArtifactError: when the directory is not a whole, consistent artefact.
         ManifestError: when the head breaks the policy; the clause is named.
         SelfTestError: when the encrypted head does not answer as the plaintext one.
-        StoreError: when the store cannot be written, the version was retired, it is damaged in a
-            way that this cannot repair, or the card is of another version.
+        StoreError: when the store cannot be written or is of another format, its heads are
+            encrypted and no key was given, the version was retired, its signatures cannot be read,
+            or the card is of another version.
     """
     # Lazily: they load SEAL, and the process that answers HTTP keeps clear of it.
     from veilhead_service.encrypted_head import EncryptedHead
@@ -454,15 +488,13 @@ def publish(
         previous = None
         if retire_previous is not None:
             previous = ModelStore(store).current_digest(manifest.name)
-        if not version.exists():
-            encrypt = None if head_key is None else head_key.encrypt
-            artifact.save(version, encrypt_head=encrypt)
-        else:
-            _repair(version, artifact, head_key)
+        put_version(store, artifact, head_key)
         if card is not None:
             _put_card(version, card.encode("utf-8"), manifest, signing_key)
         if signing_key is not None:
             _add_signature(version, signing_key.sign(manifest.digest))
+        for suffix in (_SIGNATURES, _CARD_SIGNATURES):
+            _read_signatures(version, suffix)  # the name must not come to stand for what is refused
         write_atomically(home / _CURRENT, f"{version.name}\n".encode())
         if retire_previous is not None and previous not in (None, version.name):
             _retire_no_later(home / str(previous), retire_previous)
@@ -476,63 +508,19 @@ def _changing(store: Path) -> Iterator[None]:
     The kernel lets go of the lock when the process ends, however it does.
 
     Raises:
-        StoreError: for every OSError of the block.
+        StoreError: for every OSError of the block, and when the store is of another format.
     """
     try:
         store.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(store / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            claim(store)
             yield
         finally:
             os.close(descriptor)
     except OSError as error:
         raise StoreError(f"the store {store} cannot be written: {error}") from error
-
-
-def _repair(version: Path, artifact: HeadArtifact, head_key: HeadKey | None) -> None:
-    """Make a version that is there already what publishing it now would have made.
-
-    Raises:
-        StoreError: when its head is encrypted, cannot be read, and there is no key to write it.
-    """
-    whole = True
-    try:
-        if (version / MANIFEST_FILE).read_bytes() != artifact.manifest.serialize():
-            whole = False
-        if artifact.backbone is not None:
-            verify_files(version / BACKBONE_DIRECTORY, artifact.backbone)
-    except (OSError, BackboneError):
-        whole = False
-    encrypted = version / ENCRYPTED_HEAD_FILE
-    if head_key is None and encrypted.exists():
-        # A head that is encrypted at rest never turns into a plaintext one unasked.
-        try:
-            key_id_of(encrypted.read_bytes()[:HEADER_BYTES])
-        except (OSError, HeadKeyError):
-            whole = False
-        if not whole:
-            raise StoreError(
-                f"{version} is damaged and its head is encrypted: publish it again with the head "
-                "key, --head-key-file"
-            )
-        return
-    if whole and head_key is None:
-        try:
-            HeadArtifact.load(version, verify_backbone=False)
-        except ArtifactError:
-            whole = False
-    if not whole:
-        fresh, aside = (version.with_name(f".{what}-{version.name}") for what in ("new", "old"))
-        for left in (fresh, aside):  # by a publisher that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        artifact.save(fresh, encrypt_head=None if head_key is None else head_key.encrypt)
-        version.rename(aside)
-        fresh.rename(version)
-        sync_directory(version.parent)
-        shutil.rmtree(aside)
-    elif head_key is not None:
-        _encrypt_in_place(version, artifact, head_key)
 
 
 def retire(store: Path, name: str, digest: str | None, retirement: Retirement | None) -> str:
@@ -594,12 +582,3 @@ def _add_signature(version: Path, signature: VendorSignature, suffix: str = _SIG
         raise StoreError(f"a version has at most {MAX_SIGNATURES} signatures")
     lines = "".join(f"{item}\n" for item in (*others, signature))
     write_atomically(version.with_name(version.name + suffix), lines.encode())
-
-
-def _encrypt_in_place(version: Path, artifact: HeadArtifact, head_key: HeadKey) -> None:
-    """Put the head of a version that is already published under this key."""
-    encrypted = version / ENCRYPTED_HEAD_FILE
-    content = head_key.encrypt(artifact.head_bytes(), artifact.manifest.digest)
-    write_atomically(encrypted, content, mode=0o600)
-    (version / HEAD_FILE).unlink(missing_ok=True)
-    sync_directory(version)

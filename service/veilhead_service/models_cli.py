@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from veilhead_protocol.errors import StoreError
+from veilhead_protocol.manifest import NAME_PATTERN
 from veilhead_service.head_encryption import HeadKey
+from veilhead_service.model_status import ask_retry, read_unavailable
 from veilhead_service.model_store import ModelStore, StoredModel, retire
 from veilhead_service.reporting import reported
 from veilhead_service.retirement import Retirement
 from veilhead_service.signing import SigningKey
+from veilhead_service.store_versions import check_store_format
 
 models_app = typer.Typer(no_args_is_help=True, help="Look at what a store holds.")
 signing_key_app = typer.Typer(
@@ -26,11 +31,15 @@ signing_key_app = typer.Typer(
 head_key_app = typer.Typer(no_args_is_help=True, help="Keys that encrypt private heads at rest.")
 
 _Store = Annotated[Path, typer.Option(help="The store.")]
-
-
-@models_app.callback()
-def _models() -> None:
-    """Keep `models` a command with subcommands."""
+_State = Annotated[
+    Path,
+    typer.Option(
+        "--state",
+        envvar="VEILHEAD_SERVER_STATE_DIRECTORY",
+        help="The state directory of the service on that store.",
+    ),
+]
+_DEFAULT_STATE = Path("state")
 
 
 @head_key_app.callback()
@@ -40,14 +49,25 @@ def _head_key() -> None:
 
 @models_app.command("list")
 def list_models(
-    store: _Store, as_json: Annotated[bool, typer.Option("--json", help="JSON.")] = False
+    store: _Store,
+    state: _State = _DEFAULT_STATE,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON.")] = False,
 ) -> None:
     """Every version of every model: current, signed, encrypted, retired, and its size.
+
+    What a running service cannot answer for is shown as it says: quarantined, refused, unreadable.
 
     Example: veilhead-server models list --store store
     """
     with reported():
+        told = {(row["name"], row["digest"]): row for row in read_unavailable(state)}
         rows = list(_rows(store, datetime.now(UTC)))
+    for row in rows:
+        trouble = told.get((row["name"], row["digest"]))
+        if trouble is None and row["current"]:
+            trouble = told.get((row["name"], None))
+        if trouble is not None:
+            row |= {"state": trouble["why"], "error": trouble["reason"]}
     if as_json:
         typer.echo(json.dumps({"models": rows}, indent=2))
         return
@@ -67,13 +87,39 @@ def list_models(
     console.print(table)
 
 
+@models_app.command("retry")
+def retry_model(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    state: _State = _DEFAULT_STATE,
+) -> None:
+    """Let the running service try a model that it has quarantined, now and not later.
+
+    It is tried alone, in a process that serves nothing else, within seconds; the log tells how
+    that went.
+
+    Example: veilhead-server models retry icd10-chapters --state state
+    """
+    with reported():
+        if not NAME_PATTERN.fullmatch(name):
+            raise StoreError("a model's name has 1 to 64 letters, digits, '.', '_' and '-'")
+        ask_retry(state, name)
+    typer.echo(f"{name}: the service tries it again within seconds; its log tells how that went")
+
+
 def _rows(store: Path, now: datetime) -> Iterator[dict[str, Any]]:
     if not store.is_dir():
         raise StoreError(f"{store} is not a directory: expected a store that `publish` made")
+    check_store_format(store)
     models = ModelStore(store, check_heads=False)
     for name in models.names():
-        current = models.current_digest(name)
-        for digest, model in models.versions(name):
+        try:
+            current = models.current_digest(name)
+            versions = list(models.versions(name))
+        except StoreError as error:
+            row = {"name": name, "digest": "", "current": True}
+            yield row | _damaged(store / name, error)
+            continue
+        for digest, model in versions:
             yield {"name": name, "digest": digest, "current": digest == current} | (
                 _damaged(store / name / digest, model)
                 if isinstance(model, StoreError)
@@ -105,7 +151,14 @@ def _damaged(directory: Path, error: StoreError) -> dict[str, Any]:
 
 
 def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    """Bytes of the files there, as far as they can be looked at."""
+    total = 0
+    with suppress(OSError):
+        for path in directory.rglob("*"):
+            with suppress(OSError):
+                status = path.lstat()
+                total += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return total
 
 
 def retire_model(

@@ -23,6 +23,7 @@ from veilhead_protocol.errors import AccessLogError
 from veilhead_service import problems
 from veilhead_service.access_log import AccessLog, shortened
 from veilhead_service.logs import request_state
+from veilhead_service.strangers import Strangers
 from veilhead_service.telemetry import Telemetry
 from veilhead_service.tracing import Tracing
 
@@ -140,6 +141,7 @@ class ObservationMiddleware:
         app: ASGIApp,
         *,
         telemetry: Telemetry,
+        strangers: Strangers,
         tracing: Tracing | None = None,
         access_log: AccessLog | None = None,
         log_required: bool = False,
@@ -150,13 +152,15 @@ class ObservationMiddleware:
         Args:
             app: what answers.
             telemetry: counts every request.
+            strangers: counts those that were refused without a good API key.
             tracing: makes spans of every request, when there is one.
-            access_log: records requests, when there is one.
+            access_log: records tenants' requests, when there is one.
             log_required: answer 503 to what cannot be recorded.
             templates: the app's routes, for requests that are refused before they reach one.
         """
         self._app = app
         self._telemetry = telemetry
+        self._strangers = strangers
         self._tracing = tracing
         self._access_log = access_log
         self._log_required = log_required
@@ -187,6 +191,8 @@ class ObservationMiddleware:
         finally:
             observation = watch.observation()
             self._telemetry.observe(observation)
+            if observation.tenant == NONE and observation.problem is not None:
+                self._strangers.note(observation.problem)
             if self._tracing is not None:
                 self._tracing.record(observation)
             request_state.reset(token)
@@ -243,6 +249,8 @@ class _Answer:
         if self._log is None:
             return
         seen = self._watch.observation()
+        if seen.tenant == NONE:  # the log would grow as fast as anybody likes
+            return
         written = self._log.append(
             request_id=seen.request_id,
             tenant=seen.tenant,

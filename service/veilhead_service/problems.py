@@ -7,7 +7,11 @@ Details name what was wrong and what was expected, and never hold a byte of a re
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import secrets
+import time
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -19,7 +23,6 @@ from starlette.exceptions import HTTPException
 from veilhead_protocol.errors import (
     ModelMismatchError,
     ModelRetiredError,
-    ModelUnavailableError,
     StateError,
     StoreError,
     VeilheadError,
@@ -54,6 +57,12 @@ OPENAPI_RESPONSE: Final[dict[str, Any]] = {
 #: Seconds after which a client should try again when no worker was free.
 RETRY_AFTER_SECONDS: Final = 1
 
+#: Between two log lines of the same error; and how many errors are remembered for that.
+_TELL_SECONDS: Final = 60.0
+_MOST_TOLD: Final = 256
+
+_told: dict[str, float] = {}
+
 logger = logging.getLogger("veilhead.service")
 
 
@@ -68,6 +77,7 @@ class Problem(Exception):  # noqa: N818  (the term of RFC 9457)
         *,
         retryable: bool = False,
         headers: dict[str, str] | None = None,
+        tenant: str | None = None,
     ) -> None:
         super().__init__(detail)
         self.status = status
@@ -75,6 +85,7 @@ class Problem(Exception):  # noqa: N818  (the term of RFC 9457)
         self.detail = detail
         self.retryable = retryable
         self.headers = headers or {}
+        self.tenant = tenant  # who was refused, where no route is told of it
 
 
 def model_not_found() -> Problem:
@@ -142,12 +153,14 @@ def of_error(error: VeilheadError) -> Problem:
         )
     if isinstance(error, ModelRetiredError):
         return Problem(HTTPStatus.GONE, "model-retired", str(error))
-    if isinstance(error, ModelUnavailableError):
-        logger.error("a model cannot be served: %s", error)
+    if isinstance(error, StoreError):
+        _tell_operator(f"a model cannot be served: {error}")
         return Problem(
-            HTTPStatus.INTERNAL_SERVER_ERROR,
+            HTTPStatus.SERVICE_UNAVAILABLE,
             "model-unavailable",
-            "this version is published here but cannot be served; the service's log says why",
+            "what is published here cannot be read or served; the service's log says why",
+            retryable=True,
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
     if isinstance(error, StateError):  # `tenant_access.py` logs it, once
         return Problem(
@@ -157,23 +170,52 @@ def of_error(error: VeilheadError) -> Problem:
             retryable=True,
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
-    if isinstance(error, StoreError):
-        logger.error("the model store failed: %s", error)
     return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the service failed")
+
+
+def _tell_operator(message: str) -> None:
+    """Log an error, but the same one at most once a minute: those who ask must not fill the log."""
+    now = time.monotonic()
+    if now - _told.get(message, -math.inf) < _TELL_SECONDS:
+        return
+    if len(_told) >= _MOST_TOLD:
+        _told.clear()
+    _told[message] = now
+    logger.error("%s", message)
+
+
+def _document(problem: Problem, request_id: str) -> dict[str, Any]:
+    return {
+        "type": PROBLEM_TYPE + problem.code,
+        "title": problem.status.phrase,
+        "status": int(problem.status),
+        "detail": problem.detail,
+        "request_id": request_id,
+        "retryable": problem.retryable,
+    }
 
 
 def respond(request: Request, problem: Problem) -> JSONResponse:
     """The HTTP response of a problem."""
     request.state.problem = problem.code
-    body: dict[str, Any] = {
-        "type": PROBLEM_TYPE + problem.code,
-        "title": problem.status.phrase,
-        "status": int(problem.status),
-        "detail": problem.detail,
-        "request_id": request.state.request_id,
-        "retryable": problem.retryable,
-    }
+    if problem.tenant is not None:
+        request.state.tenant = problem.tenant
+    body = _document(problem, request.state.request_id)
     return JSONResponse(body, problem.status, problem.headers, media_type=MEDIA_TYPE)
+
+
+def malformed_request() -> bytes:
+    """The whole answer to what is no HTTP request, and reaches no application; it is the last."""
+    status, request_id = HTTPStatus.BAD_REQUEST, secrets.token_hex(16)
+    detail = "expected a request of HTTP/1 that names one Host and can be read in one way"
+    document = _document(Problem(status, "malformed-request", detail), request_id)
+    body = json.dumps(document, separators=(",", ":")).encode()
+    head = (
+        f"HTTP/1.1 {status:d} {status.phrase}\r\n"
+        f"content-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
+        f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode("ascii") + body
 
 
 def install(app: FastAPI) -> None:

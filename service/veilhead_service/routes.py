@@ -5,11 +5,12 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
@@ -38,6 +39,7 @@ from veilhead_protocol.wire import (
     KeyMessage,
     QueryHeader,
     QueryMessage,
+    carried_key,
     key_id,
 )
 from veilhead_service.access import Access
@@ -53,6 +55,7 @@ from veilhead_service.problems import (
     model_not_found,
     range_refused,
 )
+from veilhead_service.strangers import Strangers
 from veilhead_service.telemetry import MEDIA_TYPE as METRICS_TYPE
 from veilhead_service.telemetry import Telemetry
 from veilhead_service.workers import WorkerPool
@@ -77,6 +80,7 @@ class Services:
     intake: Intake
     access: Access
     telemetry: Telemetry
+    strangers: Strangers
 
 
 # Coroutines, though they wait for nothing: plain functions would be called on a thread each.
@@ -184,11 +188,17 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
                 "read the manifest again and make a new query"
             )
         layout = requested_layout(header, model.manifest)
+        services.pool.check(model)
+        if header.has_key:
+            services.access.count_registration(tenant)
         found.append((header, model, layout))
-        return QueryMessage.size(model.manifest.parameter_set, layout)
+        parameters = model.manifest.parameter_set
+        return QueryMessage.size(parameters, layout, has_key=header.has_key)
 
     try:
-        services.pool.admit()  # before the body: a query that must wait too long is not even read
+        services.pool.admit(
+            tenant
+        )  # before the body: a query that must wait too long is not even read
         body = await _body(request, services.intake, tenant, MAX_QUERY_BYTES, expect)
     except Exception:
         # Which model it was about, or that there is none: only now, since it costs a look at disk.
@@ -198,13 +208,15 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
     ((header, model, layout),) = found
     _note_model(request, model)
     request.state.key_id = header.key_id
-    key = services.keys.get(tenant, header.key_id)
-    if key is None:
+    # A key that comes with its query serves this query alone.
+    key = carried_key(body, header) or services.keys.get(tenant, header.key_id)
+    if not key:
         raise key_not_registered()
-    manifest = model.manifest
-    units = charge(layout, manifest.scales.exponent, manifest.parameter_set)
-    async with services.access.charged(tenant, name, units, policy_budget(manifest)):
-        evaluation = await services.pool.evaluate(model, header.key_id, key, body, layout=layout)
+    units = charge(layout)
+    async with services.access.charged(tenant, name, units, policy_budget(model.manifest)):
+        evaluation = await services.pool.evaluate(
+            model, header.key_id, key, body, layout=layout, tenant=tenant
+        )
     request.state.queue_seconds = evaluation.queue_seconds
     request.state.evaluate_seconds = evaluation.seconds
     return Response(
@@ -271,7 +283,10 @@ async def list_models(services: _Services) -> dict[str, list[dict[str, str]]]:
 def _policy_budgets(services: Services) -> dict[str, Budget | None]:
     """Every model, with the budget of its current version's policy."""
     found: dict[str, Budget | None] = {}
-    for name in services.models.names():
+    names: list[str] = []
+    with suppress(StoreError):  # budgets in use are shown all the same
+        names = services.models.names()
+    for name in names:
         model = None
         with suppress(StoreError):  # retired or damaged: what it was asked still counts
             model = services.models.current(name)
@@ -378,7 +393,14 @@ async def get_card(
 
 
 class _PublicFile(FileResponse):
-    """A file; a range that it cannot answer becomes a problem, as every other refusal."""
+    """A file, as long as there is a place for it on the way out.
+
+    A range that it cannot answer becomes a problem, as every other refusal.
+    """
+
+    def __init__(self, path: Path, place: AbstractContextManager[None], **options: Any) -> None:
+        super().__init__(path, **options)
+        self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_unless_refused(message: Message) -> None:
@@ -387,7 +409,8 @@ class _PublicFile(FileResponse):
                 raise range_refused(HTTPStatus(message["status"]), headers.get("content-range"))
             await send(message)
 
-        await super().__call__(scope, receive, send_unless_refused)
+        with self._place:
+            await super().__call__(scope, receive, send_unless_refused)
 
 
 @router.get(
@@ -404,6 +427,7 @@ async def get_file(
     path: str,
     request: Request,
     services: _Services,
+    tenant: _Tenant,
     digest: _VersionDigest = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
@@ -423,6 +447,7 @@ async def get_file(
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     return _PublicFile(
         model.directory / BACKBONE_DIRECTORY / entry.path,
+        services.intake.downloads.one(tenant),
         media_type=MESSAGE_TYPE,
         headers=headers,
     )
@@ -509,13 +534,17 @@ async def live() -> dict[str, str]:
     },
 )
 async def ready(services: _Services) -> JSONResponse:
-    """200 when queries can be evaluated, 503 when not."""
+    """200 when queries can be evaluated, 503 when not; names the models that cannot be asked."""
+    found: dict[str, Any] = {"status": "ready"}
     if not services.pool.ready:
-        return JSONResponse({"status": "not ready"}, HTTPStatus.SERVICE_UNAVAILABLE)
-    if not await services.access.ready():
-        body = {"status": "not ready", "reason": "state-unavailable"}
-        return JSONResponse(body, HTTPStatus.SERVICE_UNAVAILABLE)
-    return JSONResponse({"status": "ready"})
+        found = {"status": "not ready"}
+    elif not await services.access.ready():
+        found = {"status": "not ready", "reason": "state-unavailable"}
+    is_ready = found["status"] == "ready"
+    # Only the kind of reason: anybody may ask, and reasons name paths.
+    if rows := [{"name": row.name, "why": row.why} for row in services.pool.unavailable()]:
+        found["unavailable_models"] = rows
+    return JSONResponse(found, HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 @router.get("/version", tags=["health"])

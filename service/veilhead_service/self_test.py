@@ -93,14 +93,14 @@ def _ask(head: EncryptedHead, manifest: Manifest, row: NDArray[np.float64]) -> N
     seal = seal_io.runtime(parameters)
     secret = sealapi.KeyGenerator(seal.context).secret_key()
     encryptor = sealapi.Encryptor(seal.context, secret)
-    b, prng, seed = seal_io.save_seeded(encryptor.encrypt_zero_symmetric(seal.key_parms_id))
+    b, prng, seed = seal_io.save_seeded(seal, encryptor.encrypt_zero_symmetric(seal.parms_id))
     key = ClientKey.from_message(
         KeyMessage(parameters, Prng(prng), Domain.NTT, b, seed).serialize()
     )
 
     def encrypt(piece: NDArray[np.float64]) -> SeededPolynomial:
         plaintext = encode(seal, piece, manifest.scales.query_scale_bits)
-        c0, _, seed = seal_io.save_seeded(encryptor.encrypt_symmetric(plaintext))
+        c0, _, seed = seal_io.save_seeded(seal, encryptor.encrypt_symmetric(plaintext))
         return SeededPolynomial(c0, seed)
 
     query = QueryMessage(

@@ -1,80 +1,54 @@
 """The process that listens: how it starts, drains and ends.
 
-On the first SIGTERM or SIGINT `/readyz` turns 503 and new queries are refused at once; after
-`drain_delay_seconds` the listener closes; queries that run have `drain_seconds` to end; the process
-then ends with status 0. A second signal ends it at once, with 128 and the signal's number.
-
-A connection that does not send a whole request header in time is closed, and so is one whose header
-has no end: uvicorn limits the time between requests, and neither time nor bytes within a header.
+On the first SIGTERM, SIGINT or SIGQUIT `/readyz` turns 503 and new queries are refused at once;
+after `drain_delay_seconds` the listener closes; queries that run have `drain_seconds` to end; the
+process then ends with status 0. A second signal ends it at once, with 128 and the signal's number.
+SIGHUP does nothing: the log is standard error, and the access log needs no telling.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import signal
 import time
+from contextlib import suppress
+from functools import partial
 from types import FrameType
-from typing import Final
-from weakref import WeakKeyDictionary
+from typing import Any, Final, cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from veilhead_protocol.hardening import forbid_core_dumps
+from veilhead_protocol.errors import ServiceError
+from veilhead_protocol.hardening import forbid_core_dumps, raise_descriptor_limit
+from veilhead_service.connections import Connection, ConnectionLimits, Connections, Front
+from veilhead_service.pacing import Pacing
 from veilhead_service.settings import Settings
+from veilhead_service.telemetry import network_metrics
 from veilhead_service.workers import WorkerPool
 
 #: Of uvicorn's ticks, ten a second, every so many looks for connections that stall.
 _TICKS: Final = 5
 
-#: Bytes of a request's header, after the piece that it begins in.
-_HEADER_BYTES: Final = 64 * 2**10
+#: Connections that wait to be accepted; asyncio accepts as many at once, before any is counted.
+BACKLOG: Final = 128
 
-
-class _Connection(HttpToolsProtocol):
-    """A connection that holds a bounded amount of what is neither a whole header nor a body."""
-
-    _held_bytes = 0
-    _is_passed_on = False
-
-    def data_received(self, data: bytes) -> None:
-        """Parse a piece of a request, or refuse it."""
-        self._is_passed_on = False
-        super().data_received(data)
-        # Trailers and extensions of chunks count like headers: the parser keeps them, too.
-        self._held_bytes = 0 if self._is_passed_on else self._held_bytes + len(data)
-        if self._held_bytes > _HEADER_BYTES:
-            self.send_400_response("Invalid HTTP request received.")
-
-    def on_headers_complete(self) -> None:
-        """The header is whole."""
-        self._is_passed_on = True
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """A piece of the body goes to the application."""
-        self._is_passed_on = True
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """The request is whole."""
-        self._is_passed_on = True
-        super().on_message_complete()
+logger = logging.getLogger("veilhead.service")
 
 
 class _Server(uvicorn.Server):
     """Uvicorn's server, which drains the pool before it closes the listener."""
 
-    def __init__(self, config: uvicorn.Config, pool: WorkerPool, settings: Settings) -> None:
+    def __init__(
+        self, config: uvicorn.Config, pool: WorkerPool, connections: Connections, delay: float
+    ) -> None:
         super().__init__(config)
         self._pool = pool
-        self._delay_seconds = settings.drain_delay_seconds
-        self._header_seconds = settings.body_seconds
+        self._connections = connections
+        self._delay_seconds = delay
         self._closes: float | None = None
-        # When a connection was first seen without a whole header, and the request before that.
-        self._stalled: WeakKeyDictionary[_Connection, tuple[RequestResponseCycle | None, float]]
-        self._stalled = WeakKeyDictionary()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Begin to drain, or end at once when that has begun already."""
@@ -90,39 +64,51 @@ class _Server(uvicorn.Server):
         if self._closes is not None and time.monotonic() >= self._closes:
             self.should_exit = True
         if counter % _TICKS == 0:
-            self._close_stalled()
+            self._connections.close_stalled()
         return await super().on_tick(counter)
-
-    def _close_stalled(self) -> None:
-        now = time.monotonic()
-        for connection in list(self.server_state.connections):
-            if not isinstance(connection, _Connection):
-                continue
-            last = connection.cycle
-            # Between requests uvicorn's own timer runs; during one the intake's, or the pool's.
-            waits = last is None or last.response_complete
-            if not waits or connection.timeout_keep_alive_task is not None:
-                self._stalled.pop(connection, None)
-                continue
-            before, since = self._stalled.get(connection, (last, now))
-            if before is not last:
-                since = now
-            self._stalled[connection] = last, since
-            if now - since >= self._header_seconds:
-                connection.transport.close()
 
 
 def serve(app: FastAPI, settings: Settings, *, host: str, port: int) -> None:
-    """Serve an app that `create_app` made, in this process, until a signal ends it."""
+    """Serve an app that `create_app` made, in this process, until a signal ends it.
+
+    Raises:
+        ConfigurationError: when the limit of open files allows too few connections.
+        ServiceError: when it cannot start; as any other error, it says why.
+    """
     forbid_core_dumps()
+    most = settings.connections(raise_descriptor_limit())
+    services = app.state.services
+    connections = Connections(
+        ConnectionLimits(
+            connections=most,
+            peer_connections=settings.peer_connections or -(-most // 2),
+            header_seconds=settings.body_seconds,
+            unread_seconds=settings.unread_seconds,
+        ),
+        Pacing(settings.refusals_per_second),
+        services.strangers.note,
+    )
+    services.telemetry.watch(network_metrics(lambda: len(connections), most, services.strangers))
     config = uvicorn.Config(
-        app,
+        Front(app),
         host=host,
         port=port,
         access_log=False,
         log_config=None,  # `logs.configure` did it
-        http=_Connection,
+        http=cast("Any", partial(Connection, connections=connections)),
+        ws="none",
+        backlog=BACKLOG,
+        server_header=False,
         proxy_headers=False,  # nothing here asks for a client's address
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
     )
-    _Server(config, app.state.services.pool, settings).run()
+    server = _Server(config, services.pool, connections, settings.drain_delay_seconds)
+    # Ignored, not handled: the workers inherit that.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGQUIT, server.handle_exit)
+    logger.info("at most %d connections", most)
+    with suppress(SystemExit):  # how uvicorn says that it has not started
+        server.run()
+    if not server.started:
+        failure = getattr(app.state, "failure", None)
+        raise failure or ServiceError(f"cannot listen on {host} port {port}; the log says why")

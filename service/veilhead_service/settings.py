@@ -23,6 +23,7 @@ from pydantic_settings import (
 from veilhead_protocol.errors import ConfigurationError
 from veilhead_protocol.loopback import is_loopback
 from veilhead_service.head_encryption import HeadKey, find_head_key
+from veilhead_service.machine import available_bytes, usable_cores
 
 ENVIRONMENT_PREFIX: Final = "VEILHEAD_SERVER_"
 
@@ -30,23 +31,60 @@ ENVIRONMENT_PREFIX: Final = "VEILHEAD_SERVER_"
 CONFIG_VARIABLE: Final = "VEILHEAD_SERVER_CONFIG"
 
 
+#: Memory that a worker takes at least: its libraries, 56 MB, and some heads and keys.
+WORKER_BYTES: Final = 96 * 2**20
+
+#: Most workers of one service.
+_MOST_WORKERS: Final = 1024
+
+
+def default_workers() -> int:
+    """One for each core that this process may use, as far as half of the free memory goes."""
+    cores, free = usable_cores(), available_bytes()
+    fit = cores if free is None else free // (2 * WORKER_BYTES)
+    return max(1, min(cores, fit, _MOST_WORKERS))
+
+
+#: Open files of the service that are no connections: connections that were accepted at once and
+#: not yet counted, state, logs, models that are read; and for each worker.
+_OTHER_FILES: Final = 256
+_WORKER_FILES: Final = 8
+
+#: Without `max_connections`. Each connection may hold some 100 KB here, and as much in the kernel.
+_MOST_CONNECTIONS: Final = 4096
+_FEWEST_CONNECTIONS: Final = 64
+
+
 class Settings(BaseSettings):
     """What an operator can set.
 
     Attributes:
         store: directory of published models.
-        workers: evaluating processes.
+        workers: evaluating processes; when absent one a core, by affinity and the quota of its
+            control group, and no more than fit into half of the free memory.
         waiting_per_worker: queries that may wait for each worker before new ones are refused.
         evaluation_seconds: an evaluation that takes longer ends with its worker.
+        load_seconds: likewise the loading of a head.
         key_memory_bytes: memory for registered keys; the least recently used go first.
         key_idle_seconds: a key that was not used for so long is dropped.
         key_lifetime_seconds: a key is dropped after so long, used or not.
         queue_seconds: a query that waits longer for a worker is answered as retryable.
-        worker_memory_bytes: a worker that holds more after an answer is replaced (resident memory).
+        worker_memory_bytes: a worker that holds more after an answer is replaced (resident memory),
+            and a head that needs more is not loaded.
         worker_head_bytes: encoded heads that a worker keeps; the least recently used go first.
+            Current versions that fit are loaded ahead, others with their first query.
+        worker_zeros_ahead: encryptions of zero that an idle worker makes ahead for each of the keys
+            that asked last; 0 where a worker may be resumed twice from one snapshot.
         worker_max_evaluations: a worker is replaced after so many; never when None.
         body_seconds: a request's header must arrive within so long, and then its body.
         max_bodies: bodies that may be on their way at once; further requests are refused.
+        max_downloads: files of backbones that may be on their way out at once.
+        max_connections: open connections that there may be; as many as the limit of open files
+            allows, and no more than 4,096, when None.
+        peer_connections: connections from one address; half of all when None.
+        unread_seconds: a connection ends when its peer takes nothing of an answer for so long.
+        refusals_per_second: refusals of one tenant, or of one address without a good API key, that
+            are answered at once; others wait, up to five seconds.
         drain_delay_seconds: how long a stopping service still accepts connections, so that a load
             balancer sees `/readyz` fail first.
         drain_seconds: how long queries that run when the listener closes may take to end.
@@ -72,6 +110,8 @@ class Settings(BaseSettings):
             service without tenants.
         access_log_sync_seconds: force lines to the disk after so long; 0 forces each batch of
             lines before their answers leave.
+        disk_reserve_bytes: what the access log leaves free of its disk, for the state; a tenth of
+            the disk where that is less.
         access_log_file_bytes: a file of the access log that reaches this size is closed, and the
             chain goes on in a new one.
         tracing: send OpenTelemetry spans of requests; needs the extra `otel`.
@@ -88,18 +128,25 @@ class Settings(BaseSettings):
     )
 
     store: Path = Path("store")
-    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=256)
+    workers: int = Field(default_factory=default_workers, ge=1, le=_MOST_WORKERS)
     waiting_per_worker: int = Field(default=64, ge=1)
     evaluation_seconds: float = Field(default=30.0, gt=0)
+    load_seconds: float = Field(default=60.0, gt=0)
     key_memory_bytes: int = Field(default=64 * 2**20, ge=2**16)
     key_idle_seconds: float = Field(default=1800.0, gt=0)
     key_lifetime_seconds: float = Field(default=7200.0, gt=0)
     queue_seconds: float = Field(default=20.0, gt=0)
     worker_memory_bytes: int = Field(default=2 * 2**30, ge=2**26)
     worker_head_bytes: int = Field(default=2**30, ge=2**20)
+    worker_zeros_ahead: int = Field(default=16, ge=0, le=256)
     worker_max_evaluations: int | None = Field(default=None, ge=1)
     body_seconds: float = Field(default=10.0, gt=0)
     max_bodies: int = Field(default=1024, ge=1)
+    max_downloads: int = Field(default=64, ge=1)
+    max_connections: int | None = Field(default=None, ge=1)
+    peer_connections: int | None = Field(default=None, ge=1)
+    unread_seconds: float = Field(default=30.0, ge=0.1)
+    refusals_per_second: float = Field(default=100.0, gt=0, allow_inf_nan=False)
     drain_delay_seconds: float = Field(default=0.0, ge=0)
     drain_seconds: float = Field(default=30.0, gt=0)
     head_key_file: Path | None = None
@@ -120,6 +167,7 @@ class Settings(BaseSettings):
     access_log: Literal["auto", "off", "on", "required"] = "auto"
     access_log_sync_seconds: float = Field(default=1.0, ge=0)
     access_log_file_bytes: int = Field(default=64 * 2**20, ge=2**12)
+    disk_reserve_bytes: int = Field(default=64 * 2**20, ge=0)
     tracing: bool = False
     tracing_endpoint: str | None = None
 
@@ -153,6 +201,22 @@ class Settings(BaseSettings):
         return find_head_key(
             self.head_key_file, None if self.head_key is None else self.head_key.get_secret_value()
         )
+
+    def connections(self, descriptors: int) -> int:
+        """Open connections that there may be with so many open files.
+
+        Raises:
+            ConfigurationError: when they are too few, or fewer than `max_connections`.
+        """
+        spare = descriptors - _OTHER_FILES - _WORKER_FILES * self.workers - self.max_downloads
+        wanted = self.max_connections or _FEWEST_CONNECTIONS
+        if spare < wanted:
+            raise ConfigurationError(
+                f"the limit of open files is {descriptors}, which leaves {max(0, spare)} for "
+                f"connections, expected {wanted}: raise it to {wanted + descriptors - spare} "
+                "(`ulimit -n`, LimitNOFILE=, --ulimit nofile=), or set max_connections"
+            )
+        return self.max_connections or min(spare, _MOST_CONNECTIONS)
 
     @property
     def access_log_mode(self) -> Literal["off", "on", "required"]:

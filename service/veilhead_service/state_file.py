@@ -12,7 +12,6 @@ leaves it looking differently.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sqlite3
 import time
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from veilhead_protocol.copies import keep_for_ever, process_mark
 from veilhead_protocol.errors import StateError
 
 STATE_FILE: Final = "state.sqlite3"
@@ -30,6 +30,11 @@ BUSY_SECONDS: Final = 5.0
 
 #: The write-ahead log is copied into the file after so many transactions: some megabytes.
 _TRANSACTIONS: Final = 1000
+
+#: Why nothing is done in a copy of the process that opened the state.
+COPIED: Final = (
+    "was opened by another process, which this one is a copy of: start the service after the fork"
+)
 
 #: What the note says while a checkpoint is made, or when it was not finished.
 _UNKNOWN: Final = "unknown"
@@ -129,6 +134,7 @@ class StateFile:
         """
         self._path = directory / STATE_FILE
         self._clock = clock
+        self._process = process_mark()
         self._opened_as: tuple[tuple[int, int], ...] = ()
         self._transactions = 0
         try:
@@ -159,10 +165,12 @@ class StateFile:
 
     def close(self) -> None:
         """Close the file."""
-        if self._opened_as and self._side_file_is_anothers():
-            # SQLite would delete, by its name, the log of what has taken this file's place: this
-            # connection ends with the process, without any of its doing.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._database))
+        # https://www.sqlite.org/howtocorrupt.html: not even closed in another process. And SQLite
+        # would delete, by its name, the log of what has taken this file's place. Such a connection
+        # ends with the process, without any of its doing.
+        is_copied = self._process != process_mark()
+        if is_copied or (self._opened_as and self._side_file_is_anothers()):
+            keep_for_ever(self._database)
             return
         self._database.close()
 
@@ -305,6 +313,8 @@ class StateFile:
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
+        if self._process != process_mark():
+            raise StateError(f"the state {self._path} {COPIED}")
         try:
             yield
         except sqlite3.Error as error:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
+from veilhead_protocol.copies import process_mark
 from veilhead_protocol.errors import StateError
 from veilhead_service.state import State
-from veilhead_service.state_file import BUSY_SECONDS
+from veilhead_service.state_file import BUSY_SECONDS, COPIED
 
 #: A wait that differs by less is left as it is: setting it takes longer.
 _CLOSE_ENOUGH: Final = 0.05
@@ -35,6 +36,7 @@ class Lane:
         """
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"veilhead-state-{name}")
         self._open_state = open_state
+        self._process: int | None = None  # whose the thread is, once there is one
         self._state: State | None = None
         self._waits = 0.0
         self._must_checkpoint = False
@@ -58,14 +60,22 @@ class Lane:
         """What a call returns.
 
         Raises:
-            StateError: when the state cannot be used in time, and whatever the call raises.
+            StateError: when the state cannot be used in time, or in a copy of the process that used
+                it; and whatever the call raises.
         """
+        if self._process is None:
+            self._process = process_mark()
+        if self._process != process_mark():
+            raise StateError(f"the state {COPIED}")  # a copy has no thread, and would wait for ever
         until = time.monotonic() + BUSY_SECONDS
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._call, call, until)
 
     async def close(self) -> None:
         """Close the connection; another call opens it again."""
+        if self._process is not None and self._process != process_mark():
+            self._close()
+            return
         await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
 
     def _call(self, call: Callable[[State], _Value], until: float) -> _Value:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from veilhead_service.access_log import AccessLog
     from veilhead_service.keys import KeyStore
     from veilhead_service.observation import Observation
+    from veilhead_service.strangers import Strangers
 
 MEDIA_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -39,6 +40,18 @@ _BYTES: Final = (*(4.0**power * 2**8 for power in range(10)), 2.0**28, 2.0**32)
 
 #: A metric read when it is asked for.
 Reading = Callable[[], Iterable[Metric]]
+
+
+class ModelFigures(Protocol):
+    """What is shown of a model that cannot be answered for."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+
+    @property
+    def why(self) -> str:
+        """The kind of reason."""
 
 
 class PoolFigures(Protocol):
@@ -63,6 +76,10 @@ class PoolFigures(Protocol):
     @property
     def failed_starts(self) -> int:
         """Workers that did not come up so far."""
+
+    @property
+    def unavailable(self) -> Sequence[ModelFigures]:
+        """Published models that cannot be answered for."""
 
 
 class BudgetFigures(Protocol):
@@ -222,6 +239,26 @@ def access_log_metrics(log: AccessLog) -> Reading:
     return read
 
 
+def network_metrics(count: Callable[[], int], most: int, strangers: Strangers) -> Reading:
+    """Metrics of open connections, and of what was refused without a good API key."""
+
+    def read() -> Iterator[Metric]:
+        yield GaugeMetricFamily("veilhead_connections", "Open connections.", count())
+        yield GaugeMetricFamily(
+            "veilhead_connections_limit", "Open connections that there may be.", most
+        )
+        refused = CounterMetricFamily(
+            "veilhead_strangers_refused",
+            "Requests and connections without a good API key that were refused, by kind.",
+            labels=["reason"],
+        )
+        for kind, number in strangers.totals.items():
+            refused.add_metric([kind], number)
+        yield refused
+
+    return read
+
+
 def pool_metrics(figures: Callable[[], PoolFigures]) -> Reading:
     """Metrics of the evaluating processes."""
 
@@ -242,6 +279,14 @@ def pool_metrics(figures: Callable[[], PoolFigures]) -> Reading:
         yield CounterMetricFamily(
             "veilhead_worker_failed_starts", "Workers that did not come up.", now.failed_starts
         )
+        unavailable = GaugeMetricFamily(
+            "veilhead_model_unavailable",
+            "1 for a published model that cannot be answered for.",
+            labels=["model", "reason"],
+        )
+        for model, why in {(row.name, str(row.why)) for row in now.unavailable}:
+            unavailable.add_metric([model, why], 1)
+        yield unavailable
 
     return read
 

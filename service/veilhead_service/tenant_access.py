@@ -33,6 +33,9 @@ _FRESH_SECONDS: Final = 0.25
 #: What others than our commands wrote is read after so long.
 _RELOAD_SECONDS: Final = 2.0
 
+#: A budget that is used up is asked about again after so long: what others than our commands gave.
+_EXHAUSTED_SECONDS: Final = 30.0
+
 #: Counts of old periods are looked for as often as this.
 _PRUNE_SECONDS: Final = 3600.0
 
@@ -48,6 +51,17 @@ class _Directory:
     loaded: float
     tenants: dict[str, Tenant]
     keys: dict[str, ApiKey]
+
+
+@dataclass(frozen=True)
+class _Exhausted:
+    """A charge that the state refused, after how many commands, and when."""
+
+    usage: Usage
+    units: int
+    default: Budget
+    commands: int
+    since: float
 
 
 class TenantAccess:
@@ -100,6 +114,7 @@ class TenantAccess:
         self._agreed = False
         self._introduced = False
         self._owed: deque[Charge] = deque()
+        self._exhausted: dict[tuple[str, str], _Exhausted] = {}
         self._told = ""
 
     async def start(self) -> None:
@@ -165,8 +180,18 @@ class TenantAccess:
                 HTTPStatus.FORBIDDEN,
                 "forbidden",
                 f"the API key lacks the scope {needed}; the vendor can make one that has it",
+                tenant=key.tenant,
             )
-        wait = self._limiter.take(key.tenant, self._rate_of(directory, key.tenant))
+        self._take(directory, key.tenant)
+        return key.tenant
+
+    def count_registration(self, tenant: str) -> None:
+        """Take one more request from the tenant's rate."""
+        if self._directory is not None and tenant in self._directory.tenants:
+            self._take(self._directory, tenant)
+
+    def _take(self, directory: _Directory, tenant: str) -> None:
+        wait = self._limiter.take(tenant, self._rate_of(directory, tenant))
         if wait > 0:
             raise Problem(
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -174,8 +199,8 @@ class TenantAccess:
                 "too many requests of this tenant at once; send the same request again later",
                 retryable=True,
                 headers={"Retry-After": _whole(wait)},
+                tenant=tenant,
             )
-        return key.tenant
 
     @asynccontextmanager
     async def charged(
@@ -185,18 +210,17 @@ class TenantAccess:
 
         Only a block that was cancelled stays charged: nobody knows how far it came.
         """
-        taken = await self._charges.run(
-            lambda state: state.charge(tenant, model, units, default or self._budget)
-        )
+        default = default or self._budget
+        self._refuse_exhausted(tenant, model, units, default)
+        # Before the charge: a command that comes meanwhile makes it another number.
+        directory, now = self._directory, self._monotonic()
+        taken = await self._charges.run(lambda state: state.charge(tenant, model, units, default))
         if isinstance(taken, Usage):
-            raise Problem(
-                HTTPStatus.TOO_MANY_REQUESTS,
-                "budget-exhausted",
-                f"no queries of this model are left in this {taken.budget.period} (UTC); "
-                "GET /v1/usage shows the budgets",
-                retryable=True,
-                headers={"Retry-After": _whole(taken.ends - self._clock())},
-            )
+            if directory is not None:
+                self._exhausted[tenant, model] = _Exhausted(
+                    taken, units, default, directory.commands, now
+                )
+            raise self._exhausted_problem(taken)
         try:
             yield
         except Exception:
@@ -226,6 +250,38 @@ class TenantAccess:
         """All tenants' rows."""
         budgets = {model: budget or self._budget for model, budget in models.items()}
         return await self._counts.run(lambda state: state.usage(self._budget, of_models=budgets))
+
+    def _refuse_exhausted(self, tenant: str, model: str, units: int, default: Budget) -> None:
+        """Refuse what was refused before, without asking the state again.
+
+        Raises:
+            Problem: budget-exhausted.
+        """
+        found = self._exhausted.get((tenant, model))
+        if found is None:
+            return
+        directory = self._directory
+        same = (
+            directory is not None
+            and directory.commands == found.commands
+            and found.default == default
+            and self._monotonic() - found.since < _EXHAUSTED_SECONDS
+            and self._clock() < found.usage.ends
+        )
+        if not same:
+            del self._exhausted[tenant, model]  # another budget, perhaps, or another period
+        elif units >= found.units:
+            raise self._exhausted_problem(found.usage)
+
+    def _exhausted_problem(self, usage: Usage) -> Problem:
+        return Problem(
+            HTTPStatus.TOO_MANY_REQUESTS,
+            "budget-exhausted",
+            f"no queries of this model are left in this {usage.budget.period} (UTC); "
+            "GET /v1/usage shows the budgets",
+            retryable=True,
+            headers={"Retry-After": _whole(usage.ends - self._clock())},
+        )
 
     def _rate_of(self, directory: _Directory, name: str) -> Rate:
         tenant = directory.tenants[name]
@@ -283,6 +339,7 @@ class TenantAccess:
             except StateError:
                 self._owed.appendleft(taken)
                 raise
+            self._exhausted.pop((taken.tenant, taken.model), None)
 
     def _tell(self, error: VeilheadError | None) -> None:
         """Log what is wrong once, and once that it is over."""
@@ -310,7 +367,16 @@ class TenantAccess:
         directory = self._directory
         if directory is not None and now - self._checked < _FRESH_SECONDS:
             return directory  # another request just had it looked at
-        self._directory = None
+        try:
+            self._directory = self._looked_up(state, directory, now)
+        except BaseException:
+            self._directory = None  # nobody goes on with what may have changed
+            raise
+        self._checked = now
+        return self._directory
+
+    def _looked_up(self, state: State, directory: _Directory | None, now: float) -> _Directory:
+        """The directory as the state has it now: this one when nothing changed."""
         if not state.check_whole():
             self._charges.ask_for_checkpoint()
         commands, version = state.commands(), state.data_version()
@@ -325,7 +391,6 @@ class TenantAccess:
             keys = {key.id: key for key in state.api_keys()}
             tenants = {tenant.name: tenant for tenant in state.tenants()}
             directory = _Directory(commands, version, now, tenants, keys)
-        self._directory, self._checked = directory, now
         return directory
 
     def _check_agreement(self, state: State) -> None:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -28,14 +29,16 @@ from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 from veilhead_service.head_encryption import HeadKey
 from veilhead_service.head_loading import HeadLoader
 
-#: Bytes of heads when the command line gives none.
+#: Bytes of heads, and by how many a load may let the process grow, when nobody says.
 _HEAD_BYTES: Final = 2**30
+_MEMORY_BYTES: Final = 2 * 2**30
 
 #: Keys that a worker has ready; the least recently used go first.
 KEYS: Final = 256
 
-#: Zeros that are encrypted ahead, while nothing else is asked for: so many for a key, for so many
-#: of the keys that asked last. A zero of the largest set takes 128 KiB.
+#: Zeros that are encrypted ahead, while nothing else is asked for: so many for a key, unless the
+#: command line says otherwise, for so many of the keys that asked last. A zero of the largest set
+#: takes 128 KiB.
 ZEROS_AHEAD: Final = 16
 KEYS_AHEAD: Final = 8
 
@@ -46,6 +49,11 @@ _REST_SECONDS: Final = 0.005
 
 #: Below the service's own priority: when every core evaluates, it must still answer at once.
 _NICENESS: Final = 5
+
+#: Added to the kernel's score of what to kill when memory runs out, proc(5): a worker before the
+#: service, since it is replaced, and before it a worker that loads, which may be the reason.
+_OOM_SCORE: Final = 300
+_OOM_SCORE_LOADING: Final = 600
 
 _Value = TypeVar("_Value")
 
@@ -76,32 +84,57 @@ class _Recent(OrderedDict[bytes, _Value]):
 class Evaluator:
     """Heads and keys that this process has met, and the evaluation of a query with them."""
 
-    def __init__(self, head_bytes: int = _HEAD_BYTES) -> None:
+    def __init__(
+        self,
+        head_bytes: int = _HEAD_BYTES,
+        memory_bytes: int = _MEMORY_BYTES,
+        zeros_ahead: int = ZEROS_AHEAD,
+        announce: Callable[[bytes], None] = lambda _: None,
+    ) -> None:
+        """Make an evaluator without heads or keys.
+
+        Args:
+            head_bytes: encoded heads to keep.
+            memory_bytes: by how much a load may let the process grow.
+            zeros_ahead: zeros to encrypt ahead for each of the last keys.
+            announce: called with `frames.LOADING` before a head is loaded, and with
+                `frames.LOADED` after it, whatever came of it.
+        """
+        self._zeros_ahead = zeros_ahead
         self._heads = _Recent[EncryptedHead](head_bytes, lambda head: head.held_bytes)
-        self._loader = HeadLoader()
+        self._memory_bytes = memory_bytes
+        self._announce = announce
+        self._loader = HeadLoader(memory_bytes=memory_bytes)
         self._keys: _Recent[ClientKey] = _Recent(KEYS)
         self._ahead: OrderedDict[bytes, tuple[ClientKey, int]] = OrderedDict()
 
     def use_head_key(self, key: bytes) -> None:
         """Load encrypted heads with this key from now on."""
-        self._loader = HeadLoader(HeadKey(key))
+        self._loader = HeadLoader(HeadKey(key), memory_bytes=self._memory_bytes)
 
     def evaluate(
         self, model_digest: bytes, directory: bytes, key_id: bytes, key: bytes, query: bytes
     ) -> bytes:
-        """The reply to a query, under the key of that id and message."""
+        """The reply to a query, under the key of that id and message.
+
+        A key that the query carries serves it alone, and is not kept.
+        """
         head = self.head(model_digest, directory)
-        client_key = self._keys.find(key_id, lambda: ClientKey.from_message(key))
+        header = QueryHeader.deserialize(query)
+        if header.has_key:
+            client_key = ClientKey.from_message(key)
+        else:
+            client_key = self._keys.find(key_id, lambda: ClientKey.from_message(key))
         held = head.held_bytes
         reply = head.evaluate(query, client_key)
         if head.held_bytes != held:  # it has encoded its weights for another layout
             self._heads.trim()
-        if QueryHeader.deserialize(query).counts.texts == 1:  # other keys are never used again
+        if not header.has_key:
             self._expect(client_key, head.layout.replies)
         return reply
 
     def _expect(self, key: ClientKey, replies: int) -> None:
-        self._ahead[key.id] = key, min(replies, ZEROS_AHEAD)
+        self._ahead[key.id] = key, min(replies, self._zeros_ahead)
         self._ahead.move_to_end(key.id)
         if len(self._ahead) > KEYS_AHEAD:
             _, (oldest, _) = self._ahead.popitem(last=False)
@@ -116,9 +149,14 @@ class Evaluator:
 
     def head(self, model_digest: bytes, directory: bytes) -> EncryptedHead:
         """The head of this version, loaded when it is not here yet."""
-        return self._heads.find(
-            model_digest, lambda: self._loader.load(Path(os.fsdecode(directory)))
-        )
+        return self._heads.find(model_digest, lambda: self._load(Path(os.fsdecode(directory))))
+
+    def _load(self, directory: Path) -> EncryptedHead:
+        self._announce(frames.LOADING)
+        try:
+            return self._loader.load(directory)
+        finally:
+            self._announce(frames.LOADED)
 
 
 def _answer(evaluator: Evaluator, request: list[bytes]) -> list[bytes]:
@@ -161,17 +199,36 @@ def _read(connection: socket.socket) -> list[bytes]:
     return frames.read(count, _read_exactly(connection, size))
 
 
-def main(descriptor: int, head_bytes: int = _HEAD_BYTES) -> None:
+def _score_for_killing(score: int) -> None:
+    """Tell the kernel how soon to kill this process when memory runs out."""
+    with suppress(OSError):  # not everywhere is /proc writable
+        Path("/proc/self/oom_score_adj").write_text(str(score), "ascii")
+
+
+def main(
+    descriptor: int,
+    head_bytes: int = _HEAD_BYTES,
+    memory_bytes: int = _MEMORY_BYTES,
+    zeros_ahead: int = ZEROS_AHEAD,
+) -> None:
     """Answer frames until the service closes the socket.
 
     Args:
         descriptor: the inherited socket.
         head_bytes: encoded heads to keep, in bytes.
+        memory_bytes: by how much a load may let the process grow.
+        zeros_ahead: zeros to encrypt ahead for each of the last keys.
     """
     forbid_core_dumps()
     os.nice(_NICENESS)
-    evaluator = Evaluator(head_bytes)
+    _score_for_killing(_OOM_SCORE)
     with socket.socket(fileno=descriptor) as connection:
+
+        def announce(kind: bytes) -> None:
+            _score_for_killing(_OOM_SCORE_LOADING if kind == frames.LOADING else _OOM_SCORE)
+            connection.sendall(frames.write([kind]))
+
+        evaluator = Evaluator(head_bytes, memory_bytes, zeros_ahead, announce)
         connection.sendall(frames.write([frames.READY]))
         waiting = select.poll()
         waiting.register(connection, select.POLLIN)

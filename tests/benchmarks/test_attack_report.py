@@ -31,7 +31,7 @@ def made_up():
     found += [
         AttackResult("extraction", "veilhead", "a budget", budget, 0.5, 9, curve="budget", at=200)
     ]
-    for target in ("embedding", "query bytes (compact)"):
+    for target in ("embedding", "query bytes (standard)"):
         for metric, chance in (("decoder: mean AUC of words", 0.5), ("retrieval: top 1", 0.001)):
             found.append(AttackResult("inversion", "plaintext", target, metric, 0.6, 9, chance))
         found.append(

@@ -55,7 +55,7 @@ class TestInversion:
         # Encryption is random: what is at chance misses 4 deviations once in some thousand times.
         assert [result for result in results.values() if result.holds is False] == []
         judged = {target for (target, _), result in results.items() if result.holds}
-        wires = {"query bytes (compact)", "query bytes (TenSEAL mm)"}
+        wires = {"query bytes (standard)", "query bytes (TenSEAL mm)"}
         assert judged == {"embedding", "query before encryption"} | wires
         assert results["embedding", "decoder"].value > 0.95
         noises = [f"embedding, noise {ratio} of its size" for ratio in ("1", "4", "16")]
@@ -80,7 +80,7 @@ class TestInversion:
 
 def test_attributes_leave_with_what_is_replaced_and_stay_with_what_is_not() -> None:
     records = people(sentences(700), seed=1)
-    wire = "query bytes (compact)"
+    wire = "query bytes (standard)"
     results = infer(records, lambda texts: embed(texts, letters=4), train_rows=500, wires=(wire,))
     assert len(results) == 4 * len(ATTRIBUTES)
     assert all(result.holds is not False for result in results)

@@ -98,7 +98,7 @@ def test_a_sample_has_as_many_rows_of_every_label():
 
 def test_a_trained_head_says_the_same_encrypted(tiny):
     backbone = Backbone.load(*tiny, device="cpu")
-    (row,) = measure_fidelity(dataset(), backbone, ("compact",), rows_per_label=5, test_rows=6)
+    (row,) = measure_fidelity(dataset(), backbone, ("standard",), rows_per_label=5, test_rows=6)
     assert row.subject == "fidelity/made"
     assert (row.d, row.classes, row.batch) == (16, 3, 6)
     assert 0 < row.max_error < 2**-10 + 2**-13

@@ -9,7 +9,7 @@ import pytest
 
 from veilhead_benchmarks.rows import FIELDS, SYSTEMS, Results, ResultsError, Row, added, timed
 
-ROW = Row("single", "veilhead", "compact", 384, 2, 1, server_ms=0.5, bytes_up=10, note="a note")
+ROW = Row("single", "veilhead", "standard", 384, 2, 1, server_ms=0.5, bytes_up=10, note="a note")
 
 
 def document(**changes):

@@ -23,7 +23,7 @@ TINY = Plan(
     peer_batches=((4, 2),),
     end_to_end=(),
     loads=(Loads(2, closed_seconds=0.2, open_seconds=0.2, shares=(0.5,), two_workers=False),),
-    memory=(("compact", 30, 10, 100),),
+    memory=(("standard", 30, 10, 100),),
     fidelity=(),
     concrete_ml=True,
 )
@@ -60,11 +60,11 @@ def test_every_system_answers_the_same_head_rightly(results):
 
 def test_both_parameter_sets_are_measured(results):
     rows = results.find(subject="single", system="veilhead", classes=2)
-    assert [row.parameters for row in rows] == ["compact", "strong"]
+    assert [row.parameters for row in rows] == ["standard", "compact"]
 
 
 def test_bytes_are_those_of_the_messages(results):
-    row = results.one(subject="single", system="veilhead", parameters="compact", classes=2)
+    row = results.one(subject="single", system="veilhead", parameters="standard", classes=2)
     assert (row.bytes_keys, row.bytes_up) == (13672, 13768)
     assert row.bytes_down <= 7400
     peer = results.one(system="tenseal-mm")
@@ -97,7 +97,7 @@ def test_every_query_has_a_floor(results):
 
 def test_primitives_are_timed_for_both_sets(results):
     found = [row for row in results.rows if row.subject.startswith("primitives/")]
-    assert {row.parameters for row in found} == {"compact", "strong"}
+    assert {row.parameters for row in found} == {"standard", "compact"}
     assert {"primitives/encrypt zero", "primitives/product", "primitives/inverse transform"} <= {
         row.subject for row in found
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import subprocess
 
 import httpx2
@@ -87,3 +88,16 @@ def texts():
     """A hundred different texts of words that the tiny backbone knows."""
     generator = np.random.default_rng(6)
     return [" ".join(generator.choice(WORDS, size=5)) for _ in range(100)]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Retries without waiting; the pauses that would have been made."""
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("veilhead.transport.anyio.sleep", sleep)
+    return pauses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 import httpx2
@@ -32,19 +31,6 @@ from veilhead_service.state import State
 from veilhead_service.tenants import KeyScope
 
 KEY = "vh_0123456789abcdef_" + "S3cret-" * 6 + "x"
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Retries without waiting; the pauses that would have been made."""
-    pauses = []
-
-    async def sleep(seconds):
-        pauses.append(seconds)
-        await asyncio.sleep(0)
-
-    monkeypatch.setattr("veilhead.transport.anyio.sleep", sleep)
-    return pauses
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -29,19 +28,6 @@ from veilhead import (
 from veilhead.session import Session
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol.errors import BackboneError, ManifestError, ParameterError
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Retries without waiting; the pauses that would have been made."""
-    pauses = []
-
-    async def sleep(seconds):
-        pauses.append(seconds)
-        await asyncio.sleep(0)
-
-    monkeypatch.setattr("veilhead.transport.anyio.sleep", sleep)
-    return pauses
 
 
 class TestClassify:
@@ -271,12 +257,66 @@ class TestRetries:
         assert len(set(bodies)) == 1
         assert len(quick) == 2
 
-    def test_retry_after_is_honoured_and_bounded(self, connect, head_artifact, quick):
+    @pytest.mark.parametrize("status", [429, 502, 503, 504])
+    def test_retry_after_is_slept_up_to_a_bound(self, connect, head_artifact, quick, status):
         client, service = connect(head_artifact)
-        service.on("infer", problem(503, "x", **{"Retry-After": "7"}))
-        service.on("infer", problem(503, "x", **{"Retry-After": "99999"}))
+        for asked in ("7", "30", "0000000000007"):
+            service.on("infer", problem(status, "x", **{"Retry-After": asked}))
         client.logits(unit_rows(1, 32))
-        assert quick == [7, 30]
+        assert quick == [7, 30, 7]
+
+    @pytest.mark.parametrize(
+        ("asked", "seconds"),
+        [
+            ("31", 31),
+            ("99999999", 99_999_999),
+            ("9" * 9, 99_999_999),
+            ("9" * 5000, 99_999_999),
+            ("Fri, 31 Dec 9999 23:59:59 GMT", 99_999_999),
+        ],
+        ids=lambda value: str(value)[:20],
+    )
+    @pytest.mark.parametrize("status", [429, 503])
+    def test_beyond_it_the_error_is_raised_at_once_and_says_how_long(
+        self, connect, head_artifact, quick, status, asked, seconds
+    ):
+        client, service = connect(head_artifact)
+        service.on("infer", problem(status, "x", **{"Retry-After": asked}))
+        with pytest.raises(BatchError) as caught:
+            client.logits(unit_rows(1, 32))
+        error = caught.value.errors[0]
+        assert isinstance(error, ServiceResponseError)
+        assert (error.status, error.retry_after) == (status, seconds)
+        assert str(seconds) in str(error)
+        assert (len(service.seen("infer")), quick) == (1, [])
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            "",
+            "0",
+            "-5",
+            "1.5",
+            "1e9",
+            "inf",
+            "nan",
+            "7, 7",
+            "soon",
+            "\u0667",
+            "Sat, 01 Jan 2000 00:00:00 GMT",
+            "Fri, 31 Dec 99999 23:59:59 GMT",
+            "Sat, 01 Jan 2000 00:00:00 +9999",
+        ],
+        ids=ascii,
+    )
+    def test_what_asks_for_no_pause_gets_the_usual_one(self, connect, head_artifact, quick, asked):
+        client, service = connect(head_artifact)
+        answer = problem(503, "x")
+        answer.headers = httpx2.Headers([(b"Retry-After", asked.encode())])
+        service.on("infer", answer)
+        client.logits(unit_rows(1, 32))
+        (pause,) = quick
+        assert 0.05 <= pause <= 0.15
 
     @pytest.mark.parametrize("zone", ["GMT", "-0000", ""])
     def test_retry_after_may_be_a_date(self, connect, head_artifact, quick, zone):
@@ -287,6 +327,14 @@ class TestRetries:
         client.logits(unit_rows(1, 32))
         (pause,) = quick
         assert 15 <= pause <= 20 if zone == "GMT" else pause < 1
+
+    def test_the_last_refusal_says_how_long_to_wait(self, connect, head_artifact, quick):
+        client, service = connect(head_artifact)
+        service.on("infer", *[problem(503, "x", **{"Retry-After": "9"}) for _ in range(5)])
+        with pytest.raises(BatchError) as caught:
+            client.logits(unit_rows(1, 32))
+        assert caught.value.errors[0].retry_after == 9
+        assert quick == [9, 9, 9, 9]
 
     def test_it_gives_up_after_five_attempts(self, connect, head_artifact, quick):
         client, service = connect(head_artifact)
@@ -405,8 +453,8 @@ class TestOpening:
             make_client("http://127.0.0.1", "model", transport=Broken())
 
     def test_a_minimum_of_parameters_is_kept(self, connect, head_artifact):
-        with pytest.raises(ParameterError, match="strong at least"):
-            connect(head_artifact, minimum_parameters="strong")
+        with pytest.raises(ParameterError, match="standard at least"):
+            connect(head_artifact, minimum_parameters="standard")
         with pytest.raises(ParameterError, match="unknown"):
             connect(head_artifact, minimum_parameters="weak")
 

@@ -10,6 +10,7 @@ from email.utils import format_datetime
 import httpx2
 import pytest
 from starlette.testclient import TestClient
+from support.hostile_servers import ENDLESS, HostileServer, in_time
 from support.services import running
 from support.tenants import add_tenant
 from typer.testing import CliRunner
@@ -34,8 +35,8 @@ def test_this_machine_passes(monkeypatch, tmp_path):
     checks = examine()
     assert healthy(checks)
     found = outcomes(checks)
-    assert {"python", "tenseal", "cache", "backbone", "parameters strong"} <= set(found)
-    assert found["encryption compact"] is found["encryption strong"] is Outcome.OK
+    assert {"python", "tenseal", "cache", "backbone", "parameters compact"} <= set(found)
+    assert found["encryption standard"] is found["encryption compact"] is Outcome.OK
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_real_service_passes(head_artifact, tmp_path):
     for name in ("url", "service", "clock", "formats", "model"):
         assert found[name]["outcome"] == "ok"
     assert "loopback" in found["url"]["found"]
-    assert "compact" in found["model"]["found"]
+    assert "standard" in found["model"]["found"]
     assert absent.exit_code == 1
     assert "404 for absent" in absent.stdout
     assert "-> no such model" in absent.stdout
@@ -155,6 +156,26 @@ def test_plain_http_to_elsewhere_is_not_tried():
 def test_nobody_there_fails():
     found = outcomes(examine("http://127.0.0.1:9", "model"))
     assert found["service"] is Outcome.FAIL
+
+
+@pytest.mark.parametrize("behaviour", ENDLESS)
+def test_a_service_that_never_ends_its_answer_fails(monkeypatch, behaviour):
+    monkeypatch.setattr(doctor, "_TIMEOUT_SECONDS", 0.2)
+    with HostileServer(manifest=ENDLESS[behaviour]) as server:
+        found = outcomes(in_time(lambda: examine(server.url, "model")))
+    assert found["service"] is Outcome.FAIL
+
+
+def test_an_endless_body_is_not_kept():
+    def flood(visit):
+        visit.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n")
+        while not visit.wait(0):
+            visit.send(bytes(2**20))
+
+    with HostileServer(manifest=flood) as server:
+        found = outcomes(in_time(lambda: examine(server.url, "model")))
+    assert found["formats"] is Outcome.WARN
+    assert found["model"] is Outcome.FAIL
 
 
 def test_a_model_needs_a_url():

@@ -50,7 +50,7 @@ class Caller:
 def gateway(served, text_artifact):
     """Runs a gateway on the served model, and lets a coroutine function of it ask."""
 
-    def run(work, *, callers=None, limits=None, model="colours", deidentify=None):
+    def run(work, *, callers=None, limits=None, model="colours", deidentify=None, **options):
         upstream = ScriptedService(httpx2.AsyncHTTPTransport())
 
         @asynccontextmanager
@@ -63,6 +63,7 @@ def gateway(served, text_artifact):
                 backbone=text_artifact / "backbone",
                 deidentify=deidentify,
                 on_query=metrics.queried,
+                **options,
             )
             gate = Gateway(client, callers, limits or Limits(), metrics)
             async with (
@@ -290,6 +291,31 @@ def test_what_the_vendor_does_is_named(gateway, quick, events, status, kind):
     if status in (429, 503):
         assert int(failed.headers["retry-after"]) == (77 if kind == "Overloaded" else 1)
     assert len(after) == 4  # the next caller is answered
+
+
+def test_a_vendor_that_never_answers_holds_no_caller(gateway):
+    async def work(caller, upstream):
+        async def hang(inner, request):
+            await asyncio.Event().wait()
+
+        upstream.on("infer", hang)
+        async with asyncio.timeout(30):
+            failed = await caller.post({"inputs": "pain"})
+            return failed, await caller.predict("pain")
+
+    failed, after = gateway(work, call_timeout=1.0)
+    assert (failed.status_code, failed.json()["error_type"]) == (502, "Backend")
+    assert "call_timeout" in failed.json()["error"]
+    assert len(after) == 4
+
+
+def test_a_vendor_that_asks_for_a_long_pause_is_passed_on(gateway):
+    async def work(caller, upstream):
+        upstream.on("infer", problem(503, "draining", **{"Retry-After": "120"}))
+        return await caller.post({"inputs": "pain"})
+
+    failed = gateway(work)
+    assert (failed.status_code, failed.headers["retry-after"]) == (503, "120")
 
 
 def test_all_callers_of_a_batch_hear_why_it_failed(gateway, quick):

@@ -13,6 +13,7 @@ import pickle
 import httpx2
 import numpy as np
 import pytest
+from support.copies import WAYS, in_copy, in_every_way
 from support.heads import Pair, artifact, unit_rows
 from tenseal import sealapi
 
@@ -20,9 +21,10 @@ from veilhead import BatchError, Client
 from veilhead.session import SecretKey, Session
 from veilhead_benchmarks.attacks import ring
 from veilhead_benchmarks.attacks.key_recovery import recover_secret, secret_of
-from veilhead_protocol import seal_io
+from veilhead_protocol import copies, seal_io
+from veilhead_protocol.copies import MadeAhead
 from veilhead_protocol.errors import ReplyError, WireError
-from veilhead_protocol.parameters import COMPACT
+from veilhead_protocol.parameters import STANDARD
 from veilhead_protocol.wire import (
     DIGEST_BYTES,
     REPLY_HEADER_BYTES,
@@ -32,8 +34,8 @@ from veilhead_protocol.wire import (
     ReplyPolynomial,
 )
 
-(PRIME,) = COMPACT.data_primes
-DEGREE = COMPACT.poly_modulus_degree
+PRIME = STANDARD.prime
+DEGREE = STANDARD.poly_modulus_degree
 
 
 # --- the secret key by linear algebra from returned logits ---------------------------------------
@@ -41,11 +43,11 @@ DEGREE = COMPACT.poly_modulus_degree
 
 @pytest.fixture(scope="module")
 def wide():
-    return artifact(77, 384)
+    return artifact(77, 384, parameters="compact")  # its key is the shorter one to solve for
 
 
 def test_unrounded_logits_give_the_whole_key(wide, monkeypatch):
-    monkeypatch.setattr("veilhead_protocol.decryption.round_logits", lambda logits: logits)
+    monkeypatch.setattr("veilhead_protocol.decryption.round_logits", lambda served, scales: served)
     pair = Pair.of(wide)
     found = recover_secret(pair, 30, rounded=True)
     secret = secret_of(pair.session._key)
@@ -59,6 +61,24 @@ def test_returned_logits_do_not_give_the_key(wide):
     assert found is not None
     # Guessing which coefficients are zero is right half of the time.
     assert 0.4 < np.mean((found != 0) == (secret != 0)) < 0.6
+
+
+def test_rounding_after_the_multiplication_is_no_rounding_and_gives_the_whole_key(monkeypatch):
+    """A head of large logits is served divided by 2^k: its step would be finer than a reply's."""
+    large = artifact(77, 384, scale=512.0, parameters="compact")
+    assert large.manifest.head.downscale_bits >= 8
+
+    def swapped(served, scales):
+        logits = np.ldexp(served, scales.downscale_bits)
+        return np.rint(logits * 2**12) / 2**12
+
+    pair = Pair.of(large)
+    found = recover_secret(pair, 30, rounded=True)
+    assert 0.4 < np.mean((found != 0) == (secret_of(pair.session._key) != 0)) < 0.6
+    monkeypatch.setattr("veilhead_protocol.decryption.round_logits", swapped)
+    pair = Pair.of(large)
+    found = recover_secret(pair, 30, rounded=True)
+    assert (found == secret_of(pair.session._key)).all()
 
 
 def test_logits_are_multiples_of_the_step(wide):
@@ -76,17 +96,22 @@ def embedding_difference(pair):
     first, second = unit_rows(2, 384)
     queries = [pair.session.encrypt(row) for row in (first, second)]
     assert queries[0].key is queries[1].key
-    seal = seal_io.runtime(COMPACT)
+    return difference_of(pair, *(query.data for query in queries)), first - second
+
+
+def difference_of(pair, *queries):
+    """x - x' [384] if both messages are over one zero."""
+    seal = seal_io.runtime(STANDARD)
     found = []
     for query in queries:
-        message = QueryMessage.deserialize(query.data, COMPACT, pair.head.layout)
+        message = QueryMessage.deserialize(query, STANDARD, pair.head.layout)
         c0 = message.polynomials[0].c0
         ciphertext = seal_io.load_ciphertext(seal, np.stack([c0, c0]), scale_bits=30)
         seal.evaluator.transform_from_ntt_inplace(ciphertext)
-        found.append(seal_io.save_ciphertext(ciphertext)[0, 0].astype(object))
+        found.append(seal_io.save_ciphertext(seal, ciphertext)[0].astype(object))
     scale = 2.0**pair.artifact.manifest.scales.query_scale_bits
     gap = np.array(ring.centred((found[0] - found[1]) % PRIME, PRIME), dtype=float) / scale
-    return gap[:384], first - second
+    return gap[:384]
 
 
 def test_the_same_seed_twice_gives_the_difference_of_two_embeddings(monkeypatch):
@@ -109,18 +134,19 @@ def test_two_queries_do_not_give_the_difference_of_their_embeddings():
     assert np.abs(found - wanted).max() > 1
 
 
-class Kept(list):
+class Kept(MadeAhead):
     """Zeros that are used and not taken out."""
 
-    def pop(self):
-        return self[-1]
+    def take(self, make):
+        zero = super().take(make)
+        self.add(zero)
+        return zero
 
 
 def test_a_zero_made_ahead_and_used_twice_gives_the_same_difference():
     pair = Pair.of(artifact(5, 384))
+    pair.session._fresh_enough_key()._zeros = Kept()
     pair.session.prepare()
-    key = pair.session._fresh_enough_key()
-    key._zeros = Kept(key._zeros)
     found, wanted = embedding_difference(pair)
     assert np.abs(found - wanted).max() < 1e-7
 
@@ -134,16 +160,100 @@ def test_zeros_made_ahead_do_not_give_the_difference_of_two_embeddings():
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_no_seed_occurs_twice(ahead):
-    pair = Pair.of(artifact(3, 3000))  # two polynomials a query
+    pair = Pair.of(artifact(4, 3000))  # three polynomials a query
     seeds = set()
     for row in unit_rows(20, 3000):
         if ahead:
             pair.session.prepare()
         query = pair.session.encrypt(row)
-        message = QueryMessage.deserialize(query.data, COMPACT, pair.head.layout)
+        message = QueryMessage.deserialize(query.data, STANDARD, pair.head.layout)
         seeds |= {polynomial.seed for polynomial in message.polynomials}
         seeds.add(query.key.message[-64:])
-    assert len(seeds) == 41  # one key, forty polynomials
+    assert len(seeds) == 61  # one key, sixty polynomials
+
+
+# --- a process that was copied --------------------------------------------------------------------
+
+
+def notice_nothing(monkeypatch):
+    """A client that takes a copy of its process for the process itself."""
+    monkeypatch.setattr(copies._WATCH, "mark", lambda: 1)
+
+
+def difference_across_a_copy(way, encrypt):
+    """x - x' from a query of each process, without the key, and what it should be.
+
+    `encrypt(pair)` gives what encrypts a row [384] to a message, after zeros were made ahead.
+    """
+    first, second = unit_rows(2, 384)
+    pair = Pair.of(artifact(5, 384))
+
+    def work(way):
+        pair.session.prepare()
+        of_row = encrypt(pair)
+        theirs = in_copy(way, lambda: of_row(second))
+        return of_row(first), theirs
+
+    ours, theirs = in_every_way(way, work)
+    return difference_of(pair, ours, theirs), first - second
+
+
+def by_the_session(pair):
+    """What a program does that knows the session only."""
+    return lambda row: pair.session.encrypt(row).data
+
+
+def by_a_query_begun_before(pair):
+    """Queries whose bytes are first asked for after the copy, under the key from before it."""
+    queries = {row.tobytes(): pair.session.encrypt(row) for row in unit_rows(2, 384)}
+    return lambda row: queries[row.tobytes()].data
+
+
+ENCRYPTIONS = [by_the_session, by_a_query_begun_before]
+
+
+@pytest.mark.parametrize("encrypt", ENCRYPTIONS)
+@pytest.mark.parametrize("way", [*WAYS, "same-id"])
+def test_a_client_that_does_not_notice_a_copy_gives_the_difference_of_two_embeddings(
+    way, encrypt, monkeypatch
+):
+    notice_nothing(monkeypatch)
+    found, wanted = difference_across_a_copy(way, encrypt)
+    assert np.abs(found - wanted).max() < 1e-7
+
+
+@pytest.mark.parametrize("encrypt", ENCRYPTIONS)
+@pytest.mark.parametrize("way", [*WAYS, "same-id"])
+def test_a_copied_process_does_not_give_the_difference_of_two_embeddings(way, encrypt):
+    found, wanted = difference_across_a_copy(way, encrypt)
+    assert np.abs(found - wanted).max() > 1
+
+
+def test_a_copied_process_makes_a_key_of_its_own():
+    pair = Pair.of(artifact(3, 16))
+    row = unit_rows(1, 16)[0]
+    before = pair.session.encrypt(row).key.id
+    theirs = in_copy("fork", lambda: [pair.session.encrypt(row).key.id for _ in range(2)])
+    assert theirs[0] == theirs[1] != before
+    assert pair.session.encrypt(row).key.id == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_seal_draws_fresh_randomness_in_every_copy(way):
+    """Objects of SEAL from before the copy included: it seeds a generator for every encryption."""
+    seal = seal_io.runtime(STANDARD)
+    secret = sealapi.KeyGenerator(seal.context).secret_key()
+    encryptor = sealapi.Encryptor(seal.context, secret)
+
+    def drawn():
+        """What fresh keys and encryptions are told apart by."""
+        zero = encryptor.encrypt_zero_symmetric(seal.parms_id)
+        _, _, seed = seal_io.save_seeded(seal, zero)
+        return [seed, SecretKey(STANDARD).message]
+
+    drawn()  # whatever is set up once is set up now
+    found = [*in_copy(way, drawn), *in_copy(way, drawn), *drawn()]
+    assert len(set(found)) == len(found)
 
 
 # --- crafted replies ------------------------------------------------------------------------------
@@ -219,7 +329,7 @@ def refuse_implausible_logits(monkeypatch):
 
     def checked(self, query, reply):
         logits = decrypt(self, query, reply)
-        if np.abs(logits).max() >= 0.9 * 2.0**self._scales.exponent:
+        if np.abs(logits).max() >= 0.9 * 2.0**self._scales.served_exponent:
             raise WireError("implausible logits")
         return logits
 
@@ -264,12 +374,12 @@ def test_every_request_of_several_texts_has_a_key_of_its_own():
     """One crafted reply whose labels become visible may give away the key of that request."""
     pair = Pair.of(artifact(5, 384))
     single = pair.session.encrypt(unit_rows(1, 384)[0])
-    batches = [pair.session.encrypt_batch(unit_rows(3, 384)) for _ in range(3)]
+    batches = [pair.session.encrypt_batch(unit_rows(4, 384)) for _ in range(3)]
     assert len({query.key.id for query in (single, *batches)}) == 4
     assert pair.session.encrypt(unit_rows(1, 384)[0]).key is single.key
 
 
-@pytest.mark.parametrize("texts", [3, 64])
+@pytest.mark.parametrize("texts", [4, 64])
 def test_logits_of_several_texts_are_multiples_of_the_step(texts):
     pair = Pair.of(artifact(5, 384))
     rows = unit_rows(texts, 384)
@@ -283,12 +393,19 @@ def test_logits_of_several_texts_are_multiples_of_the_step(texts):
 def test_the_engine_sends_several_texts_under_fresh_keys():
     service = MaliciousService(artifact(5, 384).manifest)
     keys = []
-    service.craft = lambda query: keys.append(QueryHeader.deserialize(query).key_id) or b""
+
+    def craft(query):
+        header = QueryHeader.deserialize(query)
+        if header.counts.texts > 1:
+            keys.append(header.key_id)
+        return b""
+
+    service.craft = craft
     with (
         Client("http://127.0.0.1", "model", transport=service) as client,
         pytest.raises(BatchError),
     ):
-        client.logits(unit_rows(200, 384))
+        client.logits(unit_rows(256, 384))
     assert len(keys) > 1
     assert len(set(keys)) == len(keys)
 
@@ -297,7 +414,7 @@ def test_the_engine_sends_several_texts_under_fresh_keys():
 
 
 def test_a_key_can_be_neither_pickled_nor_copied_nor_read_from_its_repr():
-    key = SecretKey(COMPACT)
+    key = SecretKey(STANDARD)
     for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="secret key"):
             attempt(key)

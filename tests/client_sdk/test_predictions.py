@@ -18,6 +18,27 @@ def test_a_single_logit_is_a_sigmoid():
     assert scores(np.array([0.3]), "sigmoid")[0] == pytest.approx(expit(0.3))
 
 
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+def test_no_score_is_subnormal(function):
+    """They are slow, and the service chooses what a reply decrypts to."""
+    logits = (
+        np.linspace(-1500, 0, 4096) if function == "softmax" else np.linspace(-1500, 1500, 4096)
+    )
+    with np.errstate(all="raise"):
+        found = scores(logits, function)
+    assert (found == 0).any()
+    assert found[found > 0].min() >= np.finfo(np.float64).smallest_normal
+    expected = softmax(logits) if function == "softmax" else expit(logits)
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-290)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_label_is_the_first_of_all_of_them_sorted(seed):
+    logits = np.random.default_rng(seed).integers(-3, 4, size=50).astype(np.float64)  # with ties
+    labels = [f"{number}" for number in range(50)]
+    assert predictions(logits, labels, 1) == predictions(logits, labels, None)[:1]
+
+
 def test_predictions_come_best_first_and_ties_in_label_order():
     found = predictions(np.array([1.0, 5.0, 1.0]), ["a", "b", "c"], None)
     assert [item.label for item in found] == ["b", "a", "c"]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from rich.console import Console
+from support.hostile_servers import HostileServer, in_time, silence
 from typer.testing import CliRunner
 
 from veilhead.cli import app
@@ -229,6 +230,36 @@ def test_a_service_that_goes_away_stops_the_run_and_not_its_rows(
     monkeypatch.undo()
     assert run("--file", notes, "--out", out).exit_code == 0
     assert len(answers(out)) == 3000
+
+
+def test_a_service_that_is_too_late_stops_the_run_and_not_its_rows(
+    run, arguments, notes, served, tmp_path
+):
+    out, queries = tmp_path / "out.jsonl", []
+
+    def relay_once(visit):
+        queries.append(visit)
+        if len(queries) > 1:
+            silence(visit)
+        server.relay(visit)
+
+    with HostileServer(served, infer=relay_once) as server:
+        at = [server.url if part == served else part for part in arguments]
+        more = ["--file", str(notes), "--out", str(out), "--call-timeout", "3"]
+        result = in_time(lambda: CliRunner().invoke(app, [*at, *more]), seconds=60)
+    assert result.exit_code == 1
+    assert "call_timeout" in result.stderr
+    assert "the same command goes on" in result.stderr
+    assert 0 < len(answers(out)) < 3000
+    assert run("--file", notes, "--out", out).exit_code == 0
+    assert len(answers(out)) == 3000
+
+
+@pytest.mark.parametrize("name", ["--timeout", "--call-timeout"])
+def test_time_limits_are_checked(run, name):
+    result = run(name, "-1", "pain")
+    assert result.exit_code == 1
+    assert "above 0" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ def test_no_more_is_read_than_is_under_way(connect, text_artifact, texts):
     taken = 5 * chunk
     for _ in itertools.islice(answers, taken):
         pass
-    assert taken <= next(read) <= taken + 3 * chunk
+    # Two chunks under way, as many that are answered and not yet taken, and the one in hand.
+    assert taken <= next(read) <= taken + 5 * chunk
     answers.close()
     sent = len(service.seen("infer"))
     assert alike(client.classify(["pain"]), client.classify(["pain"]))

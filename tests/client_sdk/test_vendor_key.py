@@ -192,7 +192,7 @@ def test_what_is_no_vendor_key_is_refused_before_anything_is_asked(vendor, given
         (b'"bulk":false', b'"bulk":true', "policy: .*bulk is weaker"),
         (b'"deidentify":true', b'"deidentify":false', "policy: .*deidentify is weaker"),
         (
-            b'"minimum_parameters":"strong"',
+            b'"minimum_parameters":"standard"',
             b'"minimum_parameters":"compact"',
             "policy: .*is weaker",
         ),
@@ -204,7 +204,7 @@ def test_a_manifest_that_breaks_its_policy_is_refused_although_it_is_signed(
     """No vendor key and no service makes a client take less than the policy says."""
     privacy = {"epsilon": 4.0, "delta": 1e-5}
     careful = replace(
-        artifact(4, 32, name="model", parameters="strong"),
+        artifact(4, 32, name="model", parameters="standard"),
         policy=preset_policy("medical"),
         about={"privacy": privacy},
     )

@@ -1,34 +1,23 @@
-"""What `deploy/` ships is run: proxies with TLS, Prometheus, and a collector of traces, all around
-one real service. Programs that are not installed here are skipped."""
+"""What `deploy/` ships is run: Prometheus, docker-compose, and a collector of traces, around one
+real service. Programs that are not installed here are skipped. For the proxies there is
+`test_proxies.py`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import socket
-import ssl
 import subprocess
 import threading
-import time
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import IPv4Address
-from pathlib import Path
 
 import httpx2
-import numpy as np
 import pytest
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
+from support.deployment import DEPLOY, ROOT, free_port, needs, replaced, started, until
 from support.heads import artifact, unit_rows
 from support.services import running
 from support.tenants import add_tenant, bearer
@@ -36,31 +25,6 @@ from support.tenants import add_tenant, bearer
 from veilhead import Client
 from veilhead_service.model_store import publish
 from veilhead_service.tenants import KeyScope
-
-ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy"
-NAME = "veilhead.example.com"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def needs(program):
-    return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
-
-
-def until(condition, *, seconds=60):
-    """Wait for something true, and return it."""
-    deadline = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(httpx2.TransportError):
-            if found := condition():
-                return found
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
 
 
 class Collector:
@@ -137,142 +101,6 @@ def service(tmp_path_factory, head, collector):
         ) as url:
             yield url, api_key
         assert b'"error"' not in (root / "service.log").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """A directory with a certificate of its own authority, as the example calls its files."""
-    directory = tmp_path_factory.mktemp("tls")
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAME)])
-    now = datetime.now(UTC)
-    alternatives = [x509.DNSName("localhost"), x509.IPAddress(IPv4Address("127.0.0.1"))]
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    (directory / "fullchain.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    (directory / "privkey.pem").write_bytes(private)
-    return directory
-
-
-def replaced(text, **pairs):
-    """An example with what its user has to set; everything in it must be found."""
-    for old, new in pairs.values():
-        assert old in text, old
-        text = text.replace(old, new)
-    return text
-
-
-def nginx(directory, certificate, port, upstream):
-    """The command line of nginx with the example, on this port."""
-    site = replaced(
-        (DEPLOY / "nginx.conf").read_text(),
-        upstream=("127.0.0.1:8000", upstream),
-        listen=("listen 443 ", f"listen 127.0.0.1:{port} "),
-        second=("    listen [::]:443 ssl;\n", ""),
-        name=(NAME, "localhost"),
-        certificate=("/etc/ssl/veilhead", str(certificate)),
-    )
-    (directory / "site.conf").write_text(site)
-    scratch = "".join(
-        f"{kind}_temp_path {directory}/{kind};"
-        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (directory / "nginx.conf").write_text(
-        f"daemon off; pid {directory}/pid; error_log stderr; events {{}} "
-        f"http {{ access_log off; {scratch} include {directory}/site.conf; }}"
-    )
-    return ["nginx", "-e", "stderr", "-p", str(directory), "-c", str(directory / "nginx.conf")]
-
-
-def caddy(directory, certificate, port, upstream):
-    """The command line of Caddy with the example, on this port."""
-    tls = f"tls {certificate}/fullchain.pem {certificate}/privkey.pem"
-    site = replaced(
-        (DEPLOY / "Caddyfile").read_text(),
-        upstream=("127.0.0.1:8000", upstream),
-        site=(f"{NAME} {{\n", f"https://localhost:{port} {{\n\t{tls}\n"),
-    )
-    (directory / "Caddyfile").write_text("{\n\tadmin off\n\tauto_https off\n}\n" + site)
-    given = ("--config", str(directory / "Caddyfile"), "--adapter", "caddyfile")
-    return ["caddy", "run", *given]
-
-
-@contextlib.contextmanager
-def started(command, directory):
-    """A program that runs while the block does, its output in `directory`."""
-    directory.mkdir(exist_ok=True)
-    with (directory / "output").open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=output,
-            env=os.environ | {"HOME": str(directory), "XDG_DATA_HOME": str(directory)},
-        )
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-PROXIES = [pytest.param(program, marks=needs(program.__name__)) for program in (nginx, caddy)]
-
-
-@pytest.fixture(scope="module", params=PROXIES)
-def proxy(request, tmp_path_factory, service, certificate):
-    """(base URL, TLS context) of a proxy with its example, in front of the service."""
-    directory = tmp_path_factory.mktemp(request.param.__name__)
-    port = free_port()
-    command = request.param(directory, certificate, port, service[0].removeprefix("http://"))
-    context = ssl.create_default_context(cafile=certificate / "fullchain.pem")
-    url = f"https://localhost:{port}"
-    with started(command, directory) as process:
-
-        def ready():
-            assert process.poll() is None, (directory / "output").read_text()
-            return httpx2.get(f"{url}/readyz", verify=context, trust_env=False).is_success
-
-        until(ready)
-        yield url, context
-
-
-def test_the_sdk_gets_its_answers_through_a_proxy(proxy, service, head):
-    url, context = proxy
-    transport = httpx2.AsyncHTTPTransport(verify=context, trust_env=False)
-    rows = unit_rows(20, 64)
-    with Client(url, "colours", api_key=service[1], transport=transport) as client:
-        error = np.abs(client.logits(rows) - head.logits(rows)).max()
-    assert error <= head.manifest.head.error_bound
-
-
-def test_a_proxy_hides_metrics_bounds_bodies_and_passes_the_rest(proxy, service):
-    url, context = proxy
-    with httpx2.Client(base_url=url, verify=context, trust_env=False) as http:
-        for path in ("/metrics", "/metrics/"):
-            assert http.get(path, headers=bearer(service[1])).status_code == 404
-        assert http.get("/v1/models").status_code == 401
-        answer = http.get("/v1/models/colours", headers=bearer(service[1]))
-        assert answer.status_code == 200
-        assert answer.headers["strict-transport-security"] == "max-age=31536000"
-        assert answer.headers["cache-control"] == "no-cache"
-        assert len(answer.headers["x-request-id"]) == 32
-        large = http.put(
-            "/v1/keys/" + "0" * 64,
-            headers=bearer(service[1]) | {"Content-Type": "application/octet-stream"},
-            content=bytes(42_500_000),
-        )
-        assert large.status_code in (413, 502)  # Caddy 2.6 says 502 of a body that it cut off
-        if "nginx" in answer.headers["server"]:  # Caddy lets the service see the length first
-            assert large.headers.get("content-type") != "application/problem+json"
 
 
 @needs("promtool")

@@ -44,7 +44,7 @@ def test_logits_are_within_the_bound_and_labels_agree(backbone, name, classes, r
     part = replace(dataset, train=some(dataset.train, rows, 1), test=some(dataset.test, ROWS, 2))
     head = train_head(part, backbone)
     embeddings = backbone.embed(part.test.texts)
-    for parameters in ("compact", "strong"):
+    for parameters in ("standard", "compact"):
         pair = Pair.of(
             HeadArtifact.from_weights(
                 head.weight, head.bias, dataset.labels, name=name, parameters=parameters

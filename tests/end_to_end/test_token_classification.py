@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import transformers
 from support.checkpoints import TEXTS, save_checkpoint
 
 from veilhead import Client
+from veilhead.engine import Engine
+from veilhead.tokens import TokenShape
+from veilhead_models.backbone import Backbone
 from veilhead_models.hf_import import import_hf
 from veilhead_protocol.errors import BackboneError, BatchError, InputError
 
@@ -116,6 +120,75 @@ def test_a_bad_text_fails_alone(pair):
         pair.client.classify_tokens(["fever", 3, "Anna in Oslo"])
     assert list(raised.value.errors) == [1]
     check(raised.value.results[2], pair.expected("Anna in Oslo", "none"))
+
+
+def test_a_text_that_the_backbone_fails_on_sends_as_many_rows_and_fails_alone(pair, monkeypatch):
+    client, shapes = pair.client, []
+    infer, embed = Engine.infer, Backbone.embed_tokens
+
+    async def watched(self, embeddings, call):
+        shapes.append((embeddings.shape, bool(np.isnan(embeddings).all())))
+        return await infer(self, embeddings, call)
+
+    def fails(self, texts, *, stride=None):
+        if "broken" in texts[0]:
+            raise IndexError("index 4711 is out of range")
+        return embed(self, texts, stride=stride)
+
+    monkeypatch.setattr(Engine, "infer", watched)
+    texts = ["fever", "broken arm of Anna", "Anna in Oslo"]
+    client.classify_tokens(texts)
+    expected = sorted(shape for shape, _ in shapes)
+    shapes.clear()
+    monkeypatch.setattr(Backbone, "embed_tokens", fails)
+    with pytest.raises(BatchError) as raised:
+        client.classify_tokens(texts)
+    assert list(raised.value.errors) == [1]
+    assert "4711" not in str(raised.value.errors[1])
+    assert sorted(shape for shape, _ in shapes) == expected
+    assert sum(decoys for _, decoys in shapes) == 1
+
+
+def test_entities_are_made_once_all_is_sent(pair, monkeypatch):
+    asked, seen = [], []
+    infer, entities = Engine.infer, TokenShape.entities
+
+    async def watched(self, embeddings, call):
+        asked.append(len(embeddings))
+        return await infer(self, embeddings, call)
+
+    def noted(self, windows, join):
+        seen.append(len(asked))
+        return entities(self, windows, join)
+
+    monkeypatch.setattr(Engine, "infer", watched)
+    monkeypatch.setattr(TokenShape, "entities", noted)
+    pair.client.classify_tokens(list(TEXTS) * 3)
+    assert seen == [3 * len(TEXTS)] * (3 * len(TEXTS))
+
+
+def test_embed_first_embeds_every_text_before_any_token_is_sent(pair, monkeypatch):
+    embedded, before = [], []
+    infer, embed = Engine.infer, Backbone.embed_tokens
+
+    async def watched(self, embeddings, call):
+        before.append(len(embedded))
+        return await infer(self, embeddings, call)
+
+    def noted(self, texts, *, stride=None):
+        embedded.append(texts)
+        return embed(self, texts, stride=stride)
+
+    monkeypatch.setattr(Engine, "infer", watched)
+    monkeypatch.setattr(Backbone, "embed_tokens", noted)
+    expected = pair.client.classify_tokens(list(TEXTS))
+    assert min(before) < len(TEXTS)
+    embedded.clear()
+    before.clear()
+    monkeypatch.setattr(pair.client._client, "_embed_first", True)
+    found = pair.client.classify_tokens(list(TEXTS))
+    assert before == [len(TEXTS)] * len(TEXTS)
+    assert [len(row) for row in found] == [len(row) for row in expected]
 
 
 def test_the_report_counts_tokens(pair):

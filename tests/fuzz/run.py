@@ -19,7 +19,7 @@ import atheris
 PACKAGES = ["veilhead_protocol", "veilhead_service"]
 
 #: Longer than any message of the tests, so that good ones are reached.
-MAX_BYTES = 50_000
+MAX_BYTES = 60_000
 
 
 def names() -> list[str]:

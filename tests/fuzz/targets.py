@@ -24,8 +24,14 @@ from veilhead_protocol.errors import (
 )
 from veilhead_protocol.manifest import Manifest
 from veilhead_protocol.signatures import VendorKey, VendorSignature, read_signatures
-from veilhead_protocol.wire import KeyMessage, QueryHeader, QueryMessage, ReplyMessage
-from veilhead_service import access_log
+from veilhead_protocol.wire import (
+    KeyMessage,
+    QueryHeader,
+    QueryMessage,
+    ReplyMessage,
+    carried_key,
+)
+from veilhead_service import access_log, access_log_chain
 from veilhead_service.head_encryption import HeadKey
 from veilhead_service.retirement import Retirement
 from veilhead_service.settings import load_settings
@@ -34,7 +40,7 @@ from veilhead_service.tenants import key_id_of, opens
 VECTORS = Path(__file__).resolve().parents[1] / "vectors"
 SCRATCH = tempfile.TemporaryDirectory(prefix="veilhead-fuzz-")
 
-SETS = ("compact-384", "strong-384", "compact-3000")
+SETS = ("compact-384", "standard-384", "compact-3000")
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ def vectors(kind: str) -> tuple[bytes, ...]:
 
 MANIFEST = Manifest.deserialize(vectors("manifest.json")[0])
 KEY = vectors("key.bin")[0]
+WITH_KEY = (VECTORS / "compact-384.query-with-key.bin").read_bytes()
+RELEASED = VECTORS / "version-1"
 REPLY = vectors("reply.bin")[0]
 HEAD_KEY = HeadKey(bytes(range(32)))
 SIGNATURE = VendorSignature(bytes(8), bytes(64))
@@ -71,6 +79,10 @@ def parse_query(data):
     return QueryMessage.deserialize(
         data, MANIFEST.parameter_set, MANIFEST.layout, key_seed=KEY[-64:]
     )
+
+
+def parse_carried_key(data):
+    return KeyMessage.deserialize(carried_key(data, QueryHeader.deserialize(data)))
 
 
 def parse_reply(data):
@@ -112,11 +124,22 @@ def log_lines():
 SETTINGS = b'workers = 2\nhost = "127.0.0.1"\nbody_seconds = 10.0\nlog_format = "json"\n'
 
 TARGETS = {
-    "key-message": Target(KeyMessage.deserialize, (WireError,), vectors("key.bin")),
-    "query-header": Target(QueryHeader.deserialize, (WireError,), vectors("query.bin")),
-    "query-message": Target(parse_query, (WireError,), vectors("query.bin")),
+    "key-message": Target(
+        KeyMessage.deserialize,
+        (WireError,),
+        (*vectors("key.bin"), (RELEASED / "compact-384.key.bin").read_bytes()),
+    ),
+    "carried-key": Target(parse_carried_key, (WireError,), (WITH_KEY,)),
+    "query-header": Target(
+        QueryHeader.deserialize, (WireError,), (*vectors("query.bin"), WITH_KEY)
+    ),
+    "query-message": Target(parse_query, (WireError,), (*vectors("query.bin"), WITH_KEY)),
     "reply-message": Target(parse_reply, (WireError,), vectors("reply.bin")),
-    "manifest": Target(Manifest.deserialize, (ManifestError,), vectors("manifest.json")),
+    "manifest": Target(
+        Manifest.deserialize,
+        (ManifestError,),
+        (*vectors("manifest.json"), (RELEASED / "compact-384.manifest.json").read_bytes()),
+    ),
     "settings": Target(
         lambda data: load_settings(config=scratch("settings.toml", data)),
         (ConfigurationError,),
@@ -151,7 +174,7 @@ TARGETS = {
         ),
     ),
     "access-log": Target(
-        lambda data: access_log.verify(scratch("access.log", data)),
+        lambda data: access_log_chain.verify(scratch("access.log", data)),
         (AccessLogError,),
         (log_lines(),),
     ),

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from veilhead_models.artifact import (
     BACKBONE_DIRECTORY,
+    FORMAT_FILE,
     HEAD_FILE,
     MANIFEST_FILE,
     REPORT_FILE,
@@ -32,7 +33,7 @@ from veilhead_protocol.errors import (
     ParameterError,
     ScaleError,
 )
-from veilhead_protocol.files import describe_file, verify_files
+from veilhead_protocol.files import describe_file, verify
 from veilhead_protocol.manifest import BackboneSection, Manifest, PolicySection
 
 Floats = NDArray[np.float64]
@@ -151,7 +152,9 @@ class TestFromWeights:
         with pytest.raises(ParameterError, match="unknown parameter set"):
             random_artifact(parameters="tiny")
         with pytest.raises(ManifestError, match="minimum"):
-            random_artifact(policy=PolicySection(minimum_parameters="strong"))
+            random_artifact(
+                policy=PolicySection(minimum_parameters="standard"), parameters="compact"
+            )
 
     @pytest.mark.parametrize("about", [{"x": float("nan")}, {"x": object()}, {"x": "\ud800"}])
     def test_facts_that_json_cannot_carry_are_refused(self, about: dict[str, Any]) -> None:
@@ -163,7 +166,7 @@ class TestFromWeights:
             _ = random_artifact().manifest
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("parameters", ["compact", "strong"])
+    @pytest.mark.parametrize("parameters", ["standard", "compact"])
     def test_the_largest_head_goes_through(self, tmp_path: Path, parameters: str) -> None:
         generator = np.random.default_rng(0)
         weight = generator.normal(size=(4096, 4096)) / 64
@@ -181,7 +184,7 @@ class TestLogits:
         embeddings = generator.normal(size=(7, 16))
         embeddings *= scale / np.linalg.norm(embeddings, axis=1, keepdims=True)
         artifact = HeadArtifact.from_weights(
-            weight, bias, labels(5), parameters="strong", embedding_scale=scale
+            weight, bias, labels(5), parameters="standard", embedding_scale=scale
         )
         assert artifact.embedding.scale == scale
         np.testing.assert_allclose(
@@ -207,7 +210,7 @@ class TestSaveAndLoad:
     @given(
         classes=st.integers(1, 40),
         dimensions=st.integers(1, 60),
-        parameters=st.sampled_from(["compact", "strong"]),
+        parameters=st.sampled_from(["standard", "compact"]),
         scale=st.sampled_from([0.5, 1.0, 3.0]),
         seed=st.integers(0, 1000),
     )
@@ -294,7 +297,7 @@ class TestReplacing:
         random_artifact(classes=3).save(target, report={})
         manifest = random_artifact(classes=4).save(target)
         assert HeadArtifact.load(target).manifest == manifest
-        assert sorted(content(target)) == [HEAD_FILE, MANIFEST_FILE]
+        assert sorted(content(target)) == [FORMAT_FILE, HEAD_FILE, MANIFEST_FILE]
         assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
     @pytest.mark.parametrize("foreign", ["notes.txt", MANIFEST_FILE, HEAD_FILE])
@@ -502,7 +505,7 @@ class TestBackboneFiles:
             HeadArtifact.load(tmp_path / "m")
         damage(tmp_path / "source")
         with pytest.raises(BackboneError, match=r"nested/model\.safetensors"):
-            verify_files(tmp_path / "source", section)
+            verify(tmp_path / "source", section.files)
         with pytest.raises(BackboneError):
             random_artifact().with_backbone(tmp_path / "source", section)
         with pytest.raises((ArtifactError, BackboneError)):
@@ -514,7 +517,7 @@ class TestBackboneFiles:
         (tmp_path / "source" / "config.json").write_text("[]")
         got = describe_file(tmp_path / "source", "config.json").sha256
         with pytest.raises(BackboneError, match=f"{got}, expected {section.files[0].sha256}"):
-            verify_files(tmp_path / "source", section)
+            verify(tmp_path / "source", section.files)
 
 
 class TestSecrecy:

@@ -22,7 +22,7 @@ from veilhead_models import backbone as backbone_module
 from veilhead_models import embedder
 from veilhead_models.backbone import Backbone, describe, minilm
 from veilhead_protocol.errors import BackboneError
-from veilhead_protocol.files import verify_files
+from veilhead_protocol.files import verify
 
 TEXTS = ["acute chest pain", "fever", "", "mild " * 50, "broken arm", "unheard-of words"]
 
@@ -211,7 +211,7 @@ class TestDescribe:
             "tokenizer_config.json",
         ]
         assert (section.name, section.max_tokens, section.normalise) == ("copy", 24, True)
-        verify_files(copy, section)
+        verify(copy, section.files)
 
     def test_what_sentence_transformers_says_is_heeded(
         self, tiny_directory: Path, tmp_path: Path
@@ -366,7 +366,7 @@ class TestSentenceTransformers:
 class TestMinilm:
     def test_its_section_is_what_its_directory_holds(self) -> None:
         directory, section = minilm()
-        verify_files(directory, section)
+        verify(directory, section.files)
         described = {entry.path: entry for entry in describe(directory).files}
         assert all(described[entry.path] == entry for entry in section.files)
         assert describe(directory).max_tokens == section.max_tokens == 256

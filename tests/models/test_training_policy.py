@@ -22,9 +22,9 @@ DATASET = Dataset("made-up", SPLIT, SPLIT, ("no", "yes"), "here", None)
     ("parameters", "privacy", "clause"),
     [
         ("compact", PrivacyBudget(4.0), "policy.minimum_parameters: the policy medical asks for"),
-        ("strong", None, "policy.privacy: .* this one was trained without"),
-        ("strong", PrivacyBudget(4.1), "policy.privacy: .* this one has 4.1 and 1e-05"),
-        ("strong", PrivacyBudget(4.0, 1e-4), "policy.privacy: .* this one has 4 and 0.0001"),
+        ("standard", None, "policy.privacy: .* this one was trained without"),
+        ("standard", PrivacyBudget(4.1), "policy.privacy: .* this one has 4.1 and 1e-05"),
+        ("standard", PrivacyBudget(4.0, 1e-4), "policy.privacy: .* this one has 4 and 0.0001"),
     ],
 )
 def test_a_head_that_would_break_the_policy_is_not_trained(
@@ -53,7 +53,7 @@ def test_a_head_that_meets_its_policy_carries_it(tiny_directory: Path) -> None:
         tiny_directory,
         describe(tiny_directory),
         name="model",
-        parameters="strong",
+        parameters="standard",
         device="cpu",
         privacy=PrivacyBudget(4.0),
         policy=preset_policy("medical"),

@@ -24,49 +24,84 @@ _BLOCK_BYTES = 4096
 _PRNG_SHAKE256 = 2
 _DOMAIN_COEFFICIENT = 0
 
-_COMPACT = {
-    "degree": 2048,
-    "data_primes": (0x1FFFFFFFFE1001,),
-    "key_primes": (0x1FFFFFFFFE1001,),
-    "id": "3ff41c579bec57b18d04fa7bd640a3ba1be7cebd1272995ee10187cc5b9571e0",
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "standard": {
+        "degree": 4096,
+        "prime": 0x1FFFFFFFFB4001,
+        "hints": 2900,
+        "id": "ccf9c15dc6e6ed7e3b72fc28fa85d88b8faf5964db7d0fcd546e8b8a78651ef6",
+    },
+    "compact": {
+        "degree": 2048,
+        "prime": 0x3FFFFFFFFC001,
+        "hints": 1152,
+        "id": "e8be5c106c7939a3890c0f21a923309ed3cd81ccd7de2c0b77ef591331bdb412",
+    },
 }
-_STRONG = {
-    "degree": 4096,
-    "data_primes": (0xFFFFEE001, 0x7FFFF6001),
-    "key_primes": (0xFFFFEE001, 0x7FFFF6001, 0x2E001),
-    "id": "6325f40ad49c6aa16dda5f267d61f6c823ed19273d5f52be22b977df2b021d45",
-}
-PARAMETERS: dict[str, dict[str, Any]] = {"compact": _COMPACT, "strong": _STRONG}
 
 
-def _most_wanted(name: str, exponent: int) -> int:
-    if name == "compact":
-        return (1152 if exponent <= 7 else 920) // (exponent + 11)
-    return 192 if exponent <= 9 else 128
+# --- layouts -------------------------------------------------------------------------------------
+
+Head = tuple[str, int, int, int, int]
+"""The set's name, d, C, e - k and the group limit."""
 
 
-def choose_layout(
-    name: str, texts: int, dimensions: int, classes: int, exponent: int
-) -> tuple[int, int, int, int]:
-    """Layout byte, block length, pieces and group."""
-    degree, most = PARAMETERS[name]["degree"], _most_wanted(name, exponent)
-    whole = max(1, degree // dimensions)
-    widest = max(whole, 16) if exponent <= 6 else whole
-    groups = 1 if texts > most else min(widest, most // texts, classes)
-    best: tuple[int, int, int, int] | None = None
+def _most_wanted(head: Head) -> int:
+    most: int = PARAMETERS[head[0]]["hints"] // (head[3] + 11)
+    return most
+
+
+def _cheapest(head: Head, texts: int) -> tuple[int, int, int, int, int] | None:
+    """Cost, group, block length, pieces and replies; None where there is no layout."""
+    name, dimensions, classes, _, limit = head
+    degree, most = PARAMETERS[name]["degree"], _most_wanted(head)
+    groups = 1 if texts > most else min(limit, most // texts, classes)
+    best: tuple[int, int, int, int, int] | None = None
     for group in range(1, groups + 1):
         longest = degree // (texts * group)
-        if longest == 0:
+        if longest == 0 or texts * classes > 2**20:
             break
         pieces, replies = -(-dimensions // longest), -(-classes // group)
-        if pieces > 1024 or (1 < texts <= most and pieces * replies > 4096):
-            continue
         cost = 20 * pieces + 20 * replies + pieces * replies
-        if best is None or cost < best[0]:
-            best = (cost, -(-dimensions // pieces), pieces, group)
-    if best is None:
-        raise ValueError("too many texts")
-    return (1 if texts == 1 else 2 if texts <= most else 3, *best[1:])
+        if pieces <= 1024 and (best is None or cost < best[0]):
+            best = (cost, group, -(-dimensions // pieces), pieces, replies)
+    return best
+
+
+def block_sizes(head: Head) -> list[int]:
+    """The numbers of texts that a block may have."""
+    most, left, texts = _most_wanted(head), 4096, 2
+    sizes: list[int] = []
+    while texts <= most:
+        found = _cheapest(head, texts)
+        if found is None or left - found[3] * found[4] < 2048:
+            break
+        sizes.append(texts)
+        left -= found[3] * found[4]
+        texts *= 2
+    best = None
+    for texts in range((sizes or [1])[-1] + 1, most + 1):
+        found = _cheapest(head, texts)
+        if found is None or found[3] * found[4] > left:
+            continue
+        # (cost + 40) / texts, without fractions
+        if best is None or (found[0] + 40) * best[1] < best[0] * texts:
+            best = (found[0] + 40, texts)
+    if best is not None:
+        last = _cheapest(head, sizes[-1]) if sizes else None
+        if last is None or best[0] * sizes[-1] < (last[0] + 40) * best[1]:
+            sizes.append(best[1])
+    return sizes
+
+
+def choose_layout(head: Head, texts: int, *, bulk: bool = False) -> tuple[int, int, int, int]:
+    """Layout byte, block length, pieces and group."""
+    found = _cheapest(head, texts)
+    kind = 1 if texts == 1 else 2 if texts <= _most_wanted(head) else 3
+    if found is None or (kind == 2 and texts not in block_sizes(head)) or (kind == 3 and not bulk):
+        raise ValueError(f"no request of {texts} texts")
+    _, group, block, pieces, _ = found
+    return kind, block, pieces, group
 
 
 # --- polynomials modulo X^N + 1 ------------------------------------------------------------------
@@ -86,8 +121,8 @@ def times_ternary(polynomial: Integers, ternary: Integers, modulus: int) -> Inte
     return total % modulus
 
 
-def expand(seed: bytes, degree: int, primes: Sequence[int]) -> list[Integers]:
-    """The residues that a seed stands for, prime after prime: [L][N]."""
+def expand(seed: bytes, degree: int, prime: int) -> Integers:
+    """The residues that a seed stands for: [N]."""
     counter = 0
     pending = np.empty(0, dtype="<u8")
 
@@ -100,15 +135,12 @@ def expand(seed: bytes, degree: int, primes: Sequence[int]) -> list[Integers]:
         drawn, pending = pending[:count], pending[count:]
         return drawn
 
-    words = draw(degree * len(primes)).reshape(len(primes), degree).copy()
-    rows = []
-    for row, prime in zip(words, primes, strict=True):
-        bound = 2**64 - 1 - (2**64 - 1) % prime - 1
-        for position in np.flatnonzero(row >= np.uint64(bound)):
-            while row[position] >= bound:
-                row[position] = draw(1)[0]
-        rows.append((row % np.uint64(prime)).astype(np.int64))
-    return rows
+    words = draw(degree).copy()
+    bound = 2**64 - 1 - (2**64 - 1) % prime - 1
+    for position in np.flatnonzero(words >= np.uint64(bound)):
+        while words[position] >= bound:
+            words[position] = draw(1)[0]
+    return (words % np.uint64(prime)).astype(np.int64)
 
 
 def pack(values: Sequence[int], width: int) -> bytes:
@@ -136,8 +168,7 @@ class Model:
     digest: bytes
     name: str
     degree: int
-    data_primes: tuple[int, ...]
-    key_primes: tuple[int, ...]
+    prime: int
     parameter_id: bytes
     texts: int
     kind: int
@@ -146,6 +177,7 @@ class Model:
     block: int
     pieces: int
     group: int
+    downscale_bits: int
     scale_bits: int
     query_scale_bits: int
     reply_bits: int
@@ -155,22 +187,24 @@ class Model:
     @classmethod
     def from_manifest(cls, data: bytes, texts: int = 1) -> Model:
         document = json.loads(data)
-        if document["format"] != "veilhead-manifest/1":
+        if document["format"] != "veilhead-manifest/2":
             raise ValueError("a manifest of another format")
         head, parameters = document["head"], PARAMETERS[document["parameters"]]
         if document["parameters_id"] != parameters["id"]:
             raise ValueError("a parameter set of that name with other numbers")
         degree, dimensions = parameters["degree"], head["dimensions"]
         classes = len(head["labels"])
+        served_exponent = head["exponent"] - head["downscale_bits"]
         kind, block, pieces, group = choose_layout(
-            document["parameters"], texts, dimensions, classes, head["exponent"]
+            (document["parameters"], dimensions, classes, served_exponent, head["group_limit"]),
+            texts,
+            bulk=document["policy"]["bulk"],
         )
         return cls(
             digest=hashlib.sha256(data).digest(),
             name=document["name"],
             degree=degree,
-            data_primes=parameters["data_primes"],
-            key_primes=parameters["key_primes"],
+            prime=parameters["prime"],
             parameter_id=bytes.fromhex(parameters["id"]),
             texts=texts,
             kind=kind,
@@ -179,6 +213,7 @@ class Model:
             block=block,
             pieces=pieces,
             group=group,
+            downscale_bits=head["downscale_bits"],
             scale_bits=head["scale_bits"],
             query_scale_bits=head["scale_bits"] - head["weight_scale_bits"],
             reply_bits=head["reply_bits"],
@@ -191,7 +226,7 @@ class Model:
         return -(-self.classes // self.group)
 
     def prefix(self, kind: int, prng: int, domain: int) -> bytes:
-        return struct.pack("<4s4B32s", b"VEIL", 1, kind, prng, domain, self.parameter_id)
+        return struct.pack("<4s4B32s", b"VEIL", 2, kind, prng, domain, self.parameter_id)
 
     def target(self, key_id: bytes, polynomials: int) -> bytes:
         counts = (self.texts, self.dimensions, self.classes, self.block, self.pieces, self.group)
@@ -218,36 +253,33 @@ class Client:
             secret = np.array([secrets.randbelow(3) - 1 for _ in range(model.degree)])
         self._secret = secret
         no_message = np.zeros(model.degree, dtype=np.int64)
-        self.key_message = model.prefix(1, _PRNG_SHAKE256, _DOMAIN_COEFFICIENT) + self._encrypt(
-            no_message, model.key_primes
-        )
+        self.key_message = model.prefix(1, _PRNG_SHAKE256, _DOMAIN_COEFFICIENT)
+        self.key_message += self._encrypt(no_message)
         self.key_id = hashlib.sha256(self.key_message).digest()
 
-    def _encrypt(self, message: Integers, primes: Sequence[int]) -> bytes:
+    def _encrypt(self, message: Integers) -> bytes:
         """-(a s + e) + m, packed, and the 64 fresh bytes that a comes from."""
-        degree = self.model.degree
+        degree, prime = self.model.degree, self.model.prime
         seed = secrets.token_bytes(64)
         error = np.array([_cbd21() for _ in range(degree)], dtype=np.int64)
-        packed = b""
-        for mask, prime in zip(expand(seed, degree, primes), primes, strict=True):
-            product = times_ternary(mask, self._secret, prime)
-            residues = (message % prime - product - error) % prime
-            packed += pack(residues.tolist(), prime.bit_length())
-        return packed + seed
+        product = times_ternary(expand(seed, degree, prime), self._secret, prime)
+        residues = (message % prime - product - error) % prime
+        return pack(residues.tolist(), prime.bit_length()) + seed
 
-    def query(self, embeddings: NDArray[np.float64]) -> bytes:
+    def query(self, embeddings: NDArray[np.float64], *, with_key: bool = False) -> bytes:
         """The query message for embeddings [texts, d], or [d] for one text."""
         model = self.model
         scaled = embeddings.reshape(model.texts, -1).astype(np.float64) / model.embedding_scale
         scaled = scaled / np.maximum(1.0, np.linalg.norm(scaled, axis=1, keepdims=True))
         return (
-            model.prefix(2, _PRNG_SHAKE256, _DOMAIN_COEFFICIENT)
+            model.prefix(4 if with_key else 2, _PRNG_SHAKE256, _DOMAIN_COEFFICIENT)
             + model.target(self.key_id, model.pieces)
-            + b"".join(self._encrypt(piece, model.data_primes) for piece in model.place(scaled))
+            + (self.key_message if with_key else b"")
+            + b"".join(map(self._encrypt, model.place(scaled)))
         )
 
     def logits(self, query: bytes, reply: bytes) -> NDArray[np.float64]:
-        """Logits [texts * C], rounded to multiples of 2^-12, of the reply to that query."""
+        """Logits [texts * C] of the reply to that query: rounded to 2^-12, then times 2^k."""
         model, bits = self.model, self.model.reply_bits
         expected = (
             model.prefix(3, 0, 0)
@@ -258,11 +290,8 @@ class Client:
         if reply[: len(expected)] != expected:
             raise ValueError("not the reply to this query")
         units = self.decrypt(reply[len(expected) :])
-        modulus = 1
-        for prime in model.data_primes:
-            modulus *= prime
-        unit = modulus / 2 ** (bits + model.scale_bits)
-        return np.rint(np.array(units) * unit * 4096) / 4096
+        served = np.array(units) * (model.prime / 2 ** (bits + model.scale_bits))
+        return np.rint(served * 4096) / 4096 * 2**model.downscale_bits
 
     def decrypt(self, body: bytes) -> list[int]:
         """The integers of a reply, after its header: [texts * C]. Never shown to anybody."""

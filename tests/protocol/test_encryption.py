@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,16 @@ from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol import seal_io
 from veilhead_protocol.decryption import secret_coefficients
 from veilhead_protocol.encoding import decode, encode
-from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STRONG, ParameterSet
+from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STANDARD, ParameterSet
 from veilhead_protocol.scales import project
-from veilhead_protocol.wire import KeyMessage, ReplyMessage
+from veilhead_protocol.wire import KeyMessage, QueryMessage, ReplyMessage
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 
 SHAPES = [
     ("compact", 384, 7),
     ("compact", 3000, 2),
-    ("strong", 384, 11),
-    ("strong", 4096, 2),
+    ("standard", 384, 77),
+    ("standard", 4096, 2),
 ]
 
 
@@ -47,27 +48,26 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 class Watched(EncryptedHead):
-    """The real evaluation, whose untruncated ciphertexts can be seen, without flood."""
-
-    flooded = False
+    """The real evaluation, whose uncut ciphertexts can be seen, without flood."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.ciphertexts: list[Any] = []
 
-    def _rerandomise(self, product: Any | None, key: ClientKey) -> Any:
-        ciphertext = super()._rerandomise(product, key)
-        self.ciphertexts.append((seal_io.save_ciphertext(ciphertext), ciphertext.scale))
-        return ciphertext
+    def _masked(self, query: QueryMessage, key: ClientKey) -> Iterator[Any]:
+        for residues in super()._masked(query, key):
+            self.ciphertexts.append(residues)
+            yield residues
 
-    def _flood(self, count: int) -> list[int]:
-        return super()._flood(count) if self.flooded else [0] * count
+    def _flood(self, count: int) -> Any:
+        return np.zeros(count, dtype=np.int64)
 
 
-def decrypted_by_seal(parameters: ParameterSet, secret: Any, residues: Any, scale: float) -> Any:
-    """All coefficients [N] of a ciphertext, by SEAL's Decryptor and decoder."""
+def decrypted_by_seal(parameters: ParameterSet, secret: Any, residues: Any, scale_bits: int) -> Any:
+    """All coefficients [N] of a ciphertext's coefficients [2, N], by SEAL's decryption."""
     seal = seal_io.runtime(parameters)
-    ciphertext = seal_io.load_ciphertext(seal, residues, scale_bits=round(np.log2(scale)))
+    ciphertext = seal_io.load_ciphertext(seal, residues, scale_bits=scale_bits, ntt_form=False)
+    seal.evaluator.transform_to_ntt_inplace(ciphertext)
     plaintext = seal.new_plaintext()
     sealapi.Decryptor(seal.context, secret).decrypt(ciphertext, plaintext)
     return decode(seal, plaintext)
@@ -87,8 +87,8 @@ def test_decryption_agrees_with_seals(
 
     (secret,) = captured
     by_seal: list[float] = []
-    for number, (residues, scale) in enumerate(head.ciphertexts):
-        coefficients = decrypted_by_seal(parameters, secret, residues, scale)
+    for number, residues in enumerate(head.ciphertexts):
+        coefficients = decrypted_by_seal(parameters, secret, residues, manifest.scales.scale_bits)
         by_seal += coefficients[manifest.layout.wanted(number)].tolist()
     message = ReplyMessage.deserialize(
         reply,
@@ -100,7 +100,8 @@ def test_decryption_agrees_with_seals(
         query_digest=query.digest,
     )
     scales = manifest.scales
-    unit = parameters.data_modulus / 2 ** (scales.reply_bits + scales.scale_bits)
+    assert scales.downscale_bits == 0
+    unit = parameters.prime / 2 ** (scales.reply_bits + scales.scale_bits)
     ours = query.key.decrypt(message).reshape(-1)[:classes] * unit
     # Truncation is all that lies between them: one deviation, eight of which the bound allows.
     spread = np.sqrt((2 * parameters.poly_modulus_degree / 3 + 1) / 12) * unit
@@ -114,10 +115,14 @@ def test_decryption_agrees_with_seals(
 
 
 @pytest.mark.parametrize(("name", "dimensions", "classes"), SHAPES)
+@pytest.mark.parametrize("norm", [6.0, 20.0, 2.0**10, 2.0**20])
 def test_logits_keep_the_published_bound(
-    make_artifact, unit_rows, name: str, dimensions: int, classes: int
+    make_artifact, unit_rows, name: str, dimensions: int, classes: int, norm: float
 ) -> None:
-    artifact = make_artifact(classes, dimensions, name, seed=3)
+    """Also of heads of large logits, which are served divided."""
+    artifact = make_artifact(classes, dimensions, name, seed=3, norm=norm)
+    scales = artifact.manifest.scales
+    assert (scales.downscale_bits > 0) is (norm > 64)
     head = EncryptedHead(artifact.manifest, artifact.weight, artifact.bias)
     session = Session(artifact.manifest)
     for row, exact in zip(
@@ -127,7 +132,8 @@ def test_logits_keep_the_published_bound(
         reply = head.evaluate(query.data, ClientKey.from_message(query.key.message))
         logits = session.decrypt(query, reply)
         assert np.abs(logits - exact).max() <= artifact.manifest.head.error_bound
-        assert np.array_equal(logits * 4096, np.rint(logits * 4096))
+        steps = logits / scales.logit_step
+        assert np.array_equal(steps, np.rint(steps))
 
 
 def test_the_flood_is_added_and_bounded(make_artifact, unit_rows) -> None:
@@ -157,7 +163,7 @@ def test_the_largest_logits_do_not_wrap(unit_rows) -> None:
         artifact = HeadArtifact.from_weights(
             weight, [3.9, -3.9], ["a", "b"], name="head", parameters=name
         )
-        assert artifact.scales.exponent == 6
+        assert artifact.scales.served_exponent == 6
         head = EncryptedHead(artifact.manifest, artifact.weight, artifact.bias)
         session = Session(artifact.manifest)
         query = session.encrypt(row * 100)  # shortened to norm one
@@ -179,19 +185,13 @@ def test_the_secret_is_read_right(
     assert np.abs(counts - 1 / 3).max() < 0.06
     message = KeyMessage.deserialize(key.message)
     secret = coefficients.astype(int).tolist()
-    rows, _ = generator.expand(
-        message.prng, message.seed, parameters.poly_modulus_degree, parameters.key_primes
-    )
-    errors = []
-    for b, a, prime in zip(message.b.tolist(), rows, parameters.key_primes, strict=True):
-        transformed = generator.to_ntt(secret, prime)
-        sums = [(x + y * s) % prime for x, y, s in zip(b, a, transformed, strict=True)]
-        # The mean of the values is the constant coefficient: here, of the error.
-        constant = sum(sums) * pow(parameters.poly_modulus_degree, -1, prime) % prime
-        errors.append(constant - prime if constant > prime // 2 else constant)
-    # One small integer, the same modulo every prime.
-    assert len(set(errors)) == 1
-    assert abs(errors[0]) <= 21
+    prime = parameters.prime
+    a, _ = generator.expand(message.prng, message.seed, parameters.poly_modulus_degree, prime)
+    transformed = generator.to_ntt(secret, prime)
+    sums = [(x + y * s) % prime for x, y, s in zip(message.b.tolist(), a, transformed, strict=True)]
+    # The mean of the values is the constant coefficient: here, of the error.
+    constant = sum(sums) * pow(parameters.poly_modulus_degree, -1, prime) % prime
+    assert min(constant, prime - constant) <= 21
 
 
 def test_keys_are_fresh(make_artifact) -> None:
@@ -205,29 +205,20 @@ def test_keys_are_fresh(make_artifact) -> None:
 
 def encoded_exactly(parameters: ParameterSet, coefficients: Any, scale_bits: int) -> list[int]:
     """The integers [N] that SEAL's plaintext really holds."""
-    seal, modulus = seal_io.runtime(parameters), parameters.data_modulus
-    residues = np.zeros(
-        (2, len(parameters.data_primes), parameters.poly_modulus_degree), dtype=np.uint64
-    )
+    seal, prime = seal_io.runtime(parameters), parameters.prime
+    residues = np.zeros((2, parameters.poly_modulus_degree), dtype=np.uint64)
     residues[1] = 1  # SEAL refuses a ciphertext whose second polynomial is zero
     ciphertext = seal_io.load_ciphertext(seal, residues, scale_bits=scale_bits)
     seal.evaluator.add_plain_inplace(ciphertext, encode(seal, coefficients, scale_bits))
     seal.evaluator.transform_from_ntt_inplace(ciphertext)
-    found = []
-    for column in seal_io.save_ciphertext(ciphertext)[0].T.tolist():
-        value = 0
-        for residue, prime in zip(column, parameters.data_primes, strict=True):
-            cofactor = modulus // prime
-            value += residue * cofactor * pow(cofactor, -1, prime)
-        value %= modulus
-        found.append(value - modulus if value > modulus // 2 else value)
-    return found
+    found: list[int] = seal_io.save_ciphertext(seal, ciphertext)[0].tolist()
+    return [value - prime if value > prime // 2 else value for value in found]
 
 
 @pytest.mark.parametrize("dimensions", [384, 2048])
 @pytest.mark.parametrize(
     ("parameters", "scale_bits"),
-    [(COMPACT, 36), (COMPACT, 46), (COMPACT, 50), (STRONG, 46), (STRONG, 56), (STRONG, 60)],
+    [(COMPACT, 28), (COMPACT, 36), (COMPACT, 46), (STANDARD, 36), (STANDARD, 46), (STANDARD, 50)],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_junk_from_the_fourier_transform_is_bounded(
@@ -248,10 +239,13 @@ def test_junk_from_the_fourier_transform_is_bounded(
             assert sum(junk) <= 2
 
 
-def test_junk_is_far_below_the_bound_of_a_logit() -> None:
-    """In `strong`, at the largest scale of a query, beside a coefficient of one."""
-    coefficients = np.zeros(STRONG.poly_modulus_degree)
+@pytest.mark.parametrize("parameters", PARAMETER_SETS.values(), ids=lambda p: p.name)
+def test_junk_is_far_below_the_bound_of_a_logit(parameters: ParameterSet) -> None:
+    """At the largest scale that a query can have, beside a coefficient of one."""
+    largest = parameters.residue_bits - 2
+    coefficients = np.zeros(parameters.poly_modulus_degree)
     coefficients[5] = 1.0
-    found = encoded_exactly(STRONG, coefficients, 60)
+    found = encoded_exactly(parameters, coefficients, largest)
     junk = np.array([value for at, value in enumerate(found) if at != 5], dtype=np.float64)
-    assert np.abs(junk).sum() / 2.0**60 < 2.0**-40
+    assert found[5] == 2**largest
+    assert np.abs(junk).sum() / 2.0**largest < 2.0**-40

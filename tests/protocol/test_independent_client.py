@@ -8,7 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from veilhead_protocol.errors import LayoutError
+from veilhead_protocol.layout import HeadShape, Layout, block_sizes
+from veilhead_protocol.manifest import Manifest
+from veilhead_protocol.parameters import PARAMETER_SETS, ParameterSet
+from veilhead_protocol.wire import QueryHeader, carried_key
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 
 
@@ -18,8 +25,9 @@ from veilhead_service.encrypted_head import ClientKey, EncryptedHead
         ("compact", 384, 22),
         ("compact", 3000, 3),  # two query polynomials
         ("compact", 64, 40),  # more than the limit of hints lets into one polynomial
-        ("strong", 384, 11),
-        ("strong", 4096, 2),
+        ("standard", 384, 77),
+        ("standard", 64, 200),  # one group of many
+        ("standard", 4096, 2),
     ],
 )
 def test_its_logits_are_the_heads(
@@ -40,6 +48,81 @@ def test_its_logits_are_the_heads(
         assert logits.shape == (classes,)
         assert np.abs(logits - plaintext).max() <= model.error_bound
         assert np.array_equal(logits, np.rint(logits * 4096) / 4096)
+
+
+@pytest.mark.parametrize("parameters", ["standard", "compact"])
+def test_heads_of_large_logits(independent, make_artifact, unit_rows, parameters: str) -> None:
+    artifact = make_artifact(5, 384, parameters, norm=900.0)
+    head = EncryptedHead(artifact.manifest, artifact.weight, artifact.bias)
+    model = independent.Model.from_manifest(artifact.manifest.serialize())
+    assert artifact.manifest.head.exponent == 10
+    assert model.downscale_bits >= 4
+    client = independent.Client(model)
+    row = unit_rows(1, 384)[0]
+    query = client.query(row)
+    logits = client.logits(query, head.evaluate(query, ClientKey.from_message(client.key_message)))
+    assert np.abs(logits - artifact.logits(row[np.newaxis])[0]).max() <= model.error_bound
+    steps = logits * 4096 / 2**model.downscale_bits
+    assert np.array_equal(steps, np.rint(steps))
+
+
+def test_blocks_and_bulk(independent, unit_rows, make_artifact) -> None:
+    artifact = make_artifact(3, 24, "compact")
+    document = artifact.manifest.model_dump()
+    document["policy"]["bulk"] = True
+    manifest = Manifest.build(document)
+    head = EncryptedHead(manifest, artifact.weight, artifact.bias)
+    for texts in (*block_sizes(manifest.shape), manifest.shape.max_wanted + 1):
+        model = independent.Model.from_manifest(manifest.serialize(), texts)
+        client = independent.Client(model)
+        rows = unit_rows(texts, 24)
+        query = client.query(rows)
+        reply = head.evaluate(query, ClientKey.from_message(client.key_message))
+        logits = client.logits(query, reply).reshape(texts, 3)
+        assert np.abs(logits - artifact.logits(rows)).max() <= model.error_bound
+
+
+def test_a_query_that_carries_its_key(independent, make_artifact, unit_rows) -> None:
+    artifact = make_artifact(4, 384, "standard")
+    head = EncryptedHead(artifact.manifest, artifact.weight, artifact.bias)
+    model = independent.Model.from_manifest(artifact.manifest.serialize())
+    client = independent.Client(model)
+    row = unit_rows(1, 384)[0]
+    query = client.query(row, with_key=True)
+    carried = carried_key(query, QueryHeader.deserialize(query))
+    logits = client.logits(query, head.evaluate(query, ClientKey.from_message(carried)))
+    assert np.abs(logits - artifact.logits(row[np.newaxis])[0]).max() <= model.error_bound
+
+
+@given(
+    st.sampled_from(list(PARAMETER_SETS.values())),
+    st.integers(1, 4096),
+    st.integers(1, 100) | st.integers(1, 4096),
+    st.integers(0, 6),
+    st.integers(0, 8),
+    st.booleans(),
+)
+def test_its_layouts_are_the_services(
+    independent,
+    parameters: ParameterSet,
+    dimensions: int,
+    classes: int,
+    exponent: int,
+    limit_bits: int,
+    bulk: bool,
+) -> None:
+    shape = HeadShape(parameters, dimensions, classes, exponent, 1 << limit_bits, bulk)
+    head = (parameters.name, dimensions, classes, exponent, 1 << limit_bits)
+    assert independent.block_sizes(head) == list(block_sizes(shape))
+    for texts in {1, 3, *block_sizes(shape), shape.max_wanted, shape.max_wanted + 1, 2048, 4096}:
+        try:
+            layout = Layout.canonical(shape, texts)
+        except LayoutError:
+            with pytest.raises(ValueError, match="no request"):
+                independent.choose_layout(head, texts, bulk=bulk)
+        else:
+            found = (layout.kind, layout.block_length, layout.pieces, layout.group)
+            assert independent.choose_layout(head, texts, bulk=bulk) == found
 
 
 def test_it_understands_recorded_replies(independent, vectors: Path, cases) -> None:
@@ -70,12 +153,12 @@ def test_recorded_keys_and_queries_are_encryptions(
             (vectors / f"{name}.manifest.json").read_bytes(), case["layout"]["texts"]
         )
         secret = np.array([int(digit) - 1 for digit in case["secret_plus_one"]])
-        (prime,) = model.data_primes
+        prime = model.prime
         expected = np.zeros(model.degree, dtype=np.int64)
         for kind, header in (("key", 40), ("query", 136)):
             data = (vectors / f"{name}.{kind}.bin").read_bytes()
-            c0 = np.array(independent.unpack(data[header:-64], model.degree, 53))
-            (mask,) = independent.expand(data[-64:], model.degree, model.data_primes)
+            c0 = np.array(independent.unpack(data[header:-64], model.degree, 50))
+            mask = independent.expand(data[-64:], model.degree, prime)
             if kind == "query":
                 (expected,) = model.place(np.array(case["embeddings_times_2_20"]) / 2**20)
             difference = c0 + independent.times_ternary(mask, secret, prime) - expected
@@ -85,7 +168,7 @@ def test_recorded_keys_and_queries_are_encryptions(
 
 
 def test_its_products_are_the_generators(independent, generator) -> None:
-    prime = 0xFFFFEE001
+    prime = 0x1FFFFFFFFB4001
     first = generator.fixed_integers("product", 256, prime)
     second = generator.fixed_ternary("ternary", 256)
     product = independent.times_ternary(np.array(first), np.array(second), prime)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -9,45 +11,66 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from veilhead_protocol.errors import LayoutError, ScaleError
+from veilhead_protocol.errors import LayoutError
 from veilhead_protocol.layout import (
     MAX_BLOCK_PRODUCTS,
     MAX_CLASSES,
     MAX_DIMENSIONS,
     MAX_LOGITS,
     MAX_PIECES,
+    HeadShape,
     Layout,
     LayoutKind,
-    group_limit,
-    most_texts,
+    block_sizes,
     plan,
 )
-from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STRONG, ParameterSet
+from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STANDARD
 
-SETS = st.sampled_from(list(PARAMETER_SETS.values()))
-DIMENSIONS = st.integers(1, MAX_DIMENSIONS)
-CLASSES = st.integers(1, MAX_CLASSES)
-EXPONENTS = st.integers(0, 12)
-TEXTS = st.integers(1, 100) | st.integers(1, 4096)
+#: Of one block for each head: what a service encodes for it, and nothing else, is bounded.
+MOST_BLOCK_SIZES = 10
 
 
-def canonical(
-    parameters: ParameterSet, texts: int, dimensions: int, classes: int, exponent: int
-) -> Layout:
-    return Layout.canonical(
-        parameters,
-        texts=texts,
-        dimensions=dimensions,
-        classes=classes,
-        exponent=exponent,
-        bulk=True,
+def shapes(classes: st.SearchStrategy[int], bulk: st.SearchStrategy[bool]) -> Any:
+    return st.builds(
+        HeadShape,
+        st.sampled_from(list(PARAMETER_SETS.values())),
+        st.integers(1, MAX_DIMENSIONS) | st.sampled_from([64, 384, 768]),
+        classes,
+        st.integers(0, 6),
+        st.integers(0, 8).map(lambda bits: 1 << bits),
+        bulk,
     )
 
 
-def existing(*counts: Any) -> Layout:
-    """The layout of these counts, when there is one."""
+SHAPES = shapes(st.integers(1, MAX_CLASSES) | st.integers(1, 100), st.booleans())
+
+
+def usual(parameters: Any, dimensions: int, classes: int, **changed: Any) -> HeadShape:
+    return HeadShape(
+        parameters,
+        dimensions,
+        classes,
+        exponent=changed.get("exponent", 4),
+        group_limit=changed.get("group_limit", 64 if parameters is COMPACT else 128),
+        bulk=changed.get("bulk", False),
+    )
+
+
+def requests(shape: HeadShape) -> list[int]:
+    """Every number of texts that a request may have, of bulk some."""
+    sizes = [1, *block_sizes(shape)]
+    if shape.bulk:
+        sizes += [shape.max_wanted + 1, 500, 2048, shape.parameters.poly_modulus_degree]
+    return sizes
+
+
+REQUESTS = SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), st.sampled_from(requests(shape))))
+
+
+def existing(shape: HeadShape, texts: int) -> Layout:
+    """The layout of so many texts, when there is one."""
     try:
-        return canonical(*counts)
+        return Layout.canonical(shape, texts)
     except LayoutError:
         assume(False)
         raise
@@ -66,31 +89,34 @@ def negacyclic(first: Any, second: Any) -> list[int]:
     return found
 
 
-def heads() -> st.SearchStrategy[tuple[ParameterSet, int, int, int, int]]:
-    # Classes: enough for several groups, without many products.
-    return st.tuples(SETS, TEXTS, DIMENSIONS, st.integers(1, 40), EXPONENTS)
+# Classes: enough for several groups, without many products.
+SMALL = shapes(st.integers(1, 40), st.booleans()).flatmap(
+    lambda shape: st.tuples(st.just(shape), st.sampled_from(requests(shape)))
+)
 
 
-@given(heads(), st.integers(0, 2**32))
-@example((COMPACT, 1, 384, 22, 5), 0)
-@example((COMPACT, 1, 384, 77, 5), 0)
-@example((COMPACT, 1, 3000, 3, 2), 0)
-@example((COMPACT, 1, 2048, 2, 0), 0)
-@example((COMPACT, 1, 2049, 2, 0), 0)
-@example((COMPACT, 1, 4096, 2, 12), 0)
-@example((COMPACT, 1, 1, 40, 12), 0)
-@example((STRONG, 1, 4096, 3, 9), 0)
-@example((STRONG, 1, 10, 300, 12), 0)
-@example((COMPACT, 3, 384, 77, 4), 0)
-@example((COMPACT, 64, 384, 7, 4), 0)
-@example((COMPACT, 31, 4096, 3, 4), 0)
-@example((STRONG, 77, 768, 5, 3), 0)
-@example((COMPACT, 2048, 5, 3, 4), 0)
-@example((COMPACT, 1024, 7, 2, 4), 0)
-@example((STRONG, 385, 100, 2, 0), 0)
-def test_products_hold_the_logits(head: tuple[ParameterSet, int, int, int, int], seed: int) -> None:
-    layout = existing(*head)
-    _, texts, dimensions, classes, _ = head
+@given(SMALL, st.integers(0, 2**32))
+@example((usual(COMPACT, 384, 22, exponent=5), 1), 0)
+@example((usual(COMPACT, 384, 77, exponent=5), 1), 0)
+@example((usual(COMPACT, 3000, 3), 1), 0)
+@example((usual(COMPACT, 2048, 2), 1), 0)
+@example((usual(COMPACT, 2049, 2), 1), 0)
+@example((usual(COMPACT, 4096, 2, group_limit=1), 1), 0)
+@example((usual(COMPACT, 1, 40), 1), 0)
+@example((usual(STANDARD, 4096, 3), 1), 0)
+@example((usual(STANDARD, 10, 300), 1), 0)
+@example((usual(STANDARD, 384, 300, exponent=0, group_limit=256), 1), 0)
+@example((usual(COMPACT, 384, 77), 4), 0)
+@example((usual(COMPACT, 384, 7), 64), 0)
+@example((usual(COMPACT, 4096, 3), 32), 0)
+@example((usual(STANDARD, 768, 5), 64), 0)
+@example((usual(COMPACT, 5, 3, bulk=True), 2048), 0)
+@example((usual(COMPACT, 7, 2, bulk=True), 1024), 0)
+@example((usual(STANDARD, 100, 2, bulk=True), 385), 0)
+def test_products_hold_the_logits(head: tuple[HeadShape, int], seed: int) -> None:
+    shape, texts = head
+    layout = existing(shape, texts)
+    dimensions, classes = shape.dimensions, shape.classes
     rng = np.random.default_rng(seed)
     weight = rng.integers(0, 1000, size=(classes, dimensions)).astype(np.float64)
     embeddings = rng.integers(0, 1000, size=(texts, dimensions)).astype(np.float64)
@@ -112,11 +138,10 @@ def test_products_hold_the_logits(head: tuple[ParameterSet, int, int, int, int],
         assert total[layout.wanted(reply)].tolist() == expected.reshape(-1).astype(int).tolist()
 
 
-@given(SETS, TEXTS, DIMENSIONS, CLASSES, EXPONENTS)
-def test_every_logit_has_one_place(
-    parameters: ParameterSet, texts: int, dimensions: int, classes: int, exponent: int
-) -> None:
-    layout = existing(parameters, texts, dimensions, classes, exponent)
+@given(REQUESTS)
+def test_every_logit_has_one_place(head: tuple[HeadShape, int]) -> None:
+    shape, texts = head
+    layout, classes = existing(shape, texts), shape.classes
     sizes = {reply: len(layout.wanted(reply)) for reply in (0, layout.replies - 1)}
     last = sizes[layout.replies - 1]
     assert sizes[0] * (layout.replies - 1) + last == texts * classes
@@ -133,108 +158,163 @@ def test_every_logit_has_one_place(
     assert np.array_equal(layout.logits(replies), numbers)
 
 
-@given(SETS, TEXTS, DIMENSIONS, CLASSES, EXPONENTS)
-def test_the_layout_is_the_cheapest_of_those_that_are_allowed(
-    parameters: ParameterSet, texts: int, dimensions: int, classes: int, exponent: int
-) -> None:
-    layout = existing(parameters, texts, dimensions, classes, exponent)
-    degree, limit = parameters.poly_modulus_degree, parameters.max_wanted(exponent)
+@given(REQUESTS)
+def test_the_layout_is_the_cheapest_of_those_that_are_allowed(head: tuple[HeadShape, int]) -> None:
+    shape, texts = head
+    layout = existing(shape, texts)
+    degree, limit = shape.parameters.poly_modulus_degree, shape.max_wanted
     if texts > limit:
         assert layout.kind is LayoutKind.BULK
         assert layout.group == 1
     else:
         assert layout.kind is (LayoutKind.SINGLE if texts == 1 else LayoutKind.BLOCK)
         assert texts * layout.group <= limit
-        assert layout.group <= group_limit(parameters, dimensions, exponent)
+        assert layout.group <= shape.group_limit
     assert texts * layout.group * layout.block_length <= degree
-    assert layout.pieces == -(-dimensions // layout.block_length) <= MAX_PIECES
-    assert layout.replies == -(-classes // layout.group)
-    assert texts * classes <= MAX_LOGITS
-    assert layout.kind is not LayoutKind.BLOCK or layout.products <= MAX_BLOCK_PRODUCTS
+    assert layout.pieces == -(-shape.dimensions // layout.block_length) <= MAX_PIECES
+    assert layout.replies == -(-shape.classes // layout.group)
+    assert texts * shape.classes <= MAX_LOGITS
     if layout.kind is LayoutKind.BULK:
         return
-    for group in range(1, min(limit // texts, group_limit(parameters, dimensions, exponent)) + 1):
+    for group in range(1, min(limit // texts, shape.group_limit) + 1):
         if texts * group > degree:
             continue
-        pieces, replies = -(-dimensions // (degree // (texts * group))), -(-classes // group)
-        if pieces > MAX_PIECES or (texts > 1 and pieces * replies > MAX_BLOCK_PRODUCTS):
+        pieces = -(-shape.dimensions // (degree // (texts * group)))
+        replies = -(-shape.classes // group)
+        if pieces > MAX_PIECES:
             continue
         cost = 20 * pieces + 20 * replies + pieces * replies
         assert (layout.cost, layout.group) <= (cost, group)
 
 
-@given(SETS, DIMENSIONS, EXPONENTS)
-def test_groups_stay_within_the_hint_limit(
-    parameters: ParameterSet, dimensions: int, exponent: int
-) -> None:
-    group = group_limit(parameters, dimensions, exponent)
-    assert 1 <= group <= parameters.max_wanted(exponent)
-    for texts in {1, most_texts(parameters, exponent, bulk=False)}:
-        layout = canonical(parameters, texts, dimensions, 1, exponent)
-        wanted = texts * layout.group
-        if parameters is COMPACT:
-            assert wanted * (exponent + 11) <= (1152 if exponent <= 7 else 920)
-        else:
-            assert wanted <= (192 if exponent <= 9 else 128)
+@given(REQUESTS)
+def test_groups_stay_within_the_hint_limit(head: tuple[HeadShape, int]) -> None:
+    """Of no reply polynomial but those of bulk are more coefficients sent than the hints allow."""
+    shape, texts = head
+    layout = existing(shape, texts)
+    if layout.kind is not LayoutKind.BULK:
+        hints = 2900 if shape.parameters is STANDARD else 1152
+        assert len(layout.wanted(0)) * (shape.exponent + 11) <= hints
+        assert layout.group <= shape.group_limit
 
 
 def test_layouts_of_usual_heads() -> None:
-    def shape(parameters: ParameterSet, texts: int, dimensions: int, classes: int) -> Any:
-        layout = canonical(parameters, texts, dimensions, classes, 4)
+    def of(shape: HeadShape, texts: int) -> Any:
+        layout = Layout.canonical(shape, texts)
         return layout.kind, layout.block_length, layout.pieces, layout.group, layout.replies
 
     single, block, bulk = LayoutKind.SINGLE, LayoutKind.BLOCK, LayoutKind.BULK
-    assert shape(COMPACT, 1, 384, 2) == (single, 384, 1, 2, 1)
-    assert shape(COMPACT, 1, 384, 20) == (single, 192, 2, 10, 2)
-    assert shape(COMPACT, 1, 384, 77) == (single, 128, 3, 16, 5)
-    assert shape(STRONG, 1, 384, 77) == (single, 192, 2, 16, 5)
-    assert shape(COMPACT, 64, 384, 77) == (block, 32, 12, 1, 77)
-    assert shape(COMPACT, 76, 384, 77) == (block, 26, 15, 1, 77)
-    assert shape(COMPACT, 77, 384, 77) == (bulk, 26, 15, 1, 77)
-    assert shape(COMPACT, 2048, 384, 77) == (bulk, 1, 384, 1, 77)
+    assert of(usual(COMPACT, 384, 2), 1) == (single, 384, 1, 2, 1)
+    assert of(usual(COMPACT, 384, 20), 1) == (single, 192, 2, 10, 2)
+    assert of(usual(COMPACT, 384, 77), 1) == (single, 128, 3, 16, 5)
+    assert of(usual(STANDARD, 384, 2), 1) == (single, 384, 1, 2, 1)
+    assert of(usual(STANDARD, 384, 77), 1) == (single, 192, 2, 20, 4)
+    assert of(usual(COMPACT, 384, 77), 64) == (block, 32, 12, 1, 77)
+    seventy_seven = usual(COMPACT, 384, 77, bulk=True)
+    assert of(seventy_seven, 77) == (bulk, 26, 15, 1, 77)
+    assert of(seventy_seven, 2048) == (bulk, 1, 384, 1, 77)
+    # Large heads have large groups, as far as hints and noise let them.
+    assert of(usual(STANDARD, 384, 4096), 1) == (single, 32, 12, 128, 32)
+    assert of(usual(STANDARD, 384, 4096, group_limit=16), 1)[3] == 16
 
 
-def test_small_embeddings_meet_the_limit() -> None:
-    """The limit decides, not the space, as soon as d is small."""
-    assert group_limit(COMPACT, 1, 7) == 1152 // 18
-    assert group_limit(COMPACT, 1, 8) == 920 // 19
-    assert group_limit(STRONG, 1, 9) == 192
-    assert group_limit(STRONG, 1, 10) == 128
-    # A large exponent leaves no room for the noise of groups that whole embeddings do not allow.
-    assert group_limit(COMPACT, 384, 6) == 16
-    assert group_limit(COMPACT, 384, 7) == 5
-    assert group_limit(COMPACT, 3000, 7) == 1
-    with pytest.raises(ScaleError):
-        group_limit(COMPACT, 384, 13)
+def test_a_group_has_as_many_classes_as_its_limit_says() -> None:
+    for limit in (1, 2, 16, 128):
+        layout = Layout.canonical(usual(STANDARD, 8, 1000, group_limit=limit), 1)
+        assert layout.group <= limit
+        assert layout.group > limit // 2
+    # and never more than the hints allow
+    assert Layout.canonical(usual(COMPACT, 1, 1000, group_limit=256), 1).group <= 1152 // 15
 
 
 @pytest.mark.parametrize(
-    "counts",
+    ("texts", "changed"),
     [
-        {"texts": 0},
-        {"texts": -1},
-        {"texts": 2049, "bulk": True},
-        {"texts": 73},
-        {"texts": 2048, "bulk": True, "classes": 513},
-        {"texts": 2048, "bulk": True, "dimensions": 1025},
-        {"texts": 64, "classes": 400},
-        {"dimensions": 0},
-        {"dimensions": MAX_DIMENSIONS + 1},
-        {"classes": 0},
-        {"classes": MAX_CLASSES + 1},
-        {"dimensions": -1},
+        (0, {}),
+        (-1, {}),
+        (3, {}),
+        (75, {}),
+        (77, {}),
+        (2049, {"bulk": True}),
+        (2048, {"bulk": True, "classes": 513}),
+        (2048, {"bulk": True, "dimensions": 1025}),
+        (64, {"classes": 4096}),
+        (1, {"dimensions": 0}),
+        (1, {"dimensions": MAX_DIMENSIONS + 1}),
+        (1, {"classes": 0}),
+        (1, {"classes": MAX_CLASSES + 1}),
+        (1, {"dimensions": -1}),
     ],
 )
-def test_other_counts_have_no_layout(counts: dict[str, int]) -> None:
-    good = {"texts": 1, "dimensions": 384, "classes": 22, "exponent": 5}
-    assert Layout.canonical(COMPACT, **good)
-    assert Layout.canonical(COMPACT, **(good | {"texts": 72}))
+def test_other_counts_have_no_layout(texts: int, changed: dict[str, Any]) -> None:
+    good = usual(COMPACT, 384, 22)
+    for size in (1, 64, *block_sizes(good)):
+        assert Layout.canonical(good, size).texts == size
+    assert Layout.canonical(replace(good, bulk=True), 77).kind is LayoutKind.BULK
     with pytest.raises(LayoutError):
-        Layout.canonical(COMPACT, **(good | counts))
+        Layout.canonical(replace(good, **changed), texts)
+
+
+# --- block sizes ----------------------------------------------------------------------------------
+
+
+def products(shape: HeadShape, texts: int) -> int:
+    return Layout.canonical(shape, texts).products
+
+
+@given(SHAPES)
+@example(usual(STANDARD, 4096, 4096, group_limit=1))
+@example(usual(STANDARD, 1, 1, exponent=0, group_limit=256))
+@example(usual(COMPACT, 4096, 2048, group_limit=1))
+@example(usual(COMPACT, 384, 77))
+def test_a_head_has_few_block_sizes_and_few_products_in_all(shape: HeadShape) -> None:
+    sizes = block_sizes(shape)
+    assert len(sizes) <= MOST_BLOCK_SIZES
+    assert list(sizes) == sorted(set(sizes))
+    assert all(2 <= size <= shape.max_wanted for size in sizes)
+    assert all(size & (size - 1) == 0 for size in sizes[:-1])
+    assert sum(products(shape, size) for size in sizes) <= MAX_BLOCK_PRODUCTS
+
+
+@given(SHAPES)
+@example(usual(STANDARD, 384, 77))
+@example(usual(COMPACT, 4096, 4096))
+def test_blocks_of_other_sizes_are_refused(shape: HeadShape) -> None:
+    sizes = block_sizes(shape)
+    for texts in range(2, shape.max_wanted + 1):
+        if texts in sizes:
+            assert Layout.canonical(shape, texts).kind is LayoutKind.BLOCK
+        else:
+            with pytest.raises(LayoutError, match="expected one of 1"):
+                Layout.canonical(shape, texts)
+
+
+def test_block_sizes_of_usual_heads() -> None:
+    assert block_sizes(usual(COMPACT, 384, 2)) == (2, 4, 8, 16, 32, 64, 73)
+    assert block_sizes(usual(STANDARD, 384, 77)) == (2, 4, 8, 16, 32, 64, 128, 193)
+    # The more products a layout has, the fewer sizes there are; perhaps none.
+    assert block_sizes(usual(STANDARD, 384, 1000)) == (2, 4, 8, 24)
+    assert block_sizes(usual(COMPACT, 4096, 4096, group_limit=1)) == ()
+
+
+@given(SHAPES)
+def test_the_larger_size_is_the_cheapest_for_each_text(shape: HeadShape) -> None:
+    """A size that is no power of two costs less for each text than the power before it."""
+    sizes = block_sizes(shape)
+    if len(sizes) > 1 and sizes[-1] & (sizes[-1] - 1):
+        before, best = (
+            Fraction(Layout.canonical(shape, size).cost + 40, size) for size in sizes[-2:]
+        )
+        assert best < before
+
+
+def test_a_model_that_answers_no_bulk_says_so() -> None:
+    with pytest.raises(LayoutError, match=r"policy\.bulk"):
+        Layout.canonical(usual(COMPACT, 384, 22), 500)
 
 
 def test_unused_coefficients_are_zero() -> None:
-    layout = canonical(COMPACT, 2, 100, 7, 1)
+    layout = Layout.canonical(usual(COMPACT, 100, 7), 2)
     stride = layout.group * layout.block_length
     query = layout.pack_embeddings(np.ones((2, 100)))
     assert query.sum() == 200
@@ -247,50 +327,51 @@ def test_unused_coefficients_are_zero() -> None:
 # --- plans ----------------------------------------------------------------------------------------
 
 
-def cost_of(requests: list[int], *head: Any) -> int:
-    return sum(
-        canonical(head[0], texts, *head[1:]).cost + (100 if texts > 1 else 0) for texts in requests
-    )
+def cost_of(requests: list[int], shape: HeadShape) -> int:
+    return sum(Layout.canonical(shape, texts).cost + (40 if texts > 1 else 0) for texts in requests)
 
 
 @given(
-    SETS,
+    SHAPES,
     st.integers(0, 3000),
-    st.sampled_from([1, 64, 384, 768, 4096]),
-    st.sampled_from([1, 2, 8, 77, 1000, 4096]),
-    st.integers(0, 8),
-    st.booleans(),
 )
 def test_plans_send_every_text_once_and_never_cost_more_than_single_queries(
-    parameters: ParameterSet, texts: int, dimensions: int, classes: int, exponent: int, bulk: bool
+    shape: HeadShape, texts: int
 ) -> None:
-    head = (dimensions, classes, exponent)
-    requests = plan(
-        parameters,
-        texts=texts,
-        dimensions=dimensions,
-        classes=classes,
-        exponent=exponent,
-        bulk=bulk,
-    )
+    requests = plan(shape, texts)
     assert sum(requests) == texts
     assert all(size >= 1 for size in requests)
-    assert cost_of(requests, parameters, *head) <= cost_of([1] * texts, parameters, *head)
-    for size in requests:
-        layout = canonical(parameters, size, *head)
-        if layout.kind is LayoutKind.BULK:
-            assert bulk
-            assert size > dimensions  # where the charge is one for each text
+    assert cost_of(requests, shape) <= cost_of([1] * texts, shape)
+    for size in requests:  # each is one that the service takes
+        if Layout.canonical(shape, size).kind is LayoutKind.BULK:
+            assert shape.bulk
+            assert size > shape.dimensions  # where the charge is one for each text
+
+
+@given(shapes(st.sampled_from([1, 2, 8, 77, 1000, 4096]), st.just(False)), st.integers(1, 60))
+def test_no_cheaper_plan_exists(shape: HeadShape, texts: int) -> None:
+    """Of all ways to cut so many texts into requests: looked for in another order."""
+    texts = min(texts, shape.max_wanted)
+    cost = {0: 0}
+    sizes = {size: cost_of([size], shape) for size in (1, *block_sizes(shape))}
+    for sent in range(texts):
+        for size, added in sizes.items():
+            found = cost[sent] + added
+            cost[sent + size] = min(found, cost.get(sent + size, found))
+    assert cost_of(plan(shape, texts), shape) == cost[texts]
 
 
 def test_plans_of_a_usual_head() -> None:
+    shape = usual(COMPACT, 384, 77)
+
     def planned(texts: int, *, bulk: bool = False) -> list[int]:
-        return plan(COMPACT, texts=texts, dimensions=384, classes=77, exponent=4, bulk=bulk)
+        return plan(replace(shape, bulk=bulk), texts)
 
     assert planned(0) == []
     assert planned(1) == [1]
-    assert planned(3) == [3]
     assert planned(64) == [64]
-    assert sum(planned(3000)[:39]) == 39 * 76
+    assert planned(67) == [64, *planned(3)]
+    most = max(block_sizes(shape))
+    assert set(planned(3000)[:30]) == {most}
     assert planned(3000, bulk=True) == [2048, 952]
     assert planned(384, bulk=True) == planned(384)

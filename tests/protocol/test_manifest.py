@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from hypothesis import strategies as st
 from veilhead_protocol import manifest as manifest_module
 from veilhead_protocol.errors import ManifestError
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, Manifest, valid_name
-from veilhead_protocol.parameters import STRONG
+from veilhead_protocol.parameters import STANDARD
 
-DATA = (
-    Path(__file__).resolve().parent.parent / "vectors" / "compact-384.manifest.json"
-).read_bytes()
+VECTORS = Path(__file__).resolve().parent.parent / "vectors"
+DATA = (VECTORS / "compact-384.manifest.json").read_bytes()
+LARGE = (VECTORS / "compact-3000.manifest.json").read_bytes()  # served divided by 2^4
 
 
 def document() -> dict[str, Any]:
@@ -267,34 +268,177 @@ def test_derived_numbers_must_follow(field: str, change: int) -> None:
 def test_the_exponent_moves_everything() -> None:
     with pytest.raises(ManifestError, match="does not follow"):
         Manifest.deserialize(changed(("head", "exponent"), 2))
+    with pytest.raises(ManifestError, match="does not follow"):
+        Manifest.deserialize(changed(("head", "downscale_bits"), 1))
 
 
 def test_weights_must_leave_room_for_the_query() -> None:
+    """Whatever a manifest may state does: the largest scale of weights, the smallest of replies."""
     edited = document()
     head = edited["head"]
-    head["exponent"], head["scale_bits"], head["flood_bits"], head["reply_bits"] = 12, 40, 29, 33
-    head["weight_scale_bits"] = 39
-    assert Manifest.deserialize(canonical(edited)).scales.query_scale_bits == 1
-    head["weight_scale_bits"] = 40
-    with pytest.raises(ManifestError, match="leaves no scale"):
-        Manifest.deserialize(canonical(edited))
+    head["exponent"], head["scale_bits"], head["flood_bits"], head["reply_bits"] = 6, 43, 32, 27
+    head["weight_scale_bits"] = 30
+    assert Manifest.deserialize(canonical(edited)).scales.query_scale_bits == 13
+    for bits in (7, 31, 43):
+        head["weight_scale_bits"] = bits
+        with pytest.raises(ManifestError, match="weight_scale_bits"):
+            Manifest.deserialize(canonical(edited))
+
+
+# --- heads that are served divided ----------------------------------------------------------------
+
+
+def large(**changes: Any) -> bytes:
+    edited: dict[str, Any] = json.loads(LARGE)
+    edited["head"] |= changes
+    return canonical(edited)
+
+
+def test_a_divided_head() -> None:
+    scales = Manifest.deserialize(LARGE).scales
+    assert (scales.exponent, scales.downscale_bits, scales.served_exponent) == (10, 4, 6)
+    assert scales.logit_step == 2.0**-8
+    assert Manifest.deserialize(LARGE).shape.exponent == 6
+
+
+@pytest.mark.parametrize(("exponent", "downscale_bits"), [(24, 18), (24, 24), (6, 0), (0, 0)])
+def test_what_a_head_may_be_divided_by(exponent: int, downscale_bits: int) -> None:
+    served = exponent - downscale_bits
+    found = Manifest.deserialize(
+        large(
+            exponent=exponent,
+            downscale_bits=downscale_bits,
+            scale_bits=49 - served,
+            flood_bits=38 - served,
+            reply_bits=21 + served,
+            error_bound=2.0 ** (downscale_bits - 10),
+        )
+    )
+    assert found.scales.served_exponent == served
+
+
+@pytest.mark.parametrize(
+    ("exponent", "downscale_bits"),
+    [(7, 0), (10, 3), (10, 11), (24, 17), (25, 19), (24, 25), (-1, 0), (3, -1), (0, 1)],
+)
+def test_other_divisions_are_refused(exponent: int, downscale_bits: int) -> None:
+    """Also where all the numbers that follow do follow."""
+    with pytest.raises(ManifestError, match=r"head\.((exponent|downscale_bits):|downscale_bits m)"):
+        Manifest.deserialize(large(exponent=exponent, downscale_bits=downscale_bits))
+    served = exponent - downscale_bits
+    with pytest.raises(ManifestError, match=r"head\.(exponent|downscale_bits|reply_bits)"):
+        Manifest.deserialize(
+            large(
+                exponent=exponent,
+                downscale_bits=downscale_bits,
+                scale_bits=49 - served,
+                flood_bits=38 - served,
+                reply_bits=21 + served,
+                error_bound=2.0 ** (downscale_bits - 10),
+            )
+        )
+
+
+@pytest.mark.parametrize("limit", [0, -1, 3, 48, 96, 128, 256, 257, 512, 2**20])
+def test_groups_must_be_powers_of_two_within_the_hints(limit: int) -> None:
+    """At e = 1 there are 96 hints."""
+    for good in (1, 2, 64):
+        found = Manifest.deserialize(changed(("head", "group_limit"), good))
+        assert found.shape.group_limit == found.scales.group_limit == good
+    with pytest.raises(ManifestError, match="group_limit"):
+        Manifest.deserialize(changed(("head", "group_limit"), limit))
+
+
+def test_the_error_bound_has_the_grid_of_the_division() -> None:
+    assert Manifest.deserialize(large(error_bound=2.0**-10 * 3)).scales.error_bound == 3 * 2.0**-10
+    for bound in (2.0**-11, 2.0**-10 * 2.5, 0.0, -(2.0**-10), 2.0**24 * 2):
+        with pytest.raises(ManifestError, match="error_bound"):
+            Manifest.deserialize(large(error_bound=bound))
+    assert Manifest.deserialize(changed(("head", "error_bound"), 2.0**-14))
+    with pytest.raises(ManifestError, match=r"2\^\(downscale_bits - 14\)"):
+        Manifest.deserialize(changed(("head", "error_bound"), 2.0**-15))
 
 
 def test_parameters() -> None:
     with pytest.raises(ManifestError, match="parameters_id"):
-        Manifest.deserialize(changed(("parameters_id",), STRONG.id.hex()))
+        Manifest.deserialize(changed(("parameters_id",), STANDARD.id.hex()))
     with pytest.raises(ManifestError, match="parameters_id"):
+        Manifest.deserialize(changed(("parameters",), "standard"))
+    with pytest.raises(ManifestError, match="parameters"):
         Manifest.deserialize(changed(("parameters",), "strong"))
     with pytest.raises(ManifestError, match="below the policy's minimum"):
-        Manifest.deserialize(changed(("policy", "minimum_parameters"), "strong"))
-    strong = Path(__file__).resolve().parent.parent / "vectors" / "strong-384.manifest.json"
-    assert Manifest.deserialize(strong.read_bytes()).policy.minimum_parameters == "strong"
+        Manifest.deserialize(changed(("policy", "minimum_parameters"), "standard"))
+    standard = Manifest.deserialize((VECTORS / "standard-384.manifest.json").read_bytes())
+    assert standard.policy.minimum_parameters == "standard"
+
+
+@pytest.mark.parametrize(
+    ("path", "least", "most"),
+    [
+        (("embedding", "scale"), 1e-9, 1e9),
+        (("embedding", "calibration", "rows"), 1, 2**53),
+        (("embedding", "calibration", "quantile"), 2.0**-1074, 1.0),
+        (("embedding", "calibration", "margin"), 1.0, 100.0),
+        (("head", "error_bound"), 2.0**-14, 0.5),
+        (("head", "weight_scale_bits"), 8, 30),
+        (("backbone", "public_parameters"), 1, 2**53),
+        (("backbone", "max_tokens"), 2, 8192),
+        (("backbone", "files", 0, "bytes"), 0, 2**33),
+        (("policy", "query_budget", "units"), 0, 2**53),
+        (("policy", "privacy", "max_epsilon"), 2.0**-1074, 1000.0),
+        (("policy", "privacy", "max_delta"), 2.0**-1074, 1 - 2.0**-53),
+    ],
+    ids=str,
+)
+def test_every_number_has_bounds(path: tuple[Any, ...], least: float, most: float) -> None:
+    edited = document()
+    calibration = {"rows": 9, "quantile": 0.99, "margin": 1.0}
+    edited["embedding"] |= {"scale_origin": "calibrated", "calibration": calibration}
+    edited["policy"] |= {
+        "query_budget": {"units": 5, "period": "day"},
+        "privacy": {"max_epsilon": 2.0**-1074, "max_delta": 2.0**-1074},
+    }
+    edited["about"]["privacy"] = {"epsilon": 0, "delta": 0}
+    place: Any = edited
+    for part in path[:-1]:
+        place = place[part]
+    for good in (least, most):
+        place[path[-1]] = good
+        assert Manifest.deserialize(canonical(edited))
+    if isinstance(least, int):
+        beyond: list[Any] = [least - 1, 10**400, -(10**400), *([most + 1] if most < 2**33 else [])]
+    else:
+        beyond = [math.nextafter(least, -1), math.nextafter(most, 2e9), 1e308, -1.0, 10**400]
+    for bad in beyond:
+        place[path[-1]] = bad
+        with pytest.raises(ManifestError, match=str(path[-1])):
+            Manifest.deserialize(canonical(edited))
+
+
+def test_whole_numbers_of_any_length_in_about_break_nothing() -> None:
+    edited = document()
+    edited["policy"]["privacy"] = {"max_epsilon": 4.0, "max_delta": 1e-5}
+    edited["about"]["privacy"] = {"epsilon": 10**400, "delta": 0}
+    with pytest.raises(ManifestError, match="this one has inf and 0"):
+        Manifest.deserialize(canonical(edited))
+
+
+def test_about_is_not_deeper_than_readers_recurse() -> None:
+    inner: Any = 1
+    for _ in range(31):
+        inner = [inner]
+    assert Manifest.deserialize(changed(("about",), {"x": inner}))
+    for deeper in (1, 500, 50_000):
+        data = canonical(document() | {"about": {"x": "DEEP"}})
+        data = data.replace(b'"DEEP"', b"[" * (31 + deeper) + b"1" + b"]" * (31 + deeper))
+        with pytest.raises(ManifestError):
+            Manifest.deserialize(data)
 
 
 def test_a_newer_format_is_named() -> None:
-    with pytest.raises(ManifestError, match=r"veilhead-manifest/2.*upgrade"):
-        Manifest.deserialize(changed(("format",), "veilhead-manifest/2"))
-    newer = document() | {"format": "veilhead-manifest/2", "unknown": {"future": True}}
+    with pytest.raises(ManifestError, match=r"veilhead-manifest/3.*upgrade"):
+        Manifest.deserialize(changed(("format",), "veilhead-manifest/3"))
+    newer = document() | {"format": "veilhead-manifest/3", "unknown": {"future": True}}
     with pytest.raises(ManifestError, match="upgrade"):  # before its unknown fields
         Manifest.deserialize(canonical(newer))
     with pytest.raises(ManifestError) as raised:
@@ -325,9 +469,11 @@ def test_no_norm_of_the_head_is_published() -> None:
     assert set(document()["head"]) == {
         "commitment",
         "dimensions",
+        "downscale_bits",
         "error_bound",
         "exponent",
         "flood_bits",
+        "group_limit",  # to a factor of four, the largest norm of a run of rows
         "labels",
         "private_parameters",  # how many, which labels and dimensions tell
         "problem_type",

@@ -28,7 +28,7 @@ WEAKER = {
 PRIVATE = {"privacy": {"epsilon": 4.0, "delta": 1e-5}}
 
 
-def under(policy, *, parameters="strong", about=PRIVATE):
+def under(policy, *, parameters="standard", about=PRIVATE):
     document = artifact(3, 20, parameters=parameters).manifest.model_dump()
     return Manifest.build(document | {"policy": policy, "about": about})
 
@@ -57,7 +57,7 @@ def test_a_policy_is_never_weaker_than_the_preset_it_names(name: str, clause: st
     if weaker == dict(policy):
         assert PolicySection.model_validate(weaker) == policy  # nothing is asked for here
         return
-    asked = {"minimum_parameters": "strong", "bulk": False, "deidentify": True}
+    asked = {"minimum_parameters": "standard", "bulk": False, "deidentify": True}
     if clause in asked and getattr(PRESETS[name], clause) != asked[clause]:
         return  # the preset itself does not ask for it
     with pytest.raises(ManifestError, match=f"{clause} is weaker than the preset {name}"):
@@ -67,7 +67,7 @@ def test_a_policy_is_never_weaker_than_the_preset_it_names(name: str, clause: st
 @pytest.mark.parametrize(
     ("clause", "value"),
     [
-        ("minimum_parameters", "strong"),
+        ("minimum_parameters", "standard"),
         ("bulk", False),
         ("deidentify", True),
         ("query_budget", BudgetClause(units=1, period="month")),
@@ -86,11 +86,12 @@ def test_a_larger_budget_is_weaker(units: int, period: str) -> None:
         under(larger)
 
 
-def test_medical_asks_for_strong_parameters() -> None:
+@pytest.mark.parametrize("name", ["medical", "finance"])
+def test_some_fields_ask_for_standard_parameters(name: str) -> None:
     with pytest.raises(
-        ManifestError, match=r"policy\.minimum_parameters: the policy medical asks for strong"
+        ManifestError, match=rf"policy\.minimum_parameters: the policy {name} asks for standard"
     ):
-        under(preset_policy("medical"), parameters="compact")
+        under(preset_policy(name), parameters="compact")
 
 
 @pytest.mark.parametrize(

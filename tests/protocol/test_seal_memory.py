@@ -13,16 +13,16 @@ import pytest
 from tenseal import sealapi
 
 from veilhead_protocol import seal_io, seal_memory
-from veilhead_protocol.parameters import COMPACT, STRONG, ParameterSet
+from veilhead_protocol.parameters import COMPACT, STANDARD, ParameterSet
 
-both_sets = pytest.mark.parametrize("parameters", [COMPACT, STRONG], ids=lambda one: one.name)
+both_sets = pytest.mark.parametrize("parameters", [COMPACT, STANDARD], ids=lambda one: one.name)
 
 
 def fresh_ciphertext(parameters: ParameterSet) -> Any:
     seal = seal_io.runtime(parameters)
     ciphertext = seal.new_ciphertext()
     secret = sealapi.KeyGenerator(seal.context).secret_key()
-    sealapi.Encryptor(seal.context, secret).encrypt_zero_symmetric(seal.data_parms_id, ciphertext)
+    sealapi.Encryptor(seal.context, secret).encrypt_zero_symmetric(seal.parms_id, ciphertext)
     return ciphertext
 
 
@@ -35,40 +35,37 @@ def test_arrays_are_readable_here() -> None:
 def test_words_are_those_that_the_binding_gives(
     monkeypatch: pytest.MonkeyPatch, parameters: ParameterSet
 ) -> None:
+    seal = seal_io.runtime(parameters)
     for _ in range(3):
         ciphertext = fresh_ciphertext(parameters)
-        read = seal_io.save_ciphertext(ciphertext)
+        read = seal_io.save_ciphertext(seal, ciphertext)
         with monkeypatch.context() as patch:
             patch.setattr(seal_memory, "_IN_PLACE", False)
-            one_by_one = seal_io.save_ciphertext(ciphertext)
-        assert read.shape == (2, len(parameters.data_primes), parameters.poly_modulus_degree)
+            one_by_one = seal_io.save_ciphertext(seal, ciphertext)
+        assert read.shape == (2, parameters.poly_modulus_degree)
         assert np.array_equal(read, one_by_one)
 
 
 def test_what_was_read_is_a_copy() -> None:
     seal, ciphertext = seal_io.runtime(COMPACT), fresh_ciphertext(COMPACT)
-    before = seal_io.save_ciphertext(ciphertext)
+    before = seal_io.save_ciphertext(seal, ciphertext)
     kept = before.copy()
     seal.evaluator.negate_inplace(ciphertext)
-    assert not np.array_equal(seal_io.save_ciphertext(ciphertext), kept)
+    assert not np.array_equal(seal_io.save_ciphertext(seal, ciphertext), kept)
     del ciphertext
     assert np.array_equal(before, kept)
 
 
-def seeded_zero(parameters: ParameterSet, *, key_level: bool = False) -> Any:
+def seeded_zero(parameters: ParameterSet) -> Any:
     seal = seal_io.runtime(parameters)
     secret = sealapi.KeyGenerator(seal.context).secret_key()
-    level = seal.key_parms_id if key_level else seal.data_parms_id
-    return sealapi.Encryptor(seal.context, secret).encrypt_zero_symmetric(level)
+    return sealapi.Encryptor(seal.context, secret).encrypt_zero_symmetric(seal.parms_id)
 
 
 @both_sets
-@pytest.mark.parametrize("key_level", [False, True])
-def test_seeded_ciphertexts_are_those_that_seal_writes(
-    parameters: ParameterSet, key_level: bool
-) -> None:
+def test_seeded_ciphertexts_are_those_that_seal_writes(parameters: ParameterSet) -> None:
     for _ in range(3):
-        zero = seeded_zero(parameters, key_level=key_level)
+        zero = seeded_zero(parameters)
         c0, info = seal_memory.read_seeded(zero, seal_io._INFO_BYTES)
         saved, saved_info = seal_io._saved_seeded(zero)
         assert np.array_equal(c0, saved)
@@ -109,7 +106,7 @@ def test_seed_information_of_another_form_is_refused(
     other[changed] ^= 1
     monkeypatch.setattr(seal_io, "read_seeded", lambda *_: (c0, bytes(other)))
     with pytest.raises(AssertionError, match="seed information"):
-        seal_io.save_seeded(zero)
+        seal_io.save_seeded(seal_io.runtime(COMPACT), zero)
 
 
 def test_a_seeded_ciphertext_is_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +114,7 @@ def test_a_seeded_ciphertext_is_the_same_either_way(monkeypatch: pytest.MonkeyPa
     found = []
     for readable in (True, False):
         monkeypatch.setattr(seal_io, "_reads_seeded", lambda readable=readable: readable)
-        c0, prng, seed = seal_io.save_seeded(zero)
+        c0, prng, seed = seal_io.save_seeded(seal_io.runtime(COMPACT), zero)
         found.append((c0.tolist(), prng, seed))
     assert found[0] == found[1]
     assert (found[0][1], len(found[0][2])) == (1, 64)

@@ -13,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veilhead_protocol.errors import (
+    KeyMismatchError,
     MessageLengthError,
     PaddingError,
     ResidueRangeError,
+    SeedReuseError,
     WireError,
     ZeroPolynomialError,
 )
-from veilhead_protocol.layout import Layout
+from veilhead_protocol.layout import HeadShape, Layout
 from veilhead_protocol.manifest import Manifest
-from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STRONG, ParameterSet
+from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STANDARD, ParameterSet
 from veilhead_protocol.wire import (
     MAX_KEY_BYTES,
     MAX_QUERY_BYTES,
@@ -33,6 +35,8 @@ from veilhead_protocol.wire import (
     ReplyMessage,
     ReplyPolynomial,
     SeededPolynomial,
+    carried_key,
+    key_id,
     pack_bits,
     packed_bytes,
     unpack_bits,
@@ -90,10 +94,13 @@ def test_packed_bytes_have_one_length(width: int, count: int, difference: int) -
 # --- round trips ---------------------------------------------------------------------------------
 
 
-def residues(seed: int, parameters: ParameterSet, primes: tuple[int, ...]) -> Any:
+def residues(seed: int, parameters: ParameterSet) -> Any:
     rng = np.random.default_rng(seed)
-    degree = parameters.poly_modulus_degree
-    return np.stack([rng.integers(0, prime, size=degree, dtype=np.uint64) for prime in primes])
+    return rng.integers(0, parameters.prime, size=parameters.poly_modulus_degree, dtype=np.uint64)
+
+
+def layout_of(parameters: ParameterSet, dimensions: int, classes: int, exponent: int) -> Layout:
+    return Layout.canonical(HeadShape(parameters, dimensions, classes, exponent, 16), 1)
 
 
 SETS = st.sampled_from(list(PARAMETER_SETS.values()))
@@ -101,6 +108,7 @@ PRNGS = st.sampled_from([Prng.BLAKE2XB, Prng.SHAKE256])
 DOMAINS = st.sampled_from(list(Domain))
 DIGESTS = st.binary(min_size=32, max_size=32)
 SEEDS = st.binary(min_size=64, max_size=64)
+SEED = b"\xff" * 64  # of no polynomial
 DIMENSIONS, CLASSES = st.integers(1, 4096), st.integers(1, 60)
 
 
@@ -112,7 +120,7 @@ def same(first: Any, second: Any) -> bool:
 def test_keys_round_trip(
     parameters: ParameterSet, prng: Prng, domain: Domain, seed: bytes, random: int
 ) -> None:
-    b = residues(random, parameters, parameters.key_primes)
+    b = residues(random, parameters)
     data = KeyMessage(parameters, prng, domain, b, seed).serialize()
     assert len(data) == KeyMessage.size(parameters) <= MAX_KEY_BYTES
     found = KeyMessage.deserialize(data)
@@ -125,54 +133,69 @@ def test_keys_round_trip(
     assert same(found.b, b)
 
 
-@given(SETS, PRNGS, DOMAINS, DIGESTS, DIGESTS, st.integers(0, 2**32), DIMENSIONS, CLASSES)
+@given(
+    SETS,
+    PRNGS,
+    DOMAINS,
+    DIGESTS,
+    DIGESTS,
+    st.integers(0, 2**32),
+    DIMENSIONS,
+    CLASSES,
+    st.booleans(),
+)
 def test_queries_round_trip(
     parameters: ParameterSet,
     prng: Prng,
     domain: Domain,
     model_digest: bytes,
-    key_id: bytes,
+    of_key: bytes,
     random: int,
     dimensions: int,
     classes: int,
+    has_key: bool,
 ) -> None:
-    layout = Layout.canonical(
-        parameters, texts=1, dimensions=dimensions, classes=classes, exponent=4
-    )
+    layout = layout_of(parameters, dimensions, classes, 4)
     polynomials = tuple(
-        SeededPolynomial(
-            residues(random + piece, parameters, parameters.data_primes), bytes([piece]) * 64
-        )
+        SeededPolynomial(residues(random + piece, parameters), bytes([piece]) * 64)
         for piece in range(layout.pieces)
     )
-    message = QueryMessage(parameters, model_digest, key_id, layout, prng, domain, polynomials)
+    key = b""
+    if has_key:
+        # Its own PRNG and domain need not be those of the query.
+        key = KeyMessage(
+            parameters, Prng.SHAKE256, Domain.NTT, residues(random - 1 + 2**33, parameters), SEED
+        ).serialize()
+        of_key = key_id(key)
+    message = QueryMessage(parameters, model_digest, of_key, layout, prng, domain, polynomials, key)
     data = message.serialize()
-    assert len(data) == QueryMessage.size(parameters, layout) <= MAX_QUERY_BYTES
+    expected = QueryMessage.size(parameters, layout, has_key=has_key)
+    assert len(data) == expected <= MAX_QUERY_BYTES
     found = QueryMessage.deserialize(data, parameters, layout)
     assert replace(found, polynomials=()) == replace(message, polynomials=())
     for mine, theirs in zip(found.polynomials, polynomials, strict=True):
         assert mine.seed == theirs.seed
         assert same(mine.c0, theirs.c0)
     header = QueryHeader.deserialize(data[:136])  # routing needs no more
-    assert (header.model_digest, header.key_id) == (model_digest, key_id)
+    assert (header.model_digest, header.key_id) == (model_digest, of_key)
+    assert header.has_key is has_key
+    assert carried_key(data, header) == key
 
 
 @given(
-    SETS, DIGESTS, DIGESTS, DIGESTS, st.integers(0, 12), st.integers(0, 2**32), DIMENSIONS, CLASSES
+    SETS, DIGESTS, DIGESTS, DIGESTS, st.integers(0, 6), st.integers(0, 2**32), DIMENSIONS, CLASSES
 )
 def test_replies_round_trip(
     parameters: ParameterSet,
     model_digest: bytes,
-    key_id: bytes,
+    of_key: bytes,
     query_digest: bytes,
     exponent: int,
     random: int,
     dimensions: int,
     classes: int,
 ) -> None:
-    layout = Layout.canonical(
-        parameters, texts=1, dimensions=dimensions, classes=classes, exponent=exponent
-    )
+    layout = layout_of(parameters, dimensions, classes, exponent)
     bits = exponent + 21
     polynomials = tuple(
         ReplyPolynomial(
@@ -182,16 +205,72 @@ def test_replies_round_trip(
         for reply in range(layout.replies)
     )
     message = ReplyMessage(
-        parameters, model_digest, key_id, layout, bits, query_digest, polynomials
+        parameters, model_digest, of_key, layout, bits, query_digest, polynomials
     )
     data = message.serialize()
     assert len(data) == ReplyMessage.size(layout, bits)
-    expected = {"model_digest": model_digest, "key_id": key_id, "query_digest": query_digest}
+    expected = {"model_digest": model_digest, "key_id": of_key, "query_digest": query_digest}
     found = ReplyMessage.deserialize(data, parameters, layout, bits, **expected)
     assert replace(found, polynomials=()) == replace(message, polynomials=())
     for mine, theirs in zip(found.polynomials, polynomials, strict=True):
         assert same(mine.c0, theirs.c0)
         assert same(mine.c1, theirs.c1)
+
+
+# --- carried keys --------------------------------------------------------------------------------
+
+
+def with_key(seed: bytes = SEED, *, seeds: tuple[bytes, ...] = (bytes(64),)) -> QueryMessage:
+    """A query of one piece, with its key."""
+    key = KeyMessage(COMPACT, Prng.SHAKE256, Domain.NTT, residues(1, COMPACT), seed).serialize()
+    layout = layout_of(COMPACT, 2048 * len(seeds), 1, 0)
+    polynomials = tuple(SeededPolynomial(residues(2 + i, COMPACT), s) for i, s in enumerate(seeds))
+    return QueryMessage(
+        COMPACT, bytes(32), key_id(key), layout, Prng.SHAKE256, Domain.NTT, polynomials, key
+    )
+
+
+def reads(message: QueryMessage, **changes: Any) -> QueryMessage:
+    return QueryMessage.deserialize(message.serialize(), COMPACT, message.layout, **changes)
+
+
+def test_a_carried_key_is_the_one_that_the_header_names() -> None:
+    good = with_key()
+    assert reads(good).key_message == good.key_message
+    other = with_key(bytes(63) + b"\1").key_message
+    for changed in (replace(good, key_id=bytes(32)), replace(good, key_message=other)):
+        with pytest.raises(KeyMismatchError):
+            reads(changed)
+        data = changed.serialize()
+        with pytest.raises(KeyMismatchError):
+            carried_key(data, QueryHeader.deserialize(data))
+
+
+def test_the_seed_of_a_carried_key_counts_without_being_told() -> None:
+    """c1 = a lets a client read the reply's mask, whoever asks for the query to be read."""
+    one, two = bytes(64), bytes(63) + b"\1"
+    assert reads(with_key(seeds=(one, two)))
+    for seeds in ((SEED,), (one, SEED), (SEED, one), (one, one)):
+        for key_seed in (None, SEED, two):
+            with pytest.raises(SeedReuseError):
+                reads(with_key(seeds=seeds), key_seed=key_seed)
+    with pytest.raises(SeedReuseError):
+        reads(with_key(seeds=(two,)), key_seed=two)  # of a key that is known otherwise
+    assert reads(with_key(seeds=(one,)), key_seed=SEED)  # which is told again
+
+
+@pytest.mark.parametrize("cut", [1, 64, 12_904, 13_000, 25_767])
+def test_a_carried_key_is_all_there(cut: int) -> None:
+    good = with_key()
+    data = good.serialize()[:-cut]
+    with pytest.raises(MessageLengthError):
+        QueryMessage.deserialize(data, COMPACT, good.layout)
+    header = QueryHeader.deserialize(data)
+    if len(data) < 136 + 12_904:
+        with pytest.raises(MessageLengthError, match="expected a key"):
+            carried_key(data, header)
+    else:
+        assert carried_key(data, header) == good.key_message
 
 
 # --- damage --------------------------------------------------------------------------------------
@@ -204,14 +283,14 @@ class Reader:
         self.kind = kind
         self.data = (VECTORS / f"{name}.{kind}.bin").read_bytes()
         self._manifest = Manifest.deserialize((VECTORS / f"{name}.manifest.json").read_bytes())
-
-        self.layout = self._manifest.layout_of(11 if name == "compact-block" else 1)
+        texts = {"compact-block": 16, "compact-bulk": 100}.get(name, 1)
+        self.layout = self._manifest.layout_of(texts)
 
     def again(self, data: bytes) -> bytes:
         manifest = self._manifest
         if self.kind == "key":
             return KeyMessage.deserialize(data).serialize()
-        if self.kind == "query":
+        if self.kind in ("query", "query-with-key"):
             return QueryMessage.deserialize(data, manifest.parameter_set, self.layout).serialize()
         return ReplyMessage.deserialize(
             data,
@@ -226,16 +305,17 @@ class Reader:
 
 READERS = [
     Reader(name, kind)
-    for name in ("compact-384", "compact-3000", "strong-384", "compact-block")
+    for name in ("compact-384", "compact-3000", "standard-384", "compact-block", "compact-bulk")
     for kind in ("key", "query", "reply")
 ]
+READERS.append(Reader("compact-384", "query-with-key"))
 
 
 @given(st.sampled_from(READERS), st.data())
 def test_damage_is_refused_or_seen(reader: Reader, data: st.DataObject) -> None:
     """Nothing but a `WireError` escapes, and no two byte strings read as the same message."""
     damaged = bytearray(reader.data)
-    header = {"key": 40, "query": 136, "reply": 172}[reader.kind]
+    header = {"key": 40, "query": 136, "query-with-key": 136, "reply": 172}[reader.kind]
     kind = data.draw(st.sampled_from(["header", "body", "several", "shorter", "longer", "swap"]))
     if kind == "header":
         damaged[data.draw(st.integers(0, header - 1))] ^= data.draw(st.integers(1, 255))
@@ -296,27 +376,26 @@ def test_huge_counts_allocate_nothing() -> None:
             reader.again(bytes(damaged))
 
 
-@pytest.mark.parametrize("parameters", [COMPACT, STRONG], ids=lambda p: p.name)
-def test_each_prime_has_its_own_range(parameters: ParameterSet) -> None:
-    good = residues(0, parameters, parameters.key_primes)
-    for row, prime in enumerate(parameters.key_primes):
-        for value, accepted in ((prime - 1, True), (prime, False)):
-            b = good.copy()
-            b[row, 5] = value
-            data = KeyMessage(parameters, Prng.SHAKE256, Domain.NTT, b, bytes(64)).serialize()
-            if accepted:
+@pytest.mark.parametrize("parameters", [COMPACT, STANDARD], ids=lambda p: p.name)
+def test_residues_are_below_the_prime(parameters: ParameterSet) -> None:
+    good, prime = residues(0, parameters), parameters.prime
+    for value, accepted in ((prime - 1, True), (prime, False)):
+        b = good.copy()
+        b[5] = value
+        data = KeyMessage(parameters, Prng.SHAKE256, Domain.NTT, b, bytes(64)).serialize()
+        if accepted:
+            KeyMessage.deserialize(data)
+        else:
+            with pytest.raises(ResidueRangeError):
                 KeyMessage.deserialize(data)
-            else:
-                with pytest.raises(ResidueRangeError):
-                    KeyMessage.deserialize(data)
 
 
 def test_one_residue_is_not_a_zero_polynomial() -> None:
-    b = np.zeros((1, 2048), dtype=np.uint64)
+    b = np.zeros(2048, dtype=np.uint64)
     message = KeyMessage(COMPACT, Prng.SHAKE256, Domain.NTT, b, bytes(64))
     with pytest.raises(ZeroPolynomialError):
         KeyMessage.deserialize(message.serialize())
-    b[0, 2047] = 1
+    b[2047] = 1
     assert KeyMessage.deserialize(message.serialize()).b.any()
 
 
@@ -326,4 +405,4 @@ def test_messages_in_errors_hold_no_residues() -> None:
     damaged[40:47] = b"\xff" * 7
     with pytest.raises(ResidueRangeError) as raised:
         reader.again(bytes(damaged))
-    assert "1fffffffffffff" not in str(raised.value)
+    assert "3ffffffffffff" not in str(raised.value)

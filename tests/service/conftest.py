@@ -31,10 +31,10 @@ OCTETS = {"Content-Type": "application/octet-stream"}
 
 #: name: (parameter set, dimensions, classes)
 MODELS = {
-    "chapters": ("compact", 384, 22),
-    "strong": ("strong", 384, 5),
-    "long": ("compact", 3000, 3),  # two query polynomials
-    "digits": ("compact", 64, 10),
+    "chapters": ("standard", 384, 22),
+    "compact": ("compact", 384, 5),
+    "long": ("standard", 3000, 4),  # two query polynomials
+    "digits": ("standard", 64, 10),
 }
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import re
 import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 from starlette.requests import Request
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
+from support.copies import WAYS, in_copy
 from support.heads import artifact
 from support.tenants import add_tenant, bearer
 
@@ -433,7 +436,125 @@ def test_the_policys_budget_is_that_of_its_model_unless_the_operator_says_otherw
         assert [service.infer("plain", plain.data).status_code for _ in range(2)] == [200, 200]
         with State(directory) as state:
             state.set_budget("clinic", "asked", Budget(2, Period.MONTH))
+        time.sleep(0.3)  # a change is seen as late as a revocation
         assert service.infer("asked", query.data).status_code == 200
+
+
+def test_a_budget_that_is_used_up_is_refused_without_the_state(
+    make_app, api_key, artifacts, make_service, problem, monkeypatch
+):
+    asked = []
+    real = State.charge
+
+    def charge(state, *arguments):
+        asked.append(arguments)
+        return real(state, *arguments)
+
+    monkeypatch.setattr(State, "charge", charge)
+    with TestClient(make_app(query_budget=1), headers=bearer(api_key)) as client:
+        service = make_service(client, artifacts)
+        query = service.query("digits")
+        assert service.infer("digits", query.data).status_code == 200
+        for _ in range(5):
+            refused = service.infer("digits", query.data)
+            problem(refused, 429, "budget-exhausted", sent=query.data, retryable=True)
+        assert len(asked) == 2
+        assert service.infer("chapters", service.query("chapters").data).status_code == 200
+
+
+def test_what_is_left_of_a_budget_and_what_is_given_back_can_be_used(directory, api_key):
+    async def run():
+        access = TenantAccess(directory, rate=Rate(1e3, 1000), budget=Budget(3, Period.DAY))
+        await access.start()
+        await access.admit([f"Bearer {api_key}"], "/version")
+
+        async def charged(model, units):
+            async with access.charged("clinic", model, units):
+                pass
+
+        for units, refused in ((4, True), (4, True), (5, True), (2, False), (2, True), (1, False)):
+            with pytest.raises(Problem, match="left") if refused else nullcontext():
+                await charged("m", units)
+
+        async def fail():
+            async with access.charged("clinic", "n", 3):
+                with pytest.raises(Problem):
+                    await charged("n", 1)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await fail()
+        await charged("n", 1)
+        await access.stop()
+
+    asyncio.run(run())
+
+
+def test_a_command_gives_a_budget_back_that_was_used_up(directory, api_key):
+    """Also one that comes while a charge is refused."""
+
+    async def run():
+        access = TenantAccess(directory, rate=Rate(1e3, 1000), budget=Budget(1, Period.DAY))
+        await access.start()
+
+        async def charged():
+            await access.admit([f"Bearer {api_key}"], "/version")
+            async with access.charged("clinic", "m", 1):
+                pass
+
+        await charged()
+        charges = access._charges
+        real = charges.run
+
+        async def run_before_a_command(call):
+            found = await real(call)
+            with State(directory) as state:
+                state.set_budget("clinic", "m", Budget(2, Period.DAY))
+            await asyncio.sleep(0.6)  # it is seen before the refusal is noted
+            return found
+
+        charges.run = run_before_a_command
+        with pytest.raises(Problem):
+            await charged()
+        charges.run = real
+        await charged()
+        await access.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copied_process_admits_nobody_and_waits_for_nothing(directory, api_key, way):
+    async def admitted():
+        await access.admit([f"Bearer {api_key}"], "/version")
+
+    async def refused():
+        for call in (
+            access._keys.run(lambda _: None),
+            access._upkeep.run(State.tenants),
+            access.charged("clinic", "m", 1).__aenter__(),
+            access.usage_snapshot({}),
+        ):
+            with pytest.raises(StateError, match="after the fork"):
+                await call
+        for lane in (access._keys, access._charges, access._upkeep):
+            await lane.close()
+        access._checked = -math.inf
+        with pytest.raises(StateError, match="after the fork"):
+            await admitted()
+
+    access = TenantAccess(directory, rate=Rate(9, 9), budget=Budget(9, Period.DAY))
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(access.start())
+        loop.run_until_complete(access._counts.run(State.tenants))
+        loop.run_until_complete(access.charged("clinic", "m", 1).__aenter__())
+        in_copy(way, lambda: asyncio.run(refused()))
+        loop.run_until_complete(admitted())
+        assert loop.run_until_complete(access.usage_snapshot({}))[0].used == 1
+        loop.run_until_complete(access.stop())
+    finally:
+        loop.close()
 
 
 class _FailingPool:
@@ -441,7 +562,10 @@ class _FailingPool:
 
     ready = True
 
-    def admit(self):
+    def admit(self, tenant):
+        pass
+
+    def check(self, model):
         pass
 
     async def evaluate(self, *_, **__):

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
+from support.copies import WAYS, in_copy
 from typer.testing import CliRunner
 
 from veilhead_protocol.errors import AccessLogError
+from veilhead_service import access_log
 from veilhead_service.access_log import AccessLog, shortened
 from veilhead_service.access_log_chain import GENESIS, files_of, verify
 from veilhead_service.app import create_app
@@ -463,3 +465,66 @@ def test_the_command_verifies(path: Path):
     assert result.exit_code == 1
     assert "BROKEN: access.log line 3" in result.stderr
     assert run(path.with_name("absent")).exit_code == 1
+
+
+def test_a_failure_that_nobody_expected_does_not_end_the_writer(path, monkeypatch, caplog):
+    """Who waits is told, and the next record is written."""
+    log = opened(path)
+    with monkeypatch.context() as fault:
+        fault.setattr(access_log, "sealed", lambda _: 1 / 0)
+        with pytest.raises(AccessLogError):
+            log.append(status=200).result(10)
+    log.append(status=200).result(10)
+    log.stop()
+    assert "the access log failed: ZeroDivisionError" in caplog.text
+    assert [record["event"] for record in lines(path)] == ["interrupted", "request"]
+    assert verify(path).records == 2
+
+
+def test_a_log_leaves_a_reserve_of_its_disk_free(path, monkeypatch):
+    """The state is on the same disk: a log that fills it ends every answer."""
+    log = opened(path, reserve_bytes=2**30)
+    log.append(status=200).result(10)
+    real = os.fstatvfs
+    disk = {"f_bavail": 2**18 - 1}  # blocks of 4 KiB: a byte less than the reserve
+
+    class Disk:
+        f_frsize, f_blocks = 4096, 2**30
+        f_bavail = property(lambda _: disk["f_bavail"])
+
+    monkeypatch.setattr(os, "fstatvfs", lambda _: Disk())
+    with pytest.raises(AccessLogError):
+        log.append(status=201).result(10)
+    assert not log.available
+    disk["f_bavail"] = 2**18
+    deadline = time.monotonic() + 20
+    while not log.available:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    log.append(status=202).result(10)
+    monkeypatch.setattr(os, "fstatvfs", real)
+    log.stop()
+    found = [
+        (record["event"], record.get("status", record.get("unrecorded"))) for record in lines(path)
+    ]
+    assert found == [("request", 200), ("interrupted", 1), ("request", 202)]
+    verify(path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copied_process_writes_no_record(path, way):
+    """The thread that writes is not there: nobody waits for it, and the file stays whole."""
+    log = opened(path)
+    log.append(status=200).result(10)
+
+    def work():
+        with pytest.raises(AccessLogError, match="after the fork"):
+            log.append(status=201).result(10)
+        log.stop()
+        return os.fstat(log._file).st_size  # open still
+
+    assert in_copy(way, work) == path.stat().st_size
+    log.append(status=202).result(10)
+    log.stop()
+    assert [record["status"] for record in lines(path)] == [200, 202]
+    verify(path)

@@ -194,9 +194,12 @@ def test_a_store_that_fails_is_logged_for_its_operator_only(problem, caplog):
     source = FailingSource(StoreError("/srv/store/model cannot be read"))
     client = TestClient(create_app(Settings(insecure_no_tenants=True), models=source))
     response = client.get("/v1/models/digits")
-    problem(response, 500, "internal")
+    problem(response, 503, "model-unavailable", retryable=True)
     assert "/srv" not in response.text
     assert "/srv/store/model" in caplog.text
+    for _ in range(20):
+        client.get("/v1/models/digits")
+    assert caplog.text.count("/srv/store/model") == 1  # who asks does not fill the log
 
 
 def test_a_service_without_room_says_when_to_come_back(problem):

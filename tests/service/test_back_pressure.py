@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import httpx2
 import numpy as np
@@ -23,7 +24,7 @@ from veilhead import BatchError, Client
 from veilhead_benchmarks.processes import ServiceProcess
 from veilhead_protocol.errors import DrainingError, QueueFullError
 from veilhead_service.app import create_app
-from veilhead_service.intake import Intake
+from veilhead_service.intake import Intake, Places
 from veilhead_service.problems import Problem
 from veilhead_service.settings import Settings
 
@@ -220,6 +221,53 @@ def test_the_intake_counts_right_whatever_happens_in_it():
         assert intake.bodies == 0
 
     asyncio.run(run())
+
+
+def test_places_are_shared_and_some_are_left_for_who_comes_next():
+    places = Places("bodies", 60, most=60)
+    with ExitStack() as held:
+
+        def fill(tenant):
+            taken = 0
+            with suppress(Problem, QueueFullError):
+                while True:
+                    held.enter_context(places.one(tenant))
+                    taken += 1
+            return taken
+
+        assert fill("first") == 30
+        assert fill("second") == 15
+        assert fill("third") == 8
+        assert fill("fourth") >= 3
+        with pytest.raises(Problem, match="of this tenant") as caught:
+            places.one("first").__enter__()
+        assert caught.value.status == 429
+    assert len(places) == 0
+
+
+def test_heavy_tenants_get_the_same_share_and_leave_one():
+    """Whoever asks first: places that come free go to whoever has fewest of them."""
+    places = Places("bodies", 60, most=60)
+    generator = random.Random(1)
+    held = {"a": [], "b": [], "c": []}
+    for _ in range(5000):
+        tenant = generator.choice("abc")
+        if held[tenant] and generator.random() < 0.3:
+            held[tenant].pop().close()
+            continue
+        stack = ExitStack()
+        with suppress(Problem):
+            stack.enter_context(places.one(tenant))
+            held[tenant].append(stack)
+    counts = sorted(map(len, held.values()))
+    assert counts[0] >= 10
+    assert 60 - len(places) >= 10
+
+
+def test_everybody_may_have_all_places_where_all_are_one_tenant():
+    places = Places("bodies", 2, most=2, shared=False)
+    with places.one(""), places.one(""), pytest.raises(Problem):
+        places.one("").__enter__()
 
 
 def test_draining_is_told_and_what_is_here_is_answered(open_app, problem):

@@ -273,8 +273,8 @@ def test_publishing_again_encrypts_and_changes_the_key(vendor):
 
 
 def test_a_store_without_the_key_serves_the_others(vendor):
-    secret = vendor.publish(artifact(4, 32, name="secret"), head_key=KEY)
     plain = vendor.publish(artifact(3, 16, name="plain"))
+    secret = vendor.publish(artifact(4, 32, name="secret"), head_key=KEY)
     for key_id in (None, OTHER.id):
         models = ModelStore(vendor.store, head_key_id=key_id)
         assert models.current("plain").manifest.digest.hex() == plain
@@ -287,8 +287,8 @@ def test_a_store_without_the_key_serves_the_others(vendor):
 
 
 def test_plaintext_heads_can_be_forbidden(vendor):
-    vendor.publish(artifact(4, 32, name="secret"), head_key=KEY)
     vendor.publish(artifact(3, 16, name="plain"))
+    vendor.publish(artifact(4, 32, name="secret"), head_key=KEY)
     models = ModelStore(vendor.store, head_key_id=KEY.id, require_encrypted_heads=True)
     assert models.current("secret").is_encrypted
     with pytest.raises(ModelUnavailableError, match="only encrypted"):
@@ -314,11 +314,11 @@ def test_a_failure_is_remembered_for_half_a_minute(vendor):
 
 
 def test_the_service_answers_with_encrypted_heads(vendor, make_service, problem, monkeypatch):
-    """The key is in no worker's arguments or environment; a version under another key is 500."""
+    """The key is in no worker's arguments or environment; a version under another key is 503."""
     heads = {name: artifact(4, 32, name=name) for name in ("quiet", "foreign", "plain")}
+    vendor.publish(heads["plain"])  # before the store takes encrypted heads only
     vendor.publish(heads["quiet"], head_key=KEY)
     vendor.publish(heads["foreign"], head_key=OTHER)
-    vendor.publish(heads["plain"])
     monkeypatch.setenv("VEILHEAD_SERVER_HEAD_KEY", TEXT)
     settings = Settings(store=vendor.store, workers=1, insecure_no_tenants=True)
     assert TEXT[10:] not in repr(settings)
@@ -330,7 +330,7 @@ def test_the_service_answers_with_encrypted_heads(vendor, make_service, problem,
         assert [row["name"] for row in listed] == ["plain", "quiet"]
         query = service.query("foreign")
         for answer in (client.get("/v1/models/foreign"), service.infer("foreign", query.data)):
-            body = problem(answer, 500, "model-unavailable", sent=query.data)
+            body = problem(answer, 503, "model-unavailable", sent=query.data, retryable=True)
             assert str(vendor.store) not in body["detail"]
         workers = [
             path

@@ -8,7 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from veilhead.session import SecretKey
-from veilhead_protocol.parameters import STRONG
+from veilhead_protocol.parameters import COMPACT
 from veilhead_protocol.wire import KeyMessage
 from veilhead_service.app import create_app
 from veilhead_service.settings import Settings
@@ -109,10 +109,10 @@ def test_a_malformed_id_is_refused(service, message, change, problem):
 
 
 def test_a_key_of_either_set_is_a_key(service):
-    manifest = service.artifacts["strong"].manifest
-    strong = SecretKey(manifest.parameter_set).message
-    assert len(strong) == KeyMessage.size(STRONG)
-    assert service.put(strong).status_code == 201
+    manifest = service.artifacts["compact"].manifest
+    compact = SecretKey(manifest.parameter_set).message
+    assert len(compact) == KeyMessage.size(COMPACT)
+    assert service.put(compact).status_code == 201
 
 
 def test_a_refused_key_is_not_registered(service, message, problem):

@@ -15,9 +15,8 @@ from veilhead import Client
 from veilhead.local import InProcessTransport
 from veilhead.session import Session
 from veilhead_protocol.errors import LayoutError, MessageLayoutError
-from veilhead_protocol.layout import LayoutKind
+from veilhead_protocol.layout import MAX_BLOCK_PRODUCTS, LayoutKind, block_sizes
 from veilhead_protocol.manifest import PolicySection
-from veilhead_protocol.parameters import COMPACT
 from veilhead_service.app import create_app
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 from veilhead_service.model_store import ModelStore
@@ -40,7 +39,7 @@ def served(request, tmp_path):
 
 def test_lists_of_any_length_are_answered(served):
     client, traces = served
-    most = COMPACT.max_wanted(client.manifest.head.exponent)
+    most = client.manifest.shape.max_wanted
     for rows in (1, 3, 30, 301):
         traces.clear()
         embeddings = unit_rows(rows, 40)
@@ -61,7 +60,7 @@ def test_bulk_is_another_version_that_its_policy_tells_apart(tmp_path):
     manifests = [store.version("model", bytes.fromhex(one)).manifest for one in (strict, loose)]
     assert [manifest.policy.bulk for manifest in manifests] == [False, True]
     assert manifests[0].head == manifests[1].head
-    rows = unit_rows(COMPACT.max_wanted(HEAD.manifest.head.exponent) + 1, 40)
+    rows = unit_rows(HEAD.manifest.shape.max_wanted + 1, 40)
     assert Session(manifests[1]).encrypt_batch(rows).layout.kind is LayoutKind.BULK
     with pytest.raises(LayoutError):
         Session(manifests[0]).encrypt_batch(rows)
@@ -75,7 +74,7 @@ def test_a_forged_bulk_request_is_refused_and_the_clause_is_named(tmp_path, prob
     """The client's own rules are no protection: this one ignores them."""
     strict = bytes.fromhex(Vendor(tmp_path).publish(HEAD))
     loose = replace(HEAD, policy=PolicySection(bulk=True)).manifest
-    rows = unit_rows(COMPACT.max_wanted(loose.head.exponent) + 1, 40)
+    rows = unit_rows(loose.shape.max_wanted + 1, 40)
     query = Session(loose).encrypt_batch(rows)
     assert query.data.count(loose.digest) == 1
     forged = query.data.replace(loose.digest, strict)
@@ -114,16 +113,16 @@ def test_sending_does_not_wait_for_the_encryption_of_the_next_request(served, mo
 
     monkeypatch.setattr(Session, "encrypt_batch", slow)
     monkeypatch.setattr(type(client._engine), "_ask", noted)
-    rows = 2100 if client.manifest.policy.bulk else 200
+    rows = 4200 if client.manifest.policy.bulk else 600
     assert len(client._engine.session.plan(rows)) > 1
     client.logits(unit_rows(rows, 40))
     assert events[:2] == ["encrypted", "answered"]
 
 
-@pytest.mark.parametrize("parameters", ["compact", "strong"])
+@pytest.mark.parametrize("parameters", ["standard", "compact"])
 @pytest.mark.parametrize(
     ("classes", "dimensions", "texts"),
-    [(1, 1, 1), (3, 1, 31), (77, 384, 3), (2, 4096, 5), (5, 2500, 64), (9, 33, 129), (3, 7, 2048)],
+    [(1, 1, 1), (3, 1, 32), (77, 384, 4), (2, 4096, 8), (5, 2500, 64), (9, 33, 300), (3, 7, 2048)],
 )
 def test_every_layout_gives_the_logits_of_the_plaintext_head(
     parameters, classes, dimensions, texts
@@ -142,14 +141,27 @@ def test_every_layout_gives_the_logits_of_the_plaintext_head(
     assert np.abs(found - head.logits(rows)).max() <= head.manifest.head.error_bound
 
 
-def test_a_head_keeps_a_bounded_number_of_block_encodings(monkeypatch):
+def test_a_head_encodes_its_weights_once_for_each_size_and_answers_no_other(monkeypatch):
+    """Whoever cycles through sizes costs no more than whoever does not."""
+    encoded = []
+    encode = EncryptedHead._encoded
+    monkeypatch.setattr(
+        EncryptedHead,
+        "_encoded",
+        lambda self, layout: encoded.append(layout.texts) or encode(self, layout),
+    )
     head = EncryptedHead(HEAD.manifest, HEAD.weight, HEAD.bias)
-    session = Session(HEAD.manifest)
-    monkeypatch.setattr("veilhead_service.encrypted_head.BLOCK_BYTES", 10 * 2048 * 8)
-    before = head.held_bytes
-    for texts in range(2, 40):
+    session, sizes = Session(HEAD.manifest), block_sizes(HEAD.manifest.shape)
+    assert 1 < len(sizes) <= 10
+    for texts in sizes * 3:
         query = session.encrypt_batch(unit_rows(texts, 40))
         head.evaluate(query.data, ClientKey.from_message(query.key.message))
-        newest = query.layout.products * 2048 * 8
-        assert head.held_bytes - before <= max(newest, 10 * 2048 * 8)
-    assert list(head._blocks)[-1] == 39
+    assert encoded == [1, *sizes]
+    products = sum(HEAD.manifest.layout_of(texts).products for texts in sizes)
+    assert products <= MAX_BLOCK_PRODUCTS
+    assert head.held_bytes <= HEAD.weight.nbytes + (products + head.layout.products) * 4096 * 8
+    for texts in set(range(2, HEAD.manifest.shape.max_wanted + 2)) - set(sizes):
+        forged = bytearray(query.data)
+        forged[108:112] = texts.to_bytes(4, "little")
+        with pytest.raises(MessageLayoutError, match="texts in one request"):
+            head.evaluate(bytes(forged), ClientKey.from_message(query.key.message))

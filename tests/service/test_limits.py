@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from veilhead_protocol.layout import Layout
-from veilhead_protocol.parameters import COMPACT, STRONG
+from veilhead_protocol.layout import HeadShape, Layout, block_sizes
+from veilhead_protocol.parameters import COMPACT, STANDARD
 from veilhead_service.limits import Budget, Period, Rate, RateLimiter, charge
 
 
@@ -25,34 +26,28 @@ class Clock:
 # --- charges ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parameters", [COMPACT, STRONG])
+@pytest.mark.parametrize("parameters", [STANDARD, COMPACT])
 @pytest.mark.parametrize(
     ("dimensions", "classes", "exponent"),
-    [(384, 22, 5), (384, 77, 7), (1, 500, 12), (16, 150, 0), (3000, 3, 6), (4096, 1, 12)],
+    [(384, 22, 5), (384, 77, 6), (1, 500, 6), (16, 150, 0), (3000, 3, 6), (4096, 1, 1)],
 )
 def test_the_single_layout_costs_one_a_text(parameters, dimensions, classes, exponent):
-    layout = Layout.canonical(
-        parameters, texts=1, dimensions=dimensions, classes=classes, exponent=exponent
-    )
-    assert charge(layout, exponent, parameters) == 1
+    shape = HeadShape(parameters, dimensions, classes, exponent, 64)
+    assert charge(Layout.canonical(shape, 1)) == 1
 
 
 def test_beyond_the_hint_bound_an_answer_costs_the_head():
-    exponent = 5
-    bound = COMPACT.max_wanted(exponent)
-    assert bound == 72
-
-    def layout(texts, dimensions=384):
-        return Layout.canonical(
-            COMPACT, texts=texts, dimensions=dimensions, classes=77, exponent=exponent, bulk=True
-        )
-
-    assert charge(layout(bound), exponent, COMPACT) == bound
-    assert charge(layout(bound + 1), exponent, COMPACT) == 385  # d + 1
-    assert charge(layout(bound + 1, 16), exponent, COMPACT) == bound + 1
-    assert charge(layout(2048), exponent, COMPACT) == 2048
-    # The bound depends on the head's exponent.
-    assert charge(layout(bound), exponent + 1, COMPACT) == 385
+    shape = HeadShape(STANDARD, 384, 77, 5, 64, bulk=True)
+    bound = shape.max_wanted
+    assert bound == 181
+    for texts in block_sizes(shape):
+        assert charge(Layout.canonical(shape, texts)) == texts
+    assert charge(Layout.canonical(shape, bound + 1)) == 385  # d + 1
+    short = replace(shape, dimensions=16)
+    assert charge(Layout.canonical(short, bound + 1)) == bound + 1
+    assert charge(Layout.canonical(shape, 2048)) == 2048
+    # The bound depends on the exponent.
+    assert charge(Layout.canonical(replace(shape, exponent=6), bound)) == 385
 
 
 # --- periods ------------------------------------------------------------------------------------

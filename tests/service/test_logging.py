@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from support.services import running
 
 from veilhead_service.app import create_app
-from veilhead_service.logs import JsonFormatter, TextFormatter, request_state
+from veilhead_service.logs import JsonFormatter, Repeats, TextFormatter, request_state
 from veilhead_service.settings import Settings
 
 SECRET = "zqxjkmarker"
@@ -212,3 +212,33 @@ subprocess.run([sys.executable, "-c", {worker!r}], check=True)
     assert done.returncode == 0
     assert "here" in done.stderr
     assert done.stderr.startswith("{") is (log_format == "json")
+
+
+def test_what_is_said_again_and_again_is_counted_instead():
+    """Peers cause warnings as often as they like; each would be a line."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    now = [0.0]
+    handler.addFilter(Repeats(lambda: now[0]))
+    shown = {}
+    for name in ("uvicorn.error", "veilhead.service"):
+        logger = logging.Logger(name)
+        logger.addHandler(handler)
+        for minute in range(2):
+            for number in range(1000):
+                logger.warning("it failed: %d", number)
+                logger.warning("another")
+                now[0] += 0.01
+            logger.info("no warning")
+            now[0] += 60
+            shown[name, minute] = stream.getvalue().splitlines()
+            stream.truncate(0)
+            stream.seek(0)
+    assert shown["uvicorn.error", 0] == ["it failed: 0", "another", "no warning"]
+    assert shown["uvicorn.error", 1] == [
+        "it failed: 0 (999 more like it were left out)",
+        "another (999 more like it were left out)",
+        "no warning",
+    ]
+    assert len(shown["veilhead.service", 0]) == 41
+    assert shown["veilhead.service", 1][0] == "it failed: 0 (980 more like it were left out)"

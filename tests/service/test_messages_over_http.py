@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.heads import unit_rows
 
-from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STRONG
+from veilhead.session import Session
+from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS, STANDARD
 from veilhead_protocol.wire import MAX_KEY_BYTES, MAX_QUERY_BYTES
 from veilhead_service.app import create_app
 from veilhead_service.settings import Settings
@@ -23,8 +25,11 @@ SLOW = os.environ.get("VEILHEAD_PROPERTY_TESTS") == "slow"
 MAGIC, VERSION, TYPE, PRNG, DOMAIN, PARAMETERS = 0, 4, 5, 6, 7, 8
 MODEL, KEY, LAYOUT, RESERVED, COUNTS = 40, 72, 104, 105, 108
 KEY_HEADER, QUERY_HEADER = 40, 136
-QUERY_BYTES = 13_768  # one piece, compact
-COUNT_NAMES = ("texts", "dimensions", "classes", "block_length", "pieces", "polynomials")
+BODY_BYTES = 4096 * 53 // 8  # of a polynomial, standard
+QUERY_BYTES = QUERY_HEADER + BODY_BYTES + 64  # one piece, standard
+COUNT_NAMES = (
+    "texts", "dimensions", "classes", "block_length", "pieces", "group", "polynomials"
+)  # fmt: skip
 
 
 def replaced(data, offset, content):
@@ -32,13 +37,10 @@ def replaced(data, offset, content):
     return data[:offset] + content + data[offset + len(content) :]
 
 
-def residue_offsets(start, primes, degree):
-    """(prime, width, first byte) of every row of a packed polynomial."""
-    rows = []
-    for prime in primes:
-        rows.append((prime, prime.bit_length(), start))
-        start += degree * prime.bit_length() // 8
-    return rows, start
+def residue_row(start, parameters):
+    """(prime, width, first byte) of a packed polynomial, and where it ends."""
+    width = parameters.prime.bit_length()
+    return (parameters.prime, width, start), start + parameters.poly_modulus_degree * width // 8
 
 
 def with_residue(data, row, degree, index, value):
@@ -84,7 +86,7 @@ def queries(service):
 # --- good bytes ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["chapters", "strong", "long", "digits"])
+@pytest.mark.parametrize("name", ["chapters", "compact", "long", "digits"])
 def test_good_queries_are_answered(service, queries, name):
     service.check_answers(name)
     response = service.infer(name, queries[name].data)
@@ -107,16 +109,15 @@ def test_the_content_type_is_read_as_http_says(service, queries, media_type):
     assert response.status_code == 200
 
 
-@pytest.mark.parametrize("name", ["digits", "strong"])
+@pytest.mark.parametrize("name", ["digits", "compact"])
 def test_the_largest_residue_is_still_in_range(service, queries, name):
     """So that the refusals of residues below are about the prime, and not about the bytes."""
     manifest = service.artifacts[name].manifest
     degree = manifest.layout.degree
-    rows, _ = residue_offsets(QUERY_HEADER, manifest.parameter_set.data_primes, degree)
-    for row in rows:
-        for index in spread(degree):
-            body = with_residue(queries[name].data, row, degree, index, row[0] - 1)
-            assert service.infer(name, body).status_code == 200
+    row, _ = residue_row(QUERY_HEADER, manifest.parameter_set)
+    for index in spread(degree):
+        body = with_residue(queries[name].data, row, degree, index, row[0] - 1)
+        assert service.infer(name, body).status_code == 200
 
 
 # --- bad queries --------------------------------------------------------------------------------
@@ -140,10 +141,12 @@ BAD_QUERIES = {
     "a megabyte long": (lambda q: q + bytes(2**20), "wrong-length"),
     "magic": (lambda q: replaced(q, MAGIC, b"veil"), "wrong-message-type"),
     "version 0": (lambda q: replaced(q, VERSION, b"\0"), "unsupported-format-version"),
-    "version 2": (lambda q: replaced(q, VERSION, b"\2"), "unsupported-format-version"),
+    "version 1": (lambda q: replaced(q, VERSION, b"\1"), "unsupported-format-version"),
+    "version 3": (lambda q: replaced(q, VERSION, b"\3"), "unsupported-format-version"),
     "type 0": (lambda q: replaced(q, TYPE, b"\0"), "wrong-message-type"),
     "type key": (lambda q: replaced(q, TYPE, b"\1"), "wrong-message-type"),
     "type reply": (lambda q: replaced(q, TYPE, b"\3"), "wrong-message-type"),
+    "type with a key": (lambda q: replaced(q, TYPE, b"\4"), "wrong-length"),
     "type 255": (lambda q: replaced(q, TYPE, b"\xff"), "wrong-message-type"),
     "prng none": (lambda q: replaced(q, PRNG, b"\0"), "unknown-prng"),
     "prng 3": (lambda q: replaced(q, PRNG, b"\3"), "unknown-prng"),
@@ -158,7 +161,7 @@ BAD_QUERIES = {
         lambda q: replaced(
             q,
             PARAMETERS,
-            {COMPACT.id: STRONG, STRONG.id: COMPACT}[q[PARAMETERS : PARAMETERS + 32]].id,
+            {STANDARD.id: COMPACT, COMPACT.id: STANDARD}[q[PARAMETERS : PARAMETERS + 32]].id,
         ),
         "wrong-parameters",
     ),
@@ -166,7 +169,7 @@ BAD_QUERIES = {
     "layout 2": (lambda q: replaced(q, LAYOUT, b"\2"), "wrong-layout"),
     "reserved 0": (lambda q: replaced(q, RESERVED, b"\1"), "nonzero-padding"),
     "reserved 2": (lambda q: replaced(q, RESERVED + 2, b"\x80"), "nonzero-padding"),
-    "c0 zero": (lambda q: replaced(q, QUERY_HEADER, bytes(13568)), "zero-polynomial"),
+    "c0 zero": (lambda q: replaced(q, QUERY_HEADER, bytes(BODY_BYTES)), "zero-polynomial"),
     "all ones": (
         lambda q: q[:QUERY_HEADER] + b"\xff" * (len(q) - QUERY_HEADER),
         "residue-out-of-range",
@@ -193,7 +196,7 @@ def test_a_bad_query_is_refused(service, queries, problem, break_it, code):
     service.check_answers("digits")
 
 
-@pytest.mark.parametrize("name", ["strong", "long"])
+@pytest.mark.parametrize("name", ["compact", "long"])
 @pytest.mark.parametrize(
     "case",
     ["truncated by one", "extended by one", "prng 3", "parameters of the other set", "pieces 0"],
@@ -208,15 +211,15 @@ def test_a_bad_query_to_other_models_is_refused(service, queries, problem, name,
     service.check_answers(name)
 
 
-@pytest.mark.parametrize("name", ["digits", "strong", "long"])
+@pytest.mark.parametrize("name", ["digits", "compact", "long"])
 @pytest.mark.parametrize("excess", [0, 1, None], ids=["prime", "prime+1", "largest"])
 def test_a_residue_at_or_above_its_prime_is_refused(service, queries, problem, name, excess):
     manifest = service.artifacts[name].manifest
     degree = manifest.layout.degree
     rows, start = [], QUERY_HEADER
     for _ in range(manifest.layout.pieces):
-        found, end = residue_offsets(start, manifest.parameter_set.data_primes, degree)
-        rows += found
+        row, end = residue_row(start, manifest.parameter_set)
+        rows.append(row)
         start = end + 64
     for row in rows:
         value = (1 << row[1]) - 1 if excess is None else row[0] + excess
@@ -228,31 +231,21 @@ def test_a_residue_at_or_above_its_prime_is_refused(service, queries, problem, n
 
 def test_either_piece_may_not_be_zero(service, queries, problem):
     good = queries["long"].data
-    body_bytes = 2048 * 53 // 8
-    for piece in range(2):
-        body = replaced(good, QUERY_HEADER + piece * (body_bytes + 64), bytes(body_bytes))
+    for piece in range(service.artifacts["long"].manifest.layout.pieces):
+        body = replaced(good, QUERY_HEADER + piece * (BODY_BYTES + 64), bytes(BODY_BYTES))
         problem(service.infer("long", body), 422, "zero-polynomial", sent=body)
     service.check_answers("long")
 
 
-def test_one_zero_residue_row_of_two_is_not_a_zero_polynomial(service, queries, problem):
-    good = queries["strong"].data
-    first, second = 4096 * 36 // 8, 4096 * 35 // 8
-    body = replaced(good, QUERY_HEADER, bytes(first))
-    assert service.infer("strong", body).status_code == 200
-    body = replaced(good, QUERY_HEADER, bytes(first + second))
-    problem(service.infer("strong", body), 422, "zero-polynomial", sent=body)
-
-
 def test_equal_seeds_within_a_query_are_refused(service, queries, problem):
     good = queries["long"].data
-    first = QUERY_HEADER + 2048 * 53 // 8
+    first = QUERY_HEADER + BODY_BYTES
     body = good[:-64] + good[first : first + 64]
     problem(service.infer("long", body), 422, "seed-reused", sent=body)
     service.check_answers("long")
 
 
-@pytest.mark.parametrize("name", ["digits", "strong", "long"])
+@pytest.mark.parametrize("name", ["digits", "compact", "long"])
 def test_the_keys_seed_in_a_query_is_refused(service, queries, problem, name):
     query = queries[name]
     body = query.data[:-64] + query.key.message[-64:]
@@ -272,7 +265,7 @@ def test_an_unknown_key_is_named_as_such(service, queries, problem):
     service.check_answers()
 
 
-@pytest.mark.parametrize(("name", "other"), [("digits", "strong"), ("strong", "digits")])
+@pytest.mark.parametrize(("name", "other"), [("digits", "compact"), ("compact", "digits")])
 def test_a_key_of_the_other_set_is_refused(service, queries, problem, name, other):
     body = replaced(queries[name].data, KEY, queries[other].key.id)
     problem(service.infer(name, body), 422, "wrong-parameters", sent=body)
@@ -286,7 +279,7 @@ def test_an_unknown_version_of_the_model_is_a_conflict(service, queries, problem
     service.check_answers()
 
 
-@pytest.mark.parametrize("other", ["chapters", "strong", "long"])
+@pytest.mark.parametrize("other", ["chapters", "compact", "long"])
 def test_a_query_to_another_model_is_a_conflict(service, queries, problem, other):
     body = queries["digits"].data
     problem(service.infer(other, body), 409, "wrong-model", sent=body)
@@ -295,7 +288,7 @@ def test_a_query_to_another_model_is_a_conflict(service, queries, problem, other
 def test_a_query_that_only_names_the_other_model_is_refused(service, queries, problem):
     """The right digest for the address, over the body of another model's query."""
     body = replaced(queries["digits"].data, MODEL, service.artifacts["chapters"].manifest.digest)
-    problem(service.infer("chapters", body), 422, "wrong-length", sent=body)
+    problem(service.infer("chapters", body), 422, "wrong-layout", sent=body)
     body = replaced(queries["digits"].data, MODEL, service.artifacts["long"].manifest.digest)
     problem(service.infer("long", body), 422, "wrong-length", sent=body)
 
@@ -310,7 +303,8 @@ def test_a_key_message_is_no_query_and_a_query_no_key(service, queries, problem)
     query = queries["digits"]
     sent = query.key.message
     problem(service.infer("digits", sent), 422, "wrong-message-type", sent=sent)
-    problem(service.put(query.data), 422, "wrong-message-type", sent=query.data)
+    short = queries["compact"].data  # than the longest key
+    problem(service.put(short), 422, "wrong-message-type", sent=short)
     reply = service.infer("digits", query.data).content
     problem(service.infer("digits", reply), 422, "wrong-message-type", sent=reply)
 
@@ -326,7 +320,7 @@ BAD_KEYS = {
     "without a seed": (lambda k: k[:-64], "wrong-length"),
     "extended": (lambda k: k + b"\0", "wrong-length"),
     "magic": (lambda k: replaced(k, MAGIC, b"VEIN"), "wrong-message-type"),
-    "version": (lambda k: replaced(k, VERSION, b"\2"), "unsupported-format-version"),
+    "version": (lambda k: replaced(k, VERSION, b"\1"), "unsupported-format-version"),
     "type query": (lambda k: replaced(k, TYPE, b"\2"), "wrong-message-type"),
     "type reply": (lambda k: replaced(k, TYPE, b"\3"), "wrong-message-type"),
     "prng none": (lambda k: replaced(k, PRNG, b"\0"), "unknown-prng"),
@@ -337,7 +331,7 @@ BAD_KEYS = {
         lambda k: replaced(
             k,
             PARAMETERS,
-            {COMPACT.id: STRONG, STRONG.id: COMPACT}[k[PARAMETERS : PARAMETERS + 32]].id,
+            {STANDARD.id: COMPACT, COMPACT.id: STANDARD}[k[PARAMETERS : PARAMETERS + 32]].id,
         ),
         "wrong-length",
     ),
@@ -352,7 +346,7 @@ BAD_KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", ["digits", "strong"])
+@pytest.mark.parametrize("name", ["digits", "compact"])
 @pytest.mark.parametrize(("break_it", "code"), BAD_KEYS.values(), ids=BAD_KEYS)
 def test_a_bad_key_is_refused(service, queries, problem, name, break_it, code):
     body = break_it(queries[name].key.message)
@@ -363,22 +357,89 @@ def test_a_bad_key_is_refused(service, queries, problem, name, break_it, code):
     assert service.client.head(f"/v1/keys/{hashlib.sha256(body).hexdigest()}").status_code == 404
 
 
-@pytest.mark.parametrize("name", ["digits", "strong"])
+@pytest.mark.parametrize("name", ["digits", "compact"])
 def test_a_key_residue_at_or_above_its_prime_is_refused(service, queries, problem, name):
     manifest = service.artifacts[name].manifest
     degree = manifest.layout.degree
-    rows, end = residue_offsets(KEY_HEADER, manifest.parameter_set.key_primes, degree)
+    row, end = residue_row(KEY_HEADER, manifest.parameter_set)
     good = queries[name].key.message
     assert end + 64 == len(good)
-    for row in rows:
-        for index in spread(degree):
-            for value in (row[0], (1 << row[1]) - 1):
-                body = with_residue(good, row, degree, index, value)
-                problem(service.put(body), 422, "residue-out-of-range", sent=body)
-            assert service.put(with_residue(good, row, degree, index, row[0] - 1)).status_code in (
-                200,
-                201,
-            )
+    for index in spread(degree):
+        for value in (row[0], (1 << row[1]) - 1):
+            body = with_residue(good, row, degree, index, value)
+            problem(service.put(body), 422, "residue-out-of-range", sent=body)
+        largest = service.put(with_residue(good, row, degree, index, row[0] - 1))
+        assert largest.status_code in (200, 201)
+    service.check_answers(name)
+
+
+# --- queries that carry their key -----------------------------------------------------------------
+
+
+@pytest.fixture(params=["digits", "compact", "long"])
+def carried(request, service):
+    """A model's name and a query that carries its key, which nobody registered."""
+    name = request.param
+    session = Session(service.artifacts[name].manifest, fresh_keys=True)
+    dimensions = service.artifacts[name].manifest.head.dimensions
+    query = session.encrypt(unit_rows(1, dimensions)[0])
+    assert query.carries_key
+    return name, session, query
+
+
+def test_a_query_that_carries_its_key_is_answered_and_the_key_is_not_kept(service, carried):
+    name, session, query = carried
+    row = unit_rows(1, service.artifacts[name].manifest.head.dimensions)
+    for _ in range(2):  # a retry sends the same bytes
+        response = service.infer(name, query.data)
+        assert response.status_code == 200, response.text
+        expected = service.artifacts[name].logits(row)[0]
+        bound = service.artifacts[name].manifest.head.error_bound
+        assert np.abs(session.decrypt(query, response.content) - expected).max() <= bound
+        assert service.client.head(f"/v1/keys/{query.key.id.hex()}").status_code == 404
+
+
+KEY_START, KEY_SEED = QUERY_HEADER, -64
+
+BAD_CARRIED = {
+    "without the key": (
+        lambda q, size: q[:QUERY_HEADER] + q[QUERY_HEADER + size :],
+        "wrong-length",
+    ),
+    "another id": (lambda q, size: replaced(q, KEY, bytes(32)), "wrong-key"),
+    "one bit of the key": (
+        lambda q, size: replaced(q, KEY_START + 100, bytes([q[KEY_START + 100] ^ 1])),
+        "wrong-key",
+    ),
+    "truncated by one": (lambda q, size: q[:-1], "wrong-length"),
+    "said to be without": (lambda q, size: replaced(q, TYPE, b"\2"), "wrong-length"),
+    "the key's seed": (
+        lambda q, size: q[:-64] + q[KEY_START + size - 64 : KEY_START + size],
+        "seed-reused",
+    ),
+}
+for case, part, code in (
+    ("version", (VERSION, b"\1"), "unsupported-format-version"),
+    ("type", (TYPE, b"\2"), "wrong-message-type"),
+    ("prng", (PRNG, b"\3"), "unknown-prng"),
+    ("set", (PARAMETERS, bytes(32)), "wrong-parameters"),
+    ("residues", (KEY_HEADER, b"\xff" * 64), "residue-out-of-range"),
+):
+
+    def with_other_key(q, size, part=part):
+        """The key is bad in itself, and its id is right."""
+        key = replaced(q[KEY_START : KEY_START + size], *part)
+        named = replaced(q, KEY, hashlib.sha256(key).digest())
+        return replaced(named, KEY_START, key)
+
+    BAD_CARRIED[f"a key of another {case}"] = (with_other_key, code)
+
+
+@pytest.mark.parametrize(("break_it", "code"), BAD_CARRIED.values(), ids=BAD_CARRIED)
+def test_a_bad_query_with_its_key_is_refused(service, carried, problem, break_it, code):
+    name, _, query = carried
+    body = break_it(query.data, len(query.key.message))
+    problem(service.infer(name, body), 422, code, sent=body)
     service.check_answers(name)
 
 
@@ -512,7 +573,7 @@ def test_random_bytes_are_refused(service, problem, queries):
         body = random.bytes(size)
         code = "wrong-length" if size < QUERY_HEADER else "wrong-message-type"
         problem(service.infer("digits", body), 422, code, sent=body)
-    for size in (1, 39, 40, 13672, MAX_KEY_BYTES):
+    for size in (1, 39, 40, 12904, MAX_KEY_BYTES):
         body = random.bytes(size)
         code = "wrong-length" if size < KEY_HEADER else "wrong-message-type"
         problem(service.put(body), 422, code, sent=body)
@@ -602,24 +663,22 @@ def mutate(data, mutation, others):
     return data[:at] + others[argument % len(others)][at:]
 
 
-def has_valid_residues(data, start, primes, degree):
-    rows, _ = residue_offsets(start, primes, degree)
-    found = [residues_of(data, row, degree) for row in rows]
-    in_range = all(int(row.max()) < prime for row, prime in zip(found, primes, strict=True))
-    return in_range and any(row.any() for row in found)
+def has_valid_residues(data, start, parameters):
+    row, _ = residue_row(start, parameters)
+    found = residues_of(data, row, parameters.poly_modulus_degree)
+    return int(found.max()) < parameters.prime and bool(found.any())
 
 
 def is_valid_key(data):
     """What the specification says of a key message, in other words than the product's."""
-    if len(data) < KEY_HEADER or data[:6] != b"VEIL\1\1":
+    if len(data) < KEY_HEADER or data[:6] != b"VEIL\2\1":
         return False
     if data[PRNG] not in (1, 2) or data[DOMAIN] not in (0, 1):
         return False
     for parameters in PARAMETER_SETS.values():
         if data[PARAMETERS:KEY_HEADER] == parameters.id:
-            degree, primes = parameters.poly_modulus_degree, parameters.key_primes
-            _, end = residue_offsets(KEY_HEADER, primes, degree)
-            return len(data) == end + 64 and has_valid_residues(data, KEY_HEADER, primes, degree)
+            _, end = residue_row(KEY_HEADER, parameters)
+            return len(data) == end + 64 and has_valid_residues(data, KEY_HEADER, parameters)
     return False
 
 
@@ -634,8 +693,7 @@ def is_valid_query(data, good, keys):
     if key is None or key[-64:] == data[-64:]:
         return False
     (parameters,) = (p for p in PARAMETER_SETS.values() if p.id == data[8:40])
-    primes, degree = parameters.data_primes, parameters.poly_modulus_degree
-    return has_valid_residues(data, QUERY_HEADER, primes, degree)
+    return has_valid_residues(data, QUERY_HEADER, parameters)
 
 
 def assert_refused(response, problem, sent):
@@ -648,21 +706,21 @@ def assert_refused(response, problem, sent):
 def corpus(service, queries):
     """Queries and keys to take parts from, of either set, two of each for the model `digits`."""
     second = service.query("digits", row=1)
-    sources = [queries["digits"], second, queries["chapters"], queries["strong"], queries["long"]]
-    keys = {query.key.id: query.key.message for query in sources if query is not queries["strong"]}
+    sources = [queries["digits"], second, queries["chapters"], queries["compact"], queries["long"]]
+    keys = {query.key.id: query.key.message for query in sources if query is not queries["compact"]}
     return Messages(parts=[query.data for query in sources] + [second.key.message], keys=keys)
 
 
-@pytest.mark.parametrize("name", ["digits", "strong"])
+@pytest.mark.parametrize("name", ["digits", "compact"])
 @settings(max_examples=4000 if SLOW else 200, derandomize=True, deadline=None, database=None)
 @given(mutations=st.lists(MUTATIONS, min_size=1, max_size=3))
 def test_mutated_queries_are_answered_when_valid_and_refused_when_not(
     service, queries, corpus, problem, name, mutations
 ):
-    others, compact_keys = corpus["parts"], corpus["keys"]
+    others, standard_keys = corpus["parts"], corpus["keys"]
     good = queries[name].data
-    strong_keys = {queries["strong"].key.id: queries["strong"].key.message}
-    keys = compact_keys if name == "digits" else strong_keys
+    compact_keys = {queries["compact"].key.id: queries["compact"].key.message}
+    keys = standard_keys if name == "digits" else compact_keys
     body = good
     for mutation in mutations:
         body = mutate(body, mutation, [*others, queries[name].key.message])
@@ -675,7 +733,7 @@ def test_mutated_queries_are_answered_when_valid_and_refused_when_not(
         assert_refused(response, problem, body)
 
 
-@pytest.mark.parametrize("name", ["digits", "strong"])
+@pytest.mark.parametrize("name", ["digits", "compact"])
 @settings(max_examples=3000 if SLOW else 150, derandomize=True, deadline=None, database=None)
 @given(mutations=st.lists(MUTATIONS, min_size=1, max_size=3))
 def test_mutated_keys_are_registered_when_valid_and_refused_when_not(
@@ -684,14 +742,14 @@ def test_mutated_keys_are_registered_when_valid_and_refused_when_not(
     others = corpus["parts"]
     body = queries[name].key.message
     for mutation in mutations:
-        body = mutate(body, mutation, [others[-1], queries["strong"].key.message, *others[:-1]])
+        body = mutate(body, mutation, [others[-1], queries["compact"].key.message, *others[:-1]])
     response = service.put(body)
     if not is_valid_key(body):
         assert_refused(response, problem, body)
         return
     assert response.status_code in (200, 201), response.text
     # Whatever its numbers are, a query under it is answered: only its owner reads nonsense.
-    target = "digits" if body[PARAMETERS:KEY_HEADER] == COMPACT.id else "strong"
+    target = "digits" if body[PARAMETERS:KEY_HEADER] == STANDARD.id else "compact"
     query = replaced(queries[target].data, KEY, hashlib.sha256(body).digest())
     response = service.infer(target, query)
     if query[-64:] == body[-64:]:

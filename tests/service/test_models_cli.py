@@ -104,6 +104,12 @@ def test_the_head_key_of_the_environment_is_used(run, listed, vendor, tmp_path, 
     assert [row["head"] for row in listed()] == ["encrypted"]
 
 
+def test_where_plaintext_heads_are_forbidden_none_is_published(run, vendor, monkeypatch):
+    monkeypatch.setenv("VEILHEAD_SERVER_REQUIRE_ENCRYPTED_HEADS", "true")
+    assert "--head-key-file" in run("publish", vendor.save(FIRST), code=1).stderr
+    assert not vendor.store.exists()
+
+
 def test_a_damaged_version_is_shown_beside_the_others(run, listed, vendor):
     sound, damaged = vendor.publish(FIRST), vendor.publish(SECOND)
     (vendor.version("model", damaged) / "manifest.json").write_text("{}")
@@ -158,9 +164,9 @@ def test_a_policy_is_put_on_when_published_and_says_who_sees_to_what(run, vendor
 
 def test_a_violation_of_the_policy_is_named_and_nothing_is_published(run, vendor):
     refused = run("publish", vendor.save(FIRST), "--policy", "medical", code=1)
-    assert "policy.minimum_parameters: the policy medical asks for strong" in refused.stderr
+    assert "policy.minimum_parameters: the policy medical asks for standard" in refused.stderr
     assert ModelStore(vendor.store).current("model") is None
-    strong = vendor.save(artifact(4, 32, parameters="strong", name="strong"))
-    refused = run("publish", strong, "--policy", "finance", code=1)
+    standard = vendor.save(artifact(4, 32, parameters="standard", name="standard"))
+    refused = run("publish", standard, "--policy", "finance", code=1)
     assert "policy.privacy: the policy finance asks for a head trained with" in refused.stderr
-    assert ModelStore(vendor.store).current("strong") is None
+    assert ModelStore(vendor.store).current("standard") is None

@@ -12,7 +12,13 @@ import pytest
 from starlette.testclient import TestClient
 from support.heads import artifact
 
-from veilhead_models.artifact import BACKBONE_DIRECTORY, HEAD_FILE, MANIFEST_FILE, HeadArtifact
+from veilhead_models.artifact import (
+    BACKBONE_DIRECTORY,
+    FORMAT_FILE,
+    HEAD_FILE,
+    MANIFEST_FILE,
+    HeadArtifact,
+)
 from veilhead_protocol.errors import ArtifactError, StoreError
 from veilhead_service.app import create_app
 from veilhead_service.model_store import ModelStore, publish
@@ -82,7 +88,7 @@ def test_an_empty_and_a_missing_store_list_nothing(client, own_store):
     assert client.get("/v1/models").json() == {"models": []}
 
 
-@pytest.mark.parametrize("name", ["chapters", "strong", "long", "digits"])
+@pytest.mark.parametrize("name", ["chapters", "compact", "long", "digits"])
 def test_a_manifest_is_served_byte_for_byte(service, store, name):
     response = service.client.get(f"/v1/models/{name}")
     on_disk = (published(store, name) / MANIFEST_FILE).read_bytes()
@@ -146,7 +152,7 @@ def test_an_unknown_model_is_not_found(service, problem, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["..", ".", "../store", "digits/../strong", "%2e%2e", "..%2fstore"]
+    "name", ["..", ".", "../store", "digits/../compact", "%2e%2e", "..%2fstore"]
 )
 def test_names_do_not_walk(store, request_raw, name):
     """Paths as a hostile client writes them, and as a server decodes them."""
@@ -407,8 +413,10 @@ def test_publishing_twice_changes_nothing(put_out, own_store):
     assert tree(own_store) == before
     digest = manifest.digest.hex()
     assert set(before) == {
+        ".format",
         ".lock",
         "model/current",
+        f"model/{digest}/{FORMAT_FILE}",
         f"model/{digest}/{HEAD_FILE}",
         f"model/{digest}/{MANIFEST_FILE}",
     }
@@ -537,12 +545,11 @@ def test_a_corrupt_model_fails_alone_and_tells_nothing(
     put_out(artifact(4, 16, name="sick"))
     corrupt(own_store / "sick")
     for path in ("/v1/models/sick", "/v1/models/sick/files/config.json"):
-        body = problem(client.get(path), 500, "internal")
-        assert body["detail"] == "the service failed"
+        body = problem(client.get(path), 503, "model-unavailable", retryable=True)
         assert str(own_store) not in json.dumps(body)
     headers = {"Content-Type": "application/octet-stream"}
     response = client.post("/v1/models/sick/infer", content=b"", headers=headers)
-    problem(response, 500, "internal")
+    problem(response, 503, "model-unavailable", retryable=True)
     assert client.get("/v1/models/healthy").status_code == 200
     # The others are still listed.
     response = client.get("/v1/models")
@@ -570,6 +577,6 @@ def test_a_head_that_was_changed_in_the_store_is_not_served(
         service = make_service(client, {"healthy": healthy, "sick": sick})
         query = service.query("sick")
         answer = service.infer("sick", query.data)
-        body = problem(answer, 500, "model-unavailable", sent=query.data)
+        body = problem(answer, 503, "model-unavailable", sent=query.data, retryable=True)
         assert str(own_store) not in body["detail"]
         service.check_answers("healthy")

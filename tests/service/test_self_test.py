@@ -13,8 +13,8 @@ from veilhead_service.head_loading import HeadLoader
 from veilhead_service.self_test import self_test
 
 HEADS = {
-    "compact": artifact(7, 384),
-    "strong": artifact(7, 384, parameters="strong"),
+    "standard": artifact(7, 384),
+    "compact": artifact(7, 384, parameters="compact"),
     "long": artifact(2, 3000),
 }
 
@@ -56,7 +56,7 @@ def test_a_wrong_weight_is_noticed(name):
 
 
 def test_the_head_of_another_model_is_noticed():
-    head = HEADS["compact"]
+    head = HEADS["standard"]
     with pytest.raises(SelfTestError, match="refused"):
         self_test(served(artifact(7, 384, seed=2)), head)
 
@@ -68,8 +68,8 @@ class WithoutBias(EncryptedHead):
 
 
 class WithoutProduct(EncryptedHead):
-    def _product(self, pieces, weights):
-        return None
+    def _weights_of(self, layout):
+        return [[None for _ in row] for row in super()._weights_of(layout)]
 
 
 class WithMoreFlood(EncryptedHead):
@@ -85,7 +85,7 @@ def test_a_broken_evaluation_is_noticed(broken):
 
 
 def test_an_answer_that_is_no_number_is_noticed(monkeypatch):
-    head = HEADS["compact"]
+    head = HEADS["standard"]
     monkeypatch.setattr("veilhead_service.self_test.rounded_logits", lambda *_: np.full(7, np.nan))
     with pytest.raises(SelfTestError):
         self_test(served(head), head)

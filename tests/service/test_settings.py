@@ -157,3 +157,14 @@ def test_plain_text_shows_the_same(file):
     result = run("--config", file)
     assert "9001  (file)" in result.stdout
     assert Path(file).exists()
+
+
+def test_connections_follow_from_the_limit_of_open_files():
+    settings = Settings(workers=2, max_downloads=64)
+    assert settings.connections(2**20) == 4096
+    assert settings.connections(1024) == 1024 - 256 - 16 - 64
+    assert Settings(workers=2, max_connections=10).connections(1024) == 10
+    with pytest.raises(ConfigurationError, match=r"is 399.*leaves 63.*raise it to 400"):
+        settings.connections(399)
+    with pytest.raises(ConfigurationError, match="expected 900"):
+        Settings(workers=2, max_connections=900).connections(1024)

@@ -306,4 +306,4 @@ def test_a_version_has_a_bounded_number_of_signatures(vendor):
 def test_a_damaged_signature_file_is_never_sent(vendor, client, problem, content):
     digest = vendor.publish(artifact(4, 32, name="model"), signing_key=KEY)
     vendor.version("model", f"{digest}.signatures").write_bytes(content)
-    problem(client.get("/v1/models/model"), 500, "internal")
+    problem(client.get("/v1/models/model"), 503, "model-unavailable", retryable=True)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from support.copies import WAYS, in_copy
 
 from veilhead_protocol.errors import StateError, TenantError
 from veilhead_service import state_file
@@ -208,6 +209,26 @@ def test_a_lock_that_does_not_end_is_named(tmp_path, state, monkeypatch):
     other.execute("ROLLBACK")
     other.close()
     assert isinstance(state.charge("clinic", "m", 1, NO_LIMIT), Charge)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copied_process_does_not_touch_the_file(tmp_path, state, way):
+    """SQLite's connections must not be used in a copy, nor be closed there."""
+
+    def work():
+        with pytest.raises(StateError, match="after the fork"):
+            state.charge("clinic", "m", 1, NO_LIMIT)
+        with pytest.raises(StateError, match="after the fork"):
+            state.tenants()
+        state.close()
+        with State(tmp_path, clock=lambda: NOON) as own:
+            own.charge("clinic", "m", 2, NO_LIMIT)
+        return state._database.total_changes  # open still
+
+    state.charge("clinic", "m", 3, NO_LIMIT)
+    in_copy(way, work)
+    state.charge("clinic", "m", 4, NO_LIMIT)
+    assert used(state) == 9
 
 
 def test_many_open_a_new_state_at_once(tmp_path):

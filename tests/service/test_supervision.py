@@ -17,10 +17,12 @@ from support.processes import freeze, workers_of
 
 from veilhead.session import Session
 from veilhead_protocol.errors import WorkerError
-from veilhead_service import workers
+from veilhead_service import staff, warming, worker_process
+from veilhead_service.loads import head_bytes, read_catalogue, that_fit
 from veilhead_service.model_store import ModelStore, publish
+from veilhead_service.staff import Reason
 from veilhead_service.worker import Evaluator, _Recent
-from veilhead_service.workers import PoolStats, Reason, WorkerPool, current_models
+from veilhead_service.workers import PoolStats, WorkerPool
 
 
 async def until(condition, seconds=20):
@@ -56,7 +58,7 @@ class Bench:
 async def opened(store, size=1, **options):
     options = {"waiting_per_worker": 64, "evaluation_seconds": 30.0} | options
     before, models = workers_of(), ModelStore(store)
-    pool = WorkerPool(size, preload=lambda: current_models(models), **options)
+    pool = WorkerPool(size, catalogue=lambda: read_catalogue(models), **options)
     await pool.start()
     try:
         yield Bench(pool, before, models)
@@ -101,7 +103,7 @@ def test_a_worker_is_replaced_after_its_evaluations_without_a_gap(store):
 
 
 def test_a_worker_that_bloats_is_replaced_after_its_answer(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(worker_process, "_MEASURE_SECONDS", 0.0)
     head = artifact(3000, 384, name="huge")
     head.save(tmp_path / "huge")
     publish(tmp_path / "huge", tmp_path / "store")
@@ -110,7 +112,7 @@ def test_a_worker_that_bloats_is_replaced_after_its_answer(store, tmp_path, monk
 
     async def run():
         async with opened(store) as bench:  # how much a warm worker holds
-            ((worker,),) = [list(bench.pool._alive)]
+            ((worker,),) = [list(bench.pool._staff.alive)]
             warm = worker.memory_bytes()
         assert warm > 2**24
         models = ModelStore(tmp_path / "store")
@@ -120,10 +122,10 @@ def test_a_worker_that_bloats_is_replaced_after_its_answer(store, tmp_path, monk
         await pool.start()
         try:
             bench = Bench(pool, set(), models)
-            (first,) = pool._alive
+            (first,) = pool._staff.alive
             assert (await bench.ask("huge")).reply
             assert bench.stats.restarts[Reason.MEMORY] == 1
-            await until(lambda: first not in pool._alive)
+            await until(lambda: first not in pool._staff.alive)
             assert pool.stats().alive == 1
         finally:
             await pool.stop()
@@ -132,7 +134,7 @@ def test_a_worker_that_bloats_is_replaced_after_its_answer(store, tmp_path, monk
 
 
 def test_a_limit_below_a_warm_worker_does_not_replace_it_for_ever(store, monkeypatch):
-    monkeypatch.setattr(workers, "_MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(worker_process, "_MEASURE_SECONDS", 0.0)
 
     async def run():
         async with opened(store, memory_bytes=2**20) as bench:
@@ -144,7 +146,7 @@ def test_a_limit_below_a_warm_worker_does_not_replace_it_for_ever(store, monkeyp
 
 
 def test_a_crash_loop_does_not_spin(store, monkeypatch):
-    monkeypatch.setattr(workers, "_FIRST_PAUSE_SECONDS", 0.4)
+    monkeypatch.setattr(staff, "_FIRST_PAUSE_SECONDS", 0.4)
 
     async def run():
         async with opened(store) as bench:
@@ -169,10 +171,10 @@ def test_workers_that_die_before_their_first_answer_are_started_ever_more_slowly
                 await until(lambda: len(bench.pids) == 1 == bench.stats.alive)
                 os.kill(*bench.pids, signal.SIGKILL)
                 await until(lambda: bench.stats.alive == 0)
-            assert bench.pool._useless == 3
+            assert bench.pool._staff.useless == 3
             await until(lambda: bench.stats.alive == 1)
             await bench.ask()
-            assert bench.pool._useless == 0
+            assert bench.pool._staff.useless == 0
 
     asyncio.run(run())
 
@@ -200,7 +202,7 @@ def test_the_worker_that_answered_last_answers_next(store):
     async def run():
         async with opened(store, 2) as bench:
             await bench.ask()
-            (used,) = [worker for worker in bench.pool._alive if worker.evaluations]
+            (used,) = [worker for worker in bench.pool._staff.alive if worker.evaluations]
             for _ in range(4):
                 await bench.ask()
             assert used.evaluations == 5
@@ -211,7 +213,7 @@ def test_the_worker_that_answered_last_answers_next(store):
 def test_the_worker_that_holds_the_head_is_preferred(store):
     async def run():
         async with opened(store, 2) as bench:
-            holder, last = bench.pool._free
+            holder, last = bench.pool._staff.free
             last.met.clear()
             await bench.ask("chapters")
             assert holder.evaluations == 1
@@ -285,24 +287,102 @@ def test_the_time_in_the_line_is_told(store):
 def test_every_worker_holds_every_current_version_before_it_is_asked(store):
     async def run():
         async with opened(store, 2) as bench:
-            expected = {model.manifest.digest for model in current_models(ModelStore(store))}
+            expected = {model.manifest.digest for model in read_catalogue(ModelStore(store)).models}
             assert len(expected) == 4
-            assert all(worker.met == expected for worker in bench.pool._alive)
+            assert all(worker.met == expected for worker in bench.pool._staff.alive)
 
     asyncio.run(run())
 
 
 def test_what_is_published_later_is_loaded_in_the_background(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_WARM_SECONDS", 0.05)
+    monkeypatch.setattr(warming, "_WARM_SECONDS", 0.05)
 
     async def run():
         async with opened(tmp_path / "store", 2) as bench:
-            assert all(not worker.met for worker in bench.pool._alive)
+            assert all(not worker.met for worker in bench.pool._staff.alive)
             artifact(3, 32, name="late").save(tmp_path / "late")
             digest = publish(tmp_path / "late", tmp_path / "store").digest
-            await until(lambda: all(worker.met == {digest} for worker in bench.pool._alive))
+            await until(lambda: all(worker.met == {digest} for worker in bench.pool._staff.alive))
             await until(lambda: bench.stats.busy == 0)
             assert (await bench.ask("late")).reply
+
+    asyncio.run(run())
+
+
+def test_heads_that_do_not_fit_are_loaded_when_they_are_asked_for(store):
+    models = read_catalogue(ModelStore(store)).models
+    sizes = {model.manifest.name: head_bytes(model.manifest) for model in models}
+    limit = sum(sizes.values()) - 1
+
+    async def run():
+        async with opened(store, 2, head_bytes=limit) as bench:
+            fitting = {model.manifest.digest for model in that_fit(models, limit, {})}
+            assert len(fitting) == len(models) - 1
+            assert all(worker.met == fitting for worker in bench.pool._staff.alive)
+            for name in sizes:
+                assert (await bench.ask(name)).reply
+            assert bench.stats.unavailable == ()
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_takes_anothers_place_answers_before_it_has_loaded_everything(
+    tmp_path, monkeypatch
+):
+    """Nobody else is there: what it is asked for comes first."""
+    for number in range(25):
+        artifact(100, 384, name=f"model-{number}").save(tmp_path / f"model-{number}")
+        publish(tmp_path / f"model-{number}", tmp_path / "store")
+
+    async def run():
+        async with opened(tmp_path / "store") as bench:
+            (worker,) = bench.pool._staff.alive
+            assert len(worker.met) == 25
+            os.kill(*bench.pids, signal.SIGKILL)
+            await until(lambda: bench.pool.ready is False)
+            assert (await bench.ask("model-24")).reply
+            (worker,) = bench.pool._staff.alive
+            assert len(worker.met) < 25
+            await until(lambda: len(worker.met) == 25)
+
+    asyncio.run(run())
+
+
+def test_a_planned_successor_has_loaded_everything_when_it_takes_over(store):
+    async def run():
+        async with opened(store, max_evaluations=3) as bench:
+            (first,) = bench.pool._staff.alive
+            for _ in range(3):
+                assert (await bench.ask()).reply
+            await until(lambda: first not in bench.pool._staff.alive)
+            (successor,) = bench.pool._staff.alive
+            assert len(successor.met) == 4
+            assert not successor.evaluations
+
+    asyncio.run(run())
+
+
+def test_many_workers_do_not_start_all_at_once(store, monkeypatch):
+    monkeypatch.setattr(staff, "_STARTS_AT_ONCE", 2)
+    starting, most = set(), []
+    start = staff.Worker.start
+
+    async def counted(*arguments):
+        mark = object()
+        starting.add(mark)
+        most.append(len(starting))
+        try:
+            return await start(*arguments)
+        finally:
+            starting.discard(mark)
+
+    monkeypatch.setattr(staff.Worker, "start", counted)
+
+    async def run():
+        async with opened(store, 5) as bench:
+            await until(lambda: bench.stats.alive == 5)
+            assert max(most) == 2
+            assert (await bench.ask()).reply
 
     asyncio.run(run())
 
@@ -323,18 +403,18 @@ def test_a_head_that_cannot_be_loaded_leaves_the_others(tmp_path, caplog):
     assert "the model bad cannot be loaded" in caplog.text
 
 
-def test_a_model_that_cannot_be_read_does_not_hide_the_others(tmp_path, caplog):
+def test_a_model_that_cannot_be_read_does_not_hide_the_others(tmp_path):
     for name in ("bad", "good"):
         artifact(3, 32, name=name).save(tmp_path / name)
         publish(tmp_path / name, tmp_path / "store")
     (tmp_path / "store" / "bad" / "current").write_text("nonsense")
-    found = current_models(ModelStore(tmp_path / "store"))
-    assert [model.manifest.name for model in found] == ["good"]
-    assert "the model bad cannot be loaded" in caplog.text
+    found = read_catalogue(ModelStore(tmp_path / "store"))
+    assert [model.manifest.name for model in found.models] == ["good"]
+    assert "does not hold a digest" in found.unreadable["bad"]
 
 
 def test_held_heads_are_bounded_in_bytes(store):
-    models = current_models(ModelStore(store))
+    models = read_catalogue(ModelStore(store)).models
     heads = [Evaluator().head(m.manifest.digest, os.fsencode(m.directory)) for m in models]
     sizes = [head.held_bytes for head in heads]
     assert min(sizes) >= 2048 * 8

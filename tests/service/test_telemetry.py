@@ -16,6 +16,7 @@ from veilhead_protocol.errors import ConfigurationError
 from veilhead_service.app import create_app
 from veilhead_service.observation import ObservationMiddleware
 from veilhead_service.settings import Settings
+from veilhead_service.strangers import Strangers
 from veilhead_service.telemetry import Telemetry
 from veilhead_service.tenants import KeyScope
 from veilhead_service.tracing import Tracing
@@ -212,7 +213,12 @@ def spans(store, artifacts, make_service):
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     app = create_app(Settings(store=store, workers=1, insecure_no_tenants=True))
-    app.add_middleware(ObservationMiddleware, telemetry=Telemetry(), tracing=Tracing(provider))
+    app.add_middleware(
+        ObservationMiddleware,
+        telemetry=Telemetry(),
+        strangers=Strangers(None),
+        tracing=Tracing(provider),
+    )
     with TestClient(app) as client:
         yield make_service(client, artifacts), exporter
     provider.shutdown()

@@ -6,10 +6,11 @@ import os
 
 import numpy as np
 import pytest
+from support.copies import WAYS, in_copy, in_every_way
 from support.heads import artifact, unit_rows
 
 from veilhead.session import Session
-from veilhead_protocol import seal_io
+from veilhead_protocol import copies, seal_io
 from veilhead_protocol.wire import ReplyMessage
 from veilhead_service.encrypted_head import ClientKey
 from veilhead_service.worker import KEYS_AHEAD, ZEROS_AHEAD, Evaluator
@@ -20,13 +21,13 @@ CLASSES = 10  # two reply polynomials
 class Bench:
     """An evaluator with one model, and a client of it."""
 
-    def __init__(self, directory, classes=CLASSES):
+    def __init__(self, directory, classes=CLASSES, **options):
         self.artifact = artifact(classes, 384)
         self.artifact.save(directory)
         self.directory = os.fsencode(directory)
         self.manifest = self.artifact.manifest
         self.session = Session(self.manifest)
-        self.evaluator = Evaluator()
+        self.evaluator = Evaluator(**options)
 
     def ask(self, query):
         key = query.key
@@ -88,6 +89,41 @@ def test_no_zero_is_used_twice_however_it_was_made(bench, monkeypatch):
 
     monkeypatch.setattr(ClientKey, "zero", stays)
     assert equal_masks(bench) > 0
+
+
+def equal_masks_across_a_copy(bench, way):
+    """Pairs of equal masks of a worker and of its copy, in answers to one query."""
+    query = bench.session.encrypt(unit_rows(1, 384)[0])
+    _ = query.data  # both are sent the same
+
+    def work(way):
+        bench.ask(query)
+        bench.prepare()
+        theirs = in_copy(way, lambda: bench.masks(query))
+        return bench.masks(query), theirs
+
+    ours, theirs = in_every_way(way, work)
+    return sum(bool((one == other).all()) for one in ours for other in theirs)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "same-id"])
+def test_a_worker_that_does_not_notice_a_copy_uses_its_masks_twice(bench, way, monkeypatch):
+    monkeypatch.setattr(copies._WATCH, "mark", lambda: 1)
+    assert equal_masks_across_a_copy(bench, way) == 2  # reply polynomials
+
+
+@pytest.mark.parametrize("way", [*WAYS, "same-id"])
+def test_no_mask_of_a_copied_worker_occurs_twice(bench, way):
+    assert equal_masks_across_a_copy(bench, way) == 0
+
+
+def test_a_worker_may_be_told_to_make_nothing_ahead(tmp_path):
+    bench = Bench(tmp_path / "model", zeros_ahead=0)
+    query = bench.session.encrypt(unit_rows(1, 384)[0])
+    for _ in range(2):
+        bench.ask(query)
+        assert bench.prepare() == 0
+    assert bench.evaluator._keys[query.key.id]._ahead._values == []
 
 
 def test_answers_are_right_with_zeros_that_were_made_ahead(bench):

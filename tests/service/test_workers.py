@@ -13,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from starlette.testclient import TestClient
 from support.heads import unit_rows
 
 from veilhead_protocol.errors import ServiceError, WireError, WorkerError
-from veilhead_service import frames, worker, workers
+from veilhead_service import frames, worker
 from veilhead_service.app import create_app
 from veilhead_service.encrypted_head import EncryptedHead
+from veilhead_service.loads import read_catalogue
 from veilhead_service.model_store import ModelStore
 from veilhead_service.settings import Settings
+from veilhead_service.worker_process import Worker
 from veilhead_service.workers import Evaluation, WorkerPool
 
 
@@ -33,15 +36,17 @@ def dispatched(monkeypatch):
     """Counts requests that have been handed to a worker: `await dispatched(n)`."""
     counter = {"sent": 0}
     changed = asyncio.Condition()
-    ask = workers._Worker.ask
+    ask = Worker.ask
 
-    async def counted(self, request):
+    async def counted(self, model, request, **limits):
         async with changed:
-            counter["sent"] += 1
+            counter["sent"] += request[0] == frames.EVALUATE
             changed.notify_all()
-        return await ask(self, request)  # writes before it first gives way to whoever waits
+        return await ask(
+            self, model, request, **limits
+        )  # writes before it first gives way to whoever waits
 
-    monkeypatch.setattr(workers._Worker, "ask", counted)
+    monkeypatch.setattr(Worker, "ask", counted)
 
     async def wait_for(number):
         async with asyncio.timeout(20), changed:
@@ -76,8 +81,12 @@ def open_bench(store, service, child_workers):
     @asynccontextmanager
     async def open_bench(size=1, *, waiting_per_worker=64, evaluation_seconds=30.0):
         before = child_workers()
+        models = ModelStore(store)
         pool = WorkerPool(
-            size, waiting_per_worker=waiting_per_worker, evaluation_seconds=evaluation_seconds
+            size,
+            waiting_per_worker=waiting_per_worker,
+            evaluation_seconds=evaluation_seconds,
+            catalogue=lambda: read_catalogue(models),
         )
         await pool.start()
         try:
@@ -407,7 +416,7 @@ def test_a_full_line_is_a_retryable_problem(open_app, problem, dispatched):
         running = send()
         client.portal.call(dispatched, 1)
         waiting = send()
-        client.portal.call(until, lambda: client.app.state.services.pool._waiting == 1)
+        client.portal.call(until, lambda: client.app.state.services.pool.stats().waiting == 1)
         response = service.infer("digits", query.data)
         problem(response, 503, "queue-full", sent=query.data, retryable=True)
         os.kill(pid, signal.SIGCONT)
@@ -490,7 +499,7 @@ def test_a_worker_answers_frame_by_frame(lone_worker, service, store):
     embedding = unit_rows(1, 64)[0]
     expected = model.manifest.head.error_bound
     served = service.artifacts["digits"]
-    for _ in range(3):
+    for number in range(3):
         query = session.encrypt(embedding)
         parts = [
             frames.EVALUATE,
@@ -501,6 +510,9 @@ def test_a_worker_answers_frame_by_frame(lone_worker, service, store):
             query.data,
         ]
         connection.sendall(frames.write(parts))
+        if number == 0:  # it says that it loads the head, and that it has
+            assert worker._read(connection) == [frames.LOADING]
+            assert worker._read(connection) == [frames.LOADED]
         kind, reply, seconds = worker._read(connection)
         assert kind == frames.REPLY
         assert struct.unpack("<d", seconds)[0] > 0
@@ -567,3 +579,11 @@ def test_a_value_that_cannot_be_made_is_not_kept():
     with pytest.raises(ZeroDivisionError):
         recent.find(b"a", lambda: 1 / 0)
     assert recent.find(b"a", lambda: 1) == 1
+
+
+def test_a_worker_makes_as_much_ahead_as_the_settings_say(open_app):
+    client, _, pids = open_app(worker_zeros_ahead=0)
+    with client:
+        (pid,) = pids()
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+        assert arguments[-1] == b"0"

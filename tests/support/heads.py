@@ -10,7 +10,7 @@ from veilhead_models.artifact import HeadArtifact
 __all__ = ["Pair", "artifact", "unit_rows"]
 
 
-def artifact(classes, dimensions, *, parameters="compact", seed=1, scale=0.5, name="model"):
+def artifact(classes, dimensions, *, parameters="standard", seed=1, scale=0.5, name="model"):
     generator = np.random.default_rng(seed)
     return HeadArtifact.from_weights(
         generator.normal(scale=scale, size=(classes, dimensions)),

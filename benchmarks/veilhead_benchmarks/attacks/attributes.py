@@ -79,7 +79,7 @@ NOISE: Final = 4.0
 
 _PLAIN: Final = "embedding of the text as it is"
 _REPLACED: Final = "embedding of the de-identified text"
-_WIRES: Final = {"query bytes (compact)": "veilhead", "query bytes (TenSEAL mm)": "tenseal-mm"}
+_WIRES: Final = {"query bytes (standard)": "veilhead", "query bytes (TenSEAL mm)": "tenseal-mm"}
 
 
 def infer(

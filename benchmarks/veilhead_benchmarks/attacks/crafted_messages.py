@@ -12,7 +12,6 @@ service as it is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -23,7 +22,7 @@ from veilhead_benchmarks.attacks import ring
 from veilhead_benchmarks.attacks.pair import Pair, random_head
 from veilhead_benchmarks.attacks.results import AttackResult, above, at_most
 from veilhead_protocol import seal_io
-from veilhead_protocol.parameters import COMPACT
+from veilhead_protocol.parameters import STANDARD
 from veilhead_protocol.wire import (
     Domain,
     KeyMessage,
@@ -37,8 +36,8 @@ from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 
 _Residues = NDArray[np.uint64]
 
-(PRIME,) = COMPACT.data_primes
-DEGREE = COMPACT.poly_modulus_degree
+PRIME = STANDARD.prime
+DEGREE = STANDARD.poly_modulus_degree
 
 #: The constant that the chosen c1 is.
 _CHOSEN_BITS: Final = 28
@@ -66,15 +65,16 @@ class Watched(EncryptedHead):
 class WithoutZero(Watched):
     """Adds no encryption of zero."""
 
-    def _rerandomise(self, product: Any | None, key: ClientKey) -> Any:  # noqa: ARG002
-        return product
+    def _mask(self, key: ClientKey) -> Any:  # noqa: ARG002
+        nothing = np.zeros((2, DEGREE), dtype=np.uint64)
+        return seal_io.load_ciphertext(self._seal, nothing, scale_bits=self._scales.scale_bits)
 
 
 class TrustingC1(EncryptedHead):
     """Takes the second half of a query from the client: the constant of this attack."""
 
-    def _products(self, query: QueryMessage) -> Iterator[Any | None]:
-        pieces = [
+    def _pieces(self, query: QueryMessage) -> list[Any]:
+        return [
             seal_io.load_ciphertext(
                 self._seal,
                 np.stack([polynomial.c0, _constant(1 << _CHOSEN_BITS)]),
@@ -82,17 +82,15 @@ class TrustingC1(EncryptedHead):
             )
             for polynomial in query.polynomials
         ]
-        return (self._product(pieces, row) for row in self._weights_of(query.layout).rows)
 
 
 def trusted_key(message: bytes) -> ClientKey:
     """The key of a service that takes its second half from the client: the constant 1."""
     honest = KeyMessage.deserialize(message)
-    seal = seal_io.runtime(COMPACT)
+    seal = seal_io.runtime(STANDARD)
     # A public key's bytes are those of a ciphertext of its level.
     data = seal_io._lay_out(
         seal,
-        seal.key_parms_id,
         np.stack([honest.b, _constant(1)]),
         seed=None,
         ntt_form=True,
@@ -101,12 +99,12 @@ def trusted_key(message: bytes) -> ClientKey:
     public_key = sealapi.PublicKey()
     seal_io._scratch().load(public_key, seal.context, data)
     encryptor = sealapi.Encryptor(seal.context, public_key)
-    return ClientKey(COMPACT, key_id(message), honest.seed, encryptor)
+    return ClientKey(STANDARD, key_id(message), honest.seed, encryptor)
 
 
 def _constant(value: int) -> _Residues:
-    """A constant polynomial in NTT form, [1, N]."""
-    return np.full((1, DEGREE), value, dtype=np.uint64)
+    """A constant polynomial in NTT form, [N]."""
+    return np.full(DEGREE, value, dtype=np.uint64)
 
 
 def integer_weights(pair: Pair) -> NDArray[np.int64]:
@@ -130,29 +128,29 @@ def divide_reply_by_query(pair: Pair) -> NDArray[Any]:
     if not isinstance(pair.head, Watched):
         raise TypeError("the attacker must see the whole second half of a reply")
     query = pair.session.encrypt(np.eye(pair.artifact.weight.shape[1])[0])
-    message = QueryMessage.deserialize(query.data, COMPACT, pair.head.layout)
+    message = QueryMessage.deserialize(query.data, STANDARD, pair.head.layout)
     (polynomial,) = message.polynomials
     ciphertext = seal_io.load_seeded_ciphertext(
-        seal_io.runtime(COMPACT),
+        seal_io.runtime(STANDARD),
         polynomial.c0,
         polynomial.seed,  # which the attacker chose
         prng=message.prng,
         ntt_form=True,
         scale_bits=pair.artifact.manifest.scales.query_scale_bits,
     )
-    seal_io.runtime(COMPACT).evaluator.transform_from_ntt_inplace(ciphertext)
-    query_c1 = seal_io.save_ciphertext(ciphertext)[1, 0]
+    seal_io.runtime(STANDARD).evaluator.transform_from_ntt_inplace(ciphertext)
+    query_c1 = seal_io.save_ciphertext(seal_io.runtime(STANDARD), ciphertext)[1]
     pair.answer(query)
-    reply_c1 = pair.head.seen[-1][0, :DEGREE]
+    reply_c1 = pair.head.seen[-1][0]
     return ring.centred(ring.divide(reply_c1, query_c1, PRIME), PRIME)
 
 
 def send_chosen_messages(pair: Pair, *, trusted: bool) -> NDArray[np.float64]:
     """The weights [N] from the second half of the reply to a chosen key and a chosen query."""
     seed, other = bytes(64), bytes([1]) * 64
-    key = KeyMessage(COMPACT, Prng.BLAKE2XB, Domain.NTT, _constant(1), seed).serialize()
+    key = KeyMessage(STANDARD, Prng.BLAKE2XB, Domain.NTT, _constant(1), seed).serialize()
     query = QueryMessage(
-        parameters=COMPACT,
+        parameters=STANDARD,
         model_digest=pair.artifact.manifest.digest,
         key_id=key_id(key),
         layout=pair.head.layout,
@@ -164,7 +162,7 @@ def send_chosen_messages(pair: Pair, *, trusted: bool) -> NDArray[np.float64]:
     client_key = trusted_key(key) if trusted else ClientKey.from_message(key)
     reply = ReplyMessage.deserialize(
         pair.head.evaluate(sent, client_key),
-        COMPACT,
+        STANDARD,
         pair.head.layout,
         pair.artifact.manifest.head.reply_bits,
         model_digest=pair.artifact.manifest.digest,

@@ -125,27 +125,24 @@ def unencrypted_features(manifest: Manifest, embeddings: _Array) -> _Array:
     Noise of the size of an encryption's would be far below the last digit.
     """
     scale = 2.0**manifest.scales.query_scale_bits
-    primes = manifest.parameter_set.data_primes
+    prime = manifest.parameter_set.prime
     features = []
     for row in project(embeddings, manifest.embedding.scale):
         pieces = []
         for piece in manifest.layout.pack_embeddings(row[np.newaxis]):
             whole = [int(value) for value in np.rint(piece * scale)]
-            pieces += [_centred(np.array([v % prime for v in whole]), prime) for prime in primes]
+            pieces.append(_centred(np.array([v % prime for v in whole]), prime))
         features.append(np.concatenate(pieces))
     return np.stack(features)
 
 
 def _coefficients(manifest: Manifest, c0: NDArray[np.uint64]) -> _Array:
-    """c0 [L, N] as it was sent, by coefficient and from -1 to 1: [L * N]."""
+    """c0 [N] as it was sent, by coefficient and from -1 to 1: [N]."""
     seal = seal_io.runtime(manifest.parameter_set)
     ciphertext = seal_io.load_ciphertext(seal, np.stack([c0, c0]), scale_bits=0)
     seal.evaluator.transform_from_ntt_inplace(ciphertext)
-    residues = seal_io.save_ciphertext(ciphertext)[0]  # [L, N]
-    primes = manifest.parameter_set.data_primes
-    return np.concatenate(
-        [_centred(row, prime) for row, prime in zip(residues, primes, strict=True)]
-    )
+    residues = seal_io.save_ciphertext(seal, ciphertext)[0]
+    return _centred(residues, manifest.parameter_set.prime)
 
 
 def _centred(residues: NDArray[np.integer[Any]], prime: int) -> _Array:
@@ -167,7 +164,7 @@ def invert(
     embeddings: _Array,
     *,
     train_rows: int,
-    parameters: str = "compact",
+    parameters: str = "standard",
     naive_service: bool = True,
 ) -> list[AttackResult]:
     """Both attackers on every kind of vector.

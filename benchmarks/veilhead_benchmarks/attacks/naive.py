@@ -6,6 +6,7 @@ SEAL's own ciphertexts. Nothing of the product takes part.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from tempfile import NamedTemporaryFile
 from typing import Any, Final
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from tenseal import sealapi
 
 from veilhead_benchmarks.peers.tenseal_mm import DEGREE, PRIME_BITS, SCALE
-from veilhead_protocol import seal_io
+from veilhead_protocol.seal_memory import read_array
 
 _Array = NDArray[np.float64]
 
@@ -65,7 +66,8 @@ def coefficients(context: Any, ciphertext: Any) -> NDArray[np.uint64]:
     with NamedTemporaryFile(prefix="veilhead-attack-") as file:
         ciphertext.save(file.name)
         copied.load(seal_context, file.name)
-    return seal_io.save_ciphertext(copied)
+    shape = (2, copied.coeff_modulus_size(), copied.poly_modulus_degree())
+    return read_array(copied, math.prod(shape)).reshape(shape)
 
 
 def moduli(context: Any) -> list[int]:

@@ -70,7 +70,9 @@ class Pair:
         )
 
 
-def random_head(classes: int, dimensions: int, *, seed: int = 1) -> HeadArtifact:
+def random_head(
+    classes: int, dimensions: int, *, seed: int = 1, parameters: str = "standard"
+) -> HeadArtifact:
     """A head of the size that trained ones have."""
     generator = np.random.default_rng(seed)
     return HeadArtifact.from_weights(
@@ -78,6 +80,7 @@ def random_head(classes: int, dimensions: int, *, seed: int = 1) -> HeadArtifact
         generator.normal(size=classes),
         [f"label {index}" for index in range(classes)],
         name="attacked",
+        parameters=parameters,
     )
 
 

@@ -7,9 +7,9 @@ answer. The time between requests holds the time that the backbone took, which g
 TenSEAL compresses what it sends, so that no two queries of a naive service are of one length; these
 lengths are those of random numbers and tell nothing of what is in them.
 
-`Client(pad_batches=True)` sends rows of zeros until the number of texts is a power of two. Against
-timing there is no option but to embed first and send afterwards (`Client.embed`, then
-`Client.logits`).
+`Client(pad_batches=True)` sends decoys until the number of texts is a power of two. Against timing
+`Client(embed_first=True)` leaves one gap for a whole call; `Client.embed` and, some other time,
+`Client.logits` leave none. `veilhead_benchmarks.timing` measures what the rest of the client takes.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ power of two that fits C rows, I rows to a repetition:
   giant steps share, and `giant` rotations of sums, after the modulus has been cut by one prime;
 - log2(D / I) rotations and additions gather each row's columns in slot k D + j, j < I.
 
+A head of more rows than fit is cut into parts, each with a ciphertext of its own down; the
+rotations of the query are shared.
+
 Only the keys of these rotations are made. Hoisting (one decomposition for all baby steps) is what
 SEAL lacks. Nothing here hides the head: other slots of the reply hold partial sums of it.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +38,8 @@ SLOTS: Final = DEGREE // 2
 _QUERY_BITS: Final = 34
 _WEIGHT_BITS: Final = 30
 
+_LENGTH: Final = struct.Struct("<I")
+
 #: What a rotation of the query costs, in rotations after the modulus has been cut, about.
 _BABY_COST: Final = 1.3
 
@@ -46,11 +52,13 @@ class Plan:
         period: D, slots of one repetition of the embedding.
         products: I, which is also the rows of one repetition.
         baby: rotations of the query, the one by zero included.
+        parts: ciphertexts of the result.
     """
 
     period: int
     products: int
     baby: int
+    parts: int
 
     @classmethod
     def of(cls, dimensions: int, classes: int) -> Plan:
@@ -61,14 +69,13 @@ class Plan:
         """
         period = _power(-(-dimensions // 2))
         repetitions = SLOTS // period
-        products = _power(-(-classes // repetitions)) if repetitions else 0
-        if not 1 <= products <= period:
-            raise ValueError(
-                f"got {classes} classes of {dimensions} values, expected what fits {SLOTS} slots"
-            )
+        if not repetitions:
+            raise ValueError(f"got {dimensions} values, expected what fits {SLOTS} slots")
+        parts = -(-classes // SLOTS)  # a repetition holds at most a row for each of its slots
+        products = _power(-(-classes // (parts * repetitions)))
         choices = [2**power for power in range(products.bit_length())]
         baby = min(choices, key=lambda count: (_BABY_COST * (count - 1) + products // count, count))
-        return cls(period, products, baby)
+        return cls(period, products, baby, parts)
 
     @property
     def giant(self) -> int:
@@ -95,7 +102,14 @@ class Plan:
     @property
     def rotations(self) -> int:
         """All of them."""
-        return len(self.baby_steps) + len(self.giant_steps) + len(self.gathering_steps)
+        return len(self.baby_steps) + self.parts * (
+            len(self.giant_steps) + len(self.gathering_steps)
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of one part."""
+        return self.products * (SLOTS // self.period)
 
     def pack_embedding(self, embedding: NDArray[np.float64]) -> NDArray[np.complex128]:
         """Embedding [d] as slots [n], column j being x_j + i x_(j + D)."""
@@ -105,10 +119,12 @@ class Plan:
         return np.tile(real + 1j * imaginary, SLOTS // self.period)
 
     def pack_weight(self, weight: NDArray[np.float64]) -> NDArray[np.complex128]:
-        """Weight [C, d] as the slots of every product: [giant, baby, n], rotated back by giants."""
+        """Weight [C, d] of one part as the slots of every product: [giant, baby, n].
+
+        They are rotated back by giants.
+        """
         classes, dimensions = weight.shape
-        rows = self.products * (SLOTS // self.period)
-        folded = np.zeros((rows, 2 * self.period))
+        folded = np.zeros((self.rows, 2 * self.period))
         folded[:classes, :dimensions] = weight
         # The real part of (w - i v)(x + i y) is w x + v y.
         columns = folded[:, : self.period] - 1j * folded[:, self.period :]  # [rows, D]
@@ -125,17 +141,18 @@ class Plan:
         return packed
 
     def wanted(self, classes: int) -> NDArray[np.intp]:
-        """The slots of the logits: [C]."""
+        """The slots of the logits of one part: [C]."""
         repetition, j = np.divmod(np.arange(classes), self.products)
         return repetition * self.period + j
 
 
 class TensealBsgsExchange:
-    """One seeded ciphertext up, one ciphertext under a single prime down, for every text."""
+    """One seeded ciphertext up, one ciphertext of a single prime down for each part of the head."""
 
     def __init__(self, head: Head) -> None:
         self._plan = plan = Plan.of(head.dimensions, head.classes)
-        self._wanted = plan.wanted(head.classes)
+        starts = range(0, head.classes, plan.rows)
+        self._wanted = [plan.wanted(min(plan.rows, head.classes - start)) for start in starts]
         parms = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.CKKS)
         parms.set_poly_modulus_degree(DEGREE)
         parms.set_coeff_modulus(sealapi.CoeffModulus.Create(DEGREE, list(PRIME_BITS)))
@@ -159,12 +176,16 @@ class TensealBsgsExchange:
             self._file.load(self._keys, self._context, keys)
         first = self._context.first_parms_id()
         self._weights = [
-            [self._encoded(slots, first, 2.0**_WEIGHT_BITS) for slots in rows]
-            for rows in plan.pack_weight(head.weight)
+            [
+                [self._encoded(slots, first, 2.0**_WEIGHT_BITS) for slots in rows]
+                for rows in plan.pack_weight(head.weight[start : start + plan.rows])
+            ]
+            for start in starts
         ]
-        self._offsets = np.zeros(SLOTS, dtype=np.complex128)
-        self._offsets[self._wanted] = head.bias
-        self._bias: Any = None  # encoded when the first result shows its level and scale
+        self._offsets = np.zeros((plan.parts, SLOTS), dtype=np.complex128)
+        for offsets, wanted, start in zip(self._offsets, self._wanted, starts, strict=True):
+            offsets[wanted] = head.bias[start : start + plan.rows]
+        self._biases: list[Any] = []  # encoded when the first result shows its level and scale
 
     @property
     def parameters(self) -> str:
@@ -192,15 +213,28 @@ class TensealBsgsExchange:
         return self._file.save(self._encryptor.encrypt_symmetric(plaintext))
 
     def evaluate(self, requests: Messages) -> Messages:
-        """A ciphertext for each request."""
+        """The ciphertexts of each request, one after the other."""
         return tuple(map(self._evaluate, requests))
 
     def _evaluate(self, request: bytes) -> bytes:
         query = sealapi.Ciphertext()
         self._file.load(query, self._context, request)
         turned = [query, *(self._rotated(query, step) for step in self._plan.baby_steps)]
+        results = [self._result(turned, weights) for weights in self._weights]
+        if not self._biases:
+            self._biases = [
+                self._encoded(offsets, results[0].parms_id(), results[0].scale)
+                for offsets in self._offsets
+            ]
+        for result, bias in zip(results, self._biases, strict=True):
+            self._evaluator.add_plain_inplace(result, bias)
+        saved = [self._file.save(result) for result in results]
+        return b"".join(_LENGTH.pack(len(part)) + part for part in saved)
+
+    def _result(self, turned: list[Any], rows: list[list[Any]]) -> Any:
+        """The sums of one part, without the biases."""
         total = None
-        for step, weights in zip((0, *self._plan.giant_steps), self._weights, strict=True):
+        for step, weights in zip((0, *self._plan.giant_steps), rows, strict=True):
             part = self._product(turned, weights)
             part = self._rotated(part, step) if step else part
             if total is None:
@@ -209,11 +243,7 @@ class TensealBsgsExchange:
                 self._evaluator.add_inplace(total, part)
         for step in self._plan.gathering_steps:
             self._evaluator.add_inplace(total, self._rotated(total, step))
-        assert total is not None  # noqa: S101  # there is at least one giant step
-        if self._bias is None:
-            self._bias = self._encoded(self._offsets, total.parms_id(), total.scale)
-        self._evaluator.add_plain_inplace(total, self._bias)
-        return self._file.save(total)
+        return total
 
     def _product(self, turned: list[Any], weights: list[Any]) -> Any:
         """The sum of rotated queries times their weights, its modulus cut by one prime."""
@@ -243,12 +273,16 @@ class TensealBsgsExchange:
         return np.stack([self._decrypt(reply) for reply in replies])
 
     def _decrypt(self, reply: bytes) -> NDArray[np.float64]:
-        ciphertext, plaintext = sealapi.Ciphertext(), sealapi.Plaintext()
-        self._file.load(ciphertext, self._context, reply)
-        self._decryptor.decrypt(ciphertext, plaintext)
-        slots = np.array(self._encoder.decode_complex(plaintext))
-        logits: NDArray[np.float64] = slots[self._wanted].real
-        return logits
+        found, start = [], 0
+        for wanted in self._wanted:
+            (length,) = _LENGTH.unpack_from(reply, start)
+            start += _LENGTH.size
+            ciphertext, plaintext = sealapi.Ciphertext(), sealapi.Plaintext()
+            self._file.load(ciphertext, self._context, reply[start : start + length])
+            start += length
+            self._decryptor.decrypt(ciphertext, plaintext)
+            found.append(np.array(self._encoder.decode_complex(plaintext))[wanted].real)
+        return np.concatenate(found)
 
 
 class _MemoryFile:

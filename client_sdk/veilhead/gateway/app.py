@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
 from veilhead.async_client import AsyncClient
-from veilhead.gateway.batching import Batcher, Outcome
+from veilhead.gateway.batching import BATCHES_IN_FLIGHT, Batcher, Outcome
 from veilhead.gateway.callers import Callers
 from veilhead.gateway.metrics import Metrics
 from veilhead.gateway.problems import respond
@@ -56,7 +56,7 @@ class Limits:
     Attributes:
         max_batch: texts that are embedded together.
         max_wait_seconds: how long a text waits for others to join it.
-        max_waiting: texts that may wait in all; more are refused with 429.
+        max_waiting: texts of one caller that may wait; more are refused with 429.
         max_texts: texts of one request.
         max_body_bytes: bytes of one request.
         max_connections: connections at once; more are closed unanswered.
@@ -103,8 +103,8 @@ class Gateway:
         self.metrics = metrics
         self.draining = False
         self.upstream = Upstream(client._probe)
-        self._batcher: Batcher | None = None
-        self._work: asyncio.Task[None] | None = None
+        self._batchers: list[Batcher] = []  # one for each caller
+        self._work: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -112,36 +112,49 @@ class Gateway:
         async with self.client:
             # Nothing is sent: it fetches and loads the backbone before the first caller waits.
             await self.client.embed([""])
-            self._batcher = Batcher(
-                self._logits,
-                max_batch=self.limits.max_batch,
-                max_wait_seconds=self.limits.max_wait_seconds,
-                max_waiting=self.limits.max_waiting,
-                on_batch=self.metrics.batched,
+            slots = asyncio.Semaphore(BATCHES_IN_FLIGHT)
+            self._batchers = [
+                Batcher(
+                    self._logits,
+                    max_batch=self.limits.max_batch,
+                    max_wait_seconds=self.limits.max_wait_seconds,
+                    max_waiting=self.limits.max_waiting,
+                    on_batch=self.metrics.batched,
+                    slots=slots,
+                )
+                for _ in range(1 if self.callers is None else len(self.callers))
+            ]
+            self.metrics.waiting.set_function(
+                lambda: float(sum(batcher.waiting for batcher in self._batchers))
             )
-            self.metrics.waiting.set_function(lambda: float(self.batcher.waiting))
-            self._work = asyncio.create_task(self._batcher.run())
+            self._work = [asyncio.create_task(batcher.run()) for batcher in self._batchers]
             watching = asyncio.create_task(self.upstream.watch())
             try:
                 yield
             finally:
                 watching.cancel()
                 self.stop()
-                with suppress(asyncio.CancelledError):
-                    await self._work
+                await asyncio.gather(*self._work, watching, return_exceptions=True)
 
     def stop(self) -> None:
         """Take no new texts; batches on their way are answered."""
         self.draining = True
-        if self._work is not None:
-            self._work.cancel()
+        for work in self._work:
+            work.cancel()
 
-    @property
-    def batcher(self) -> Batcher:
-        """What makes batches, while the gateway runs."""
-        if self._batcher is None:
+    def batcher(self, authorization: str) -> Batcher:
+        """What makes batches of the caller that an Authorization header names.
+
+        Raises:
+            CallerError: when it names none.
+            ClientError: when the gateway does not run.
+        """
+        caller = 0 if self.callers is None else self.callers.find(authorization)
+        if caller is None:
+            raise CallerError("expected `Authorization: Bearer` with the token of a caller")
+        if not self._batchers:
             raise ClientError("the gateway does not run: its lifespan has not begun")
-        return self._batcher
+        return self._batchers[caller]
 
     async def _logits(self, texts: list[str]) -> Sequence[Outcome]:
         """Logits [C] in the order of the labels, or an error, for each text."""
@@ -181,10 +194,7 @@ class Gateway:
             return await self._predict(request)
 
     async def _predict(self, request: Request) -> JSONResponse:
-        if self.callers is not None and not self.callers.accept(
-            request.headers.get("authorization", "")
-        ):
-            raise CallerError("expected `Authorization: Bearer` with the token of a caller")
+        batcher = self.batcher(request.headers.get("authorization", ""))
         # Browsers let any page post other types to loopback.
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise InputError("expected the content type application/json")
@@ -193,13 +203,15 @@ class Gateway:
             raise RequestSizeError(
                 f"got {len(asked.texts)} texts, expected at most {self.limits.max_texts}"
             )
-        outcomes = await self.batcher.ask(asked.texts)
+        outcomes = await batcher.ask(asked.texts)
         function = "none" if asked.raw_scores else default_function(self.client.manifest.head)
         rows = []
         for outcome in outcomes:
             if isinstance(outcome, VeilheadError):
                 raise outcome
-            rows.append(_shaped(outcome, self.client.labels, function))
+            # On a thread: it takes longer for some logits than for others, and the service chooses
+            # them. No batch waits for it.
+            rows.append(await asyncio.to_thread(_shaped, outcome, self.client.labels, function))
         return JSONResponse(rows[0] if asked.is_single else rows)
 
 

@@ -1,4 +1,7 @@
-"""Texts of many callers -> batches, and answers back to each of them.
+"""Texts of one caller -> batches, and answers back to each of its requests.
+
+Every caller has a batcher of its own: what a caller learns of its answers tells of the key that
+they were under, and no text of another caller may be under the same one.
 
 A batch is sent when it is full, or when its first text has waited long enough, or later when as
 many batches as may be are on their way already: it then goes on growing.
@@ -46,6 +49,7 @@ class Batcher:
         max_wait_seconds: float,
         max_waiting: int,
         on_batch: Callable[[int, float], None],
+        slots: asyncio.Semaphore | None = None,
     ) -> None:
         """Make one; `run` makes it work.
 
@@ -55,6 +59,8 @@ class Batcher:
             max_wait_seconds: how long a text waits for others.
             max_waiting: texts that may wait, beyond which callers are refused.
             on_batch: called with each batch's size and the seconds that its first text has waited.
+            slots: what limits batches on their way, in the order in which they ask; it may be
+                shared with other batchers.
         """
         self._answer = answer
         self._max_batch = max_batch
@@ -63,7 +69,7 @@ class Batcher:
         self._on_batch = on_batch
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
-        self._slots = asyncio.Semaphore(BATCHES_IN_FLIGHT)
+        self._slots = slots or asyncio.Semaphore(BATCHES_IN_FLIGHT)
         self._closed = False
 
     @property
@@ -100,28 +106,35 @@ class Batcher:
         async with asyncio.TaskGroup() as batches:
             with suppress(asyncio.CancelledError):
                 while True:
-                    await self._slots.acquire()
-                    batch = await self._next_batch()
+                    await self._until_due()
+                    await self._slots.acquire()  # the batch goes on growing meanwhile
+                    batch = self._next_batch()
+                    if not batch:
+                        self._slots.release()
+                        continue
                     self._on_batch(len(batch), time.monotonic() - batch[0].since)
                     batches.create_task(self._send(batch))
             self._close()
 
-    async def _next_batch(self) -> list[_Waiting]:
+    async def _until_due(self) -> None:
+        """Wait until a batch is full, or its first text has waited long enough."""
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        due = self._waiting[0].since + self._max_wait_seconds
+        with suppress(TimeoutError):
+            async with asyncio.timeout(due - time.monotonic()):
+                while len(self._waiting) < self._max_batch:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+
+    def _next_batch(self) -> list[_Waiting]:
+        """The texts that wait, but for those of requests that have gone; at most a batch."""
         batch: list[_Waiting] = []
-        while not batch:
-            while not self._waiting:
-                self._arrived.clear()
-                await self._arrived.wait()
-            due = self._waiting[0].since + self._max_wait_seconds
-            with suppress(TimeoutError):
-                async with asyncio.timeout(due - time.monotonic()):
-                    while len(self._waiting) < self._max_batch:
-                        self._arrived.clear()
-                        await self._arrived.wait()
-            while self._waiting and len(batch) < self._max_batch:
-                item = self._waiting.popleft()
-                if not item.answer.done():
-                    batch.append(item)
+        while self._waiting and len(batch) < self._max_batch:
+            item = self._waiting.popleft()
+            if not item.answer.done():
+                batch.append(item)
         return batch
 
     async def _send(self, batch: list[_Waiting]) -> None:

@@ -30,7 +30,7 @@ class Callers:
                 )
         if not tokens:
             raise InputError("there is no token of a caller, expected one a line")
-        self._digests = [_digest(token) for token in tokens]
+        self._digests = list(dict.fromkeys(_digest(token) for token in tokens))
 
     def __repr__(self) -> str:
         return f"Callers({len(self._digests)})"
@@ -49,12 +49,18 @@ class Callers:
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
-    def accept(self, authorization: str) -> bool:
-        """Whether an Authorization header names one of them, in a time that does not tell which."""
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def find(self, authorization: str) -> int | None:
+        """The number of the caller that an Authorization header names, from 0; None for no caller.
+
+        It takes a time that does not tell which one.
+        """
         scheme, _, token = authorization.partition(" ")
         digest = _digest(token.strip())
         known = [hmac.compare_digest(digest, other) for other in self._digests]
-        return any(known) and scheme.lower() == "bearer"
+        return known.index(True) if any(known) and scheme.lower() == "bearer" else None
 
 
 def _digest(token: str) -> bytes:

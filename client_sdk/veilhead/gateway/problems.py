@@ -36,8 +36,8 @@ def respond(error: VeilheadError) -> JSONResponse:
     status, kind = _meaning(error)
     headers = {}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        asked = error.retry_after if isinstance(error, BudgetExhaustedError) else 0
-        headers["Retry-After"] = str(max(asked, _RETRY_SECONDS))
+        asked = error.retry_after if isinstance(error, ServiceResponseError) else None
+        headers["Retry-After"] = str(max(asked or 0, _RETRY_SECONDS))
     if status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(

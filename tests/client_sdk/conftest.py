@@ -51,10 +51,18 @@ def head_artifact(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def served(text_artifact, head_artifact, problem_artifacts, tmp_path_factory):
+def compact_artifact(tmp_path_factory):
+    """The directory of the same model under the other parameter set."""
+    directory = tmp_path_factory.mktemp("artifacts") / "small"
+    artifact(5, 32, parameters="compact", name="small").save(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def served(text_artifact, head_artifact, compact_artifact, problem_artifacts, tmp_path_factory):
     """The URL of a real service of all these models, in a process of its own."""
     store = tmp_path_factory.mktemp("served") / "store"
-    for directory in (text_artifact, head_artifact, *problem_artifacts.values()):
+    for directory in (text_artifact, head_artifact, compact_artifact, *problem_artifacts.values()):
         publish(directory, store)
     with running(store, "--workers", "1", log=subprocess.DEVNULL) as url:
         yield url

@@ -122,7 +122,7 @@ def test_evaluate_scores_the_encrypted_path(run, table, url, texts):
         (["--file", "notes.csv"], "--column"),
         (["text", "--file", "notes.csv", "--column", "x"], "not both"),
         (["text", "--digest", "0" * 64], "model-not-found"),
-        (["text", "--minimum-parameters", "standard"], "standard at least"),
+        (["text", "--minimum-parameters", "weak"], "unknown parameter set"),
     ],
 )
 def test_errors_are_one_line_and_status_one(run, arguments, message):

@@ -364,9 +364,9 @@ def test_tokens_come_from_a_file_of_ones_own(tmp_path):
         Callers.read(file)
     file.chmod(0o600)
     callers = Callers.read(file)
-    assert callers.accept(f"Bearer {TOKEN}")
-    assert callers.accept(f"bearer {OTHER}")
-    assert not callers.accept("Bearer # application one")
+    assert callers.find(f"Bearer {TOKEN}") == 0
+    assert callers.find(f"bearer {OTHER}") == 1
+    assert callers.find("Bearer # application one") is None
     assert TOKEN not in repr(callers) + repr(vars(callers))
     with pytest.raises(InputError, match="cannot be read"):
         Callers.read(tmp_path / "absent")
@@ -424,7 +424,7 @@ def test_a_draining_gateway_answers_what_runs_and_takes_nothing_new(gateway):
 
 def test_a_caller_that_goes_away_leaves_the_others(gateway):
     async def work(caller, _):
-        gone = asyncio.create_task(caller.gateway.batcher.ask(["pain"]))
+        gone = asyncio.create_task(caller.gateway.batcher("").ask(["pain"]))
         stays = asyncio.create_task(caller.predict("pain"))
         await asyncio.sleep(0.01)
         gone.cancel()
@@ -469,7 +469,7 @@ def test_texts_reach_neither_logs_nor_metrics_nor_errors(
         if failing == "client":
             caller.gateway.client.classify = leaking
         if failing == "batcher":
-            caller.gateway.batcher.ask = leaking
+            caller.gateway.batcher("").ask = leaking
         answer = await caller.post(document)
         assert answer.is_success == (failing is None)
         return answer.text + await caller.metrics()

@@ -280,9 +280,10 @@ class MaliciousService(httpx2.AsyncBaseTransport):
         """A reply that decrypts to a huge logit where one coefficient of the secret is not zero."""
         manifest = self.manifest
         header = QueryHeader.deserialize(query)
+        layout = manifest.layout_of(header.counts.texts)
         polynomials = []
-        for index in range(manifest.layout.replies):
-            wanted = manifest.layout.wanted(index)
+        for index in range(layout.replies):
+            wanted = layout.wanted(index)
             c1 = np.zeros(DEGREE, dtype=np.uint64)
             # The secret's coefficient at `position` meets this one at the first wanted place.
             c1[(int(wanted[0]) - self.position) % DEGREE] = 1 << (manifest.head.reply_bits - 1)
@@ -291,7 +292,7 @@ class MaliciousService(httpx2.AsyncBaseTransport):
             parameters=manifest.parameter_set,
             model_digest=header.model_digest,
             key_id=header.key_id,
-            layout=manifest.layout,
+            layout=layout,
             reply_bits=manifest.head.reply_bits,
             query_digest=hashlib.sha256(query).digest(),
             polynomials=tuple(polynomials),
@@ -359,7 +360,9 @@ def test_a_reply_with_a_wrong_header_is_refused_once_all_is_sent_and_never_asked
         client.logits(unit_rows(3, 384))
     assert all(isinstance(error, ReplyError) for error in caught.value.errors.values())
     assert len(caught.value.errors) == 3
-    assert sum(method == "POST" for method, _ in service.requests) == 3
+    assert sum(method == "POST" for method, _ in service.requests) == len(
+        Session(service.manifest).plan(3)
+    )
 
 
 def with_other_hash(reply):
@@ -431,4 +434,6 @@ def test_a_row_that_is_not_finite_looks_like_any_other_to_the_service():
     ):
         client.logits(rows)
     assert list(caught.value.errors) == [1]
-    assert sum(method == "POST" for method, _ in service.requests) == 3
+    assert sum(method == "POST" for method, _ in service.requests) == len(
+        Session(service.manifest).plan(3)
+    )

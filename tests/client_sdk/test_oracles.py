@@ -26,7 +26,7 @@ from veilhead import predictions as predictions_module
 from veilhead.session import Session
 from veilhead_models.backbone import Backbone
 from veilhead_protocol.manifest import Manifest
-from veilhead_protocol.parameters import COMPACT, PARAMETER_SETS
+from veilhead_protocol.parameters import PARAMETER_SETS
 from veilhead_protocol.scales import BOUND_STEP, HeadScales
 from veilhead_protocol.wire import QueryMessage, ReplyMessage
 
@@ -202,7 +202,9 @@ REAL = st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from(
 
 #: Usual values of the numbers that a client computes with, and where they are.
 NUMBERS = {
-    ("head", "exponent"): st.integers(0, 12),
+    ("head", "downscale_bits"): st.integers(0, 18),
+    ("head", "exponent"): st.integers(0, 6),  # and what the head is divided by
+    ("head", "group_limit"): st.sampled_from([1, 2, 16, 64]),
     ("head", "weight_scale_bits"): st.integers(8, 30),
     ("head", "error_bound"): st.integers(1, 2**13).map(lambda steps: steps * BOUND_STEP),
     ("embedding", "scale"): st.floats(1e-9, 1e9),
@@ -224,14 +226,23 @@ def documents(draw):
         for part in path[:-1]:
             place = place[part]
         place[path[-1]] = draw(WHOLE | REAL if path == strange else usual)
-    head = document["head"]
+    head, divided = document["head"], ("head", "downscale_bits")
+    if strange not in (("head", "exponent"), divided):
+        head["exponent"] += head["downscale_bits"]
+    if strange not in (("head", "error_bound"), divided):
+        head["error_bound"] *= 2.0 ** head["downscale_bits"]
     classes, dimensions = draw(st.sampled_from([(1, 1), (3, 16), (7, 384), (40, 384), (2, 4096)]))
     head["labels"] = [f"{number}" for number in range(classes)]
     head["dimensions"] = dimensions
     head["private_parameters"] = classes * (dimensions + 1)
     parameters = PARAMETER_SETS[document["parameters"]]
     scales = HeadScales.of_exponent(
-        parameters, head["exponent"], head["weight_scale_bits"], head["error_bound"]
+        parameters,
+        head["exponent"],
+        downscale_bits=head["downscale_bits"],
+        weight_scale_bits=head["weight_scale_bits"],
+        group_limit=head["group_limit"],
+        error_bound=head["error_bound"],
     )
     for field in ("scale_bits", "flood_bits", "reply_bits"):
         head[field] = getattr(scales, field)
@@ -257,7 +268,10 @@ def test_under_any_accepted_manifest_every_embedding_is_sent_in_as_many_bytes():
         except ManifestError:
             return
         accepted.append(manifest)
-        session, size = Session(manifest), QueryMessage.size(COMPACT, manifest.layout)
+        session, size = (
+            Session(manifest),
+            QueryMessage.size(manifest.parameter_set, manifest.layout),
+        )
         for row in rows_under(manifest, values):
             with np.errstate(all="raise"):
                 query = session.encrypt(row)

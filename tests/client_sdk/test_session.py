@@ -80,11 +80,11 @@ def test_work_done_ahead_changes_no_answer(small):
 
 def test_work_done_ahead_is_that_of_one_query_and_uses_up_no_key():
     clock = Clock()
-    session = Session(artifact(3, 3000).manifest, clock=clock)  # two polynomials a query
+    session = Session(artifact(4, 3000).manifest, clock=clock)  # three polynomials a query
     for _ in range(3 * MAX_QUERIES_PER_KEY):
         session.prepare()
     key = session._fresh_enough_key()
-    assert len(key._zeros) == 2
+    assert len(key._zeros) == 3
     rows = unit_rows(1, 3000)
     queries = [session.encrypt(rows[0]) for _ in range(MAX_QUERIES_PER_KEY)]
     assert {query.key for query in queries} == {key}
@@ -145,14 +145,14 @@ def sent(pair, rows):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_is_encrypted_as_a_fresh_random_unit_vector(small, value):
     pair = Pair.of(small)
-    rows = unit_rows(3, 16)
+    rows = unit_rows(4, 16)
     rows[1, 3] = value
     decoys = []
     for _ in range(2):
         found, query = sent(pair, rows)
         assert list(query.failures) == [1]
         assert isinstance(query.failures[1], NotFiniteError)
-        assert np.allclose(found[[0, 2]], rows[[0, 2]])
+        assert np.allclose(found[[0, 2, 3]], rows[[0, 2, 3]])
         assert np.linalg.norm(found[1]) == pytest.approx(1)
         decoys.append(found[1])
         logits = pair.session.decrypt_batch(query, pair.answer(query))
@@ -163,7 +163,7 @@ def test_a_row_that_is_not_finite_is_encrypted_as_a_fresh_random_unit_vector(sma
     assert all(np.abs(other[1] - decoy).max() > 0.01 for decoy in decoys)  # by no fixed seed
 
 
-@pytest.mark.parametrize("texts", [1, 3])
+@pytest.mark.parametrize("texts", [1, 4])
 def test_whatever_fails_after_the_header_a_decoy_of_as_many_bytes_is_sent(
     small, texts, monkeypatch
 ):
@@ -172,9 +172,12 @@ def test_whatever_fails_after_the_header_a_decoy_of_as_many_bytes_is_sent(
 
     pair = Pair.of(small)
     rows = unit_rows(texts, 16)
-    size = len(pair.session.encrypt_batch(rows).data)
+    encrypt = (
+        pair.session.encrypt_batch if texts > 1 else lambda rows: pair.session.encrypt(rows[0])
+    )
+    size = len(encrypt(rows).data)
     monkeypatch.setattr("veilhead.session.project", fails)
-    query = pair.session.encrypt_batch(rows) if texts > 1 else pair.session.encrypt(rows[0])
+    query = encrypt(rows)
     assert len(b"".join(query.pieces())) == size == query.size
     assert pair.session.decrypt_batch(query, pair.answer(query)).shape == (texts, 3)
     assert list(query.failures) == list(range(texts))
@@ -194,11 +197,11 @@ def test_decoys_are_drawn_whether_they_are_needed_or_not(small, monkeypatch):
             return np.random.default_rng().random(shape)
 
     session._random = Watched()
-    rows = unit_rows(3, 16)
+    rows = unit_rows(4, 16)
     _ = session.encrypt_batch(rows).data
     rows[0, 0] = np.nan
     _ = session.encrypt_batch(rows).data
-    assert drawn == [(3, 16)] * 2
+    assert drawn == [(4, 16)] * 2
 
 
 KINDS = {

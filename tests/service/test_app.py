@@ -54,8 +54,8 @@ def test_it_is_not_ready_after_it_has_stopped(store):
 def test_the_version_names_the_service_and_its_formats(service):
     assert service.client.get("/version").json() == {
         "service": version("veilhead"),
-        "wire_format": 1,
-        "manifest_format": "veilhead-manifest/1",
+        "wire_format": 2,
+        "manifest_format": "veilhead-manifest/2",
     }
 
 

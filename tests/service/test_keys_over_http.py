@@ -116,7 +116,7 @@ def test_a_key_of_either_set_is_a_key(service):
 
 
 def test_a_refused_key_is_not_registered(service, message, problem):
-    broken = message[:4] + b"\x02" + message[5:]
+    broken = message[:4] + b"\x01" + message[5:]
     problem(service.put(broken), 422, "unsupported-format-version", sent=broken)
     assert service.client.head(path(broken)).status_code == 404
 
@@ -124,12 +124,12 @@ def test_a_refused_key_is_not_registered(service, message, problem):
 def test_keys_make_room_for_newer_ones(store, artifacts, make_service, service):
     """With room for four keys, the fifth takes the place of the least recently used."""
     app = create_app(
-        Settings(store=store, key_memory_bytes=2**16, insecure_no_tenants=True)
+        Settings(store=store, key_memory_bytes=2**17, insecure_no_tenants=True)
     )  # no workers are started
     small = make_service(TestClient(app), artifacts)
     manifest = artifacts["digits"].manifest
     keys = [SecretKey(manifest.parameter_set).message for _ in range(5)]
-    assert 4 * len(keys[0]) <= 2**16 < 5 * len(keys[0])
+    assert 4 * len(keys[0]) <= 2**17 < 5 * len(keys[0])
     for key in keys[:4]:
         assert small.put(key).status_code == 201
     assert small.client.head(path(keys[0])).status_code == 200  # a use

@@ -16,6 +16,7 @@ from veilhead_service.model_store import ModelStore
 from veilhead_service.signing import SigningKey
 
 FIRST, SECOND = (artifact(4, 32, seed=seed, name="model") for seed in (1, 2))
+COMPACT = artifact(4, 32, parameters="compact", name="model")
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_a_policy_is_put_on_when_published_and_says_who_sees_to_what(run, vendor
 
 
 def test_a_violation_of_the_policy_is_named_and_nothing_is_published(run, vendor):
-    refused = run("publish", vendor.save(FIRST), "--policy", "medical", code=1)
+    refused = run("publish", vendor.save(COMPACT), "--policy", "medical", code=1)
     assert "policy.minimum_parameters: the policy medical asks for standard" in refused.stderr
     assert ModelStore(vendor.store).current("model") is None
     standard = vendor.save(artifact(4, 32, parameters="standard", name="standard"))

@@ -85,7 +85,7 @@ def test_a_refusal_is_counted_by_its_reason(service, added):
 def test_keys_are_counted_in_number_and_bytes_and_by_how_they_went(
     store, artifacts, make_service, tmp_path
 ):
-    app = create_app(Settings(store=store, key_memory_bytes=2**16, insecure_no_tenants=True))
+    app = create_app(Settings(store=store, key_memory_bytes=2**17, insecure_no_tenants=True))
     small = make_service(TestClient(app), artifacts)
     messages = [small.session("digits")._fresh_enough_key().message for _ in range(6)]
     for message in messages:

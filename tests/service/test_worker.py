@@ -15,7 +15,7 @@ from veilhead_protocol.wire import ReplyMessage
 from veilhead_service.encrypted_head import ClientKey
 from veilhead_service.worker import KEYS_AHEAD, ZEROS_AHEAD, Evaluator
 
-CLASSES = 10  # two reply polynomials
+CLASSES = 16  # two reply polynomials
 
 
 class Bench:
@@ -84,7 +84,7 @@ def test_no_zero_is_used_twice_however_it_was_made(bench, monkeypatch):
 
     def stays(self):
         if self.id not in kept:
-            kept[self.id] = seal_io.save_ciphertext(self._encrypt_zero())
+            kept[self.id] = seal_io.save_ciphertext(seal, self._encrypt_zero())
         return seal_io.load_ciphertext(seal, kept[self.id], scale_bits=0)
 
     monkeypatch.setattr(ClientKey, "zero", stays)
@@ -147,7 +147,7 @@ def test_as_many_zeros_are_prepared_as_the_next_query_needs(bench):
 
 
 def test_a_large_head_has_some_prepared_and_the_rest_made_as_it_goes(tmp_path):
-    bench = Bench(tmp_path / "model", classes=400)
+    bench = Bench(tmp_path / "model", classes=2500)
     (row,) = unit_rows(1, 384)
     for _ in range(2):
         query = bench.session.encrypt(row)
@@ -159,12 +159,14 @@ def test_a_large_head_has_some_prepared_and_the_rest_made_as_it_goes(tmp_path):
 
 
 def test_nothing_is_prepared_for_a_key_that_is_used_once(tmp_path):
-    bench = Bench(tmp_path / "model", classes=20)
-    query = bench.session.encrypt_batch(unit_rows(2, 384))
-    single = bench.session.encrypt(unit_rows(1, 384)[0])
-    assert len(query.data) == len(single.data)  # its length does not tell
-    bench.ask(query)
-    assert bench.prepare() == 0
+    bench = Bench(tmp_path / "model")
+    block = bench.session.encrypt_batch(unit_rows(2, 384))
+    single = Session(bench.manifest, fresh_keys=True).encrypt(unit_rows(1, 384)[0])
+    for query in (block, single):
+        assert query.carries_key
+        bench.ask(query)
+        assert bench.prepare() == 0
+    assert not bench.evaluator._keys  # nor is it kept
 
 
 def test_zeros_are_held_for_the_last_keys_only(bench):

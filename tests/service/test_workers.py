@@ -135,7 +135,7 @@ def test_a_stopped_process_answers_when_it_goes_on(open_bench, dispatched):
             await dispatched(1)
             assert not task.done()
             os.kill(pid, signal.SIGCONT)
-            assert (await task).reply.startswith(b"VEIL\1\3")
+            assert (await task).reply.startswith(b"VEIL\2\3")
             assert bench.pids == {pid}
 
     asyncio.run(run())

@@ -278,15 +278,17 @@ def test_a_revocation_that_the_running_service_does_not_see_fails(serve, directo
 
 def test_a_log_that_is_rotated_goes_on_and_still_knows_who_was_revoked(serve, directory, api_key):
     log = directory / FILE_NAME
+    other = add_tenant(directory, "insurer")
     with serve() as url:
         copy = back_up(directory)
         assert tenants(directory, "revoke", "clinic").exit_code == 0
+        within(2, lambda: ask(url, api_key).status_code == 401)
         log.rename(directory / "access.log.1")
-        ask(url, api_key)
+        ask(url, other)
         within(2, log.exists)
         shutil.copy(log, directory / "access.log.2")
         log.open("wb").close()  # as logrotate does with copytruncate
-        ask(url, api_key)
+        ask(url, other)
         within(2, lambda: log.stat().st_size > 0)
     reasons = [json.loads(line).get("reason") for line in log.read_text().splitlines()]
     assert reasons[0] == "cut"

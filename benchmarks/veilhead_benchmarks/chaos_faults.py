@@ -20,6 +20,7 @@ from veilhead import Client, VeilheadError
 from veilhead_benchmarks.chaos_load import MODEL, Bench, Outcome, kind_of
 from veilhead_benchmarks.processes import is_running, publish_random, unit_rows
 from veilhead_models.artifact import HEAD_FILE, MANIFEST_FILE
+from veilhead_service.store_versions import FORMAT_FILE
 
 #: A worker whose service was killed ends within this: its query ends, and its socket is closed.
 _GONE_SECONDS: Final = 5.0
@@ -59,7 +60,7 @@ def kill_service(bench: Bench) -> Outcome:
             time.sleep(0.1)
         outcome.expect(not any(map(is_running, left)), "workers outlived the service")
 
-    return bench.under_load("SIGKILL of the service", disturb, may_fail=True, kills=1)
+    return bench.under_load("SIGKILL of the service", disturb, may_fail=True, losses=1)
 
 
 def terminate(bench: Bench) -> Outcome:
@@ -72,7 +73,7 @@ def terminate(bench: Bench) -> Outcome:
         outcome.notes.append(f"ended after {time.monotonic() - started:.1f} s")
         bench.service.start()
 
-    return bench.under_load("SIGTERM", disturb, may_fail=True, kills=1)
+    return bench.under_load("SIGTERM", disturb, may_fail=True, losses=1)
 
 
 def _connect(bench: Bench, header: str) -> socket.socket:
@@ -242,6 +243,7 @@ def fill_disk(bench: Bench) -> Outcome:
     """Store, state and log on a disk that is full: nothing is answered that cannot be recorded."""
     with _small_disk(bench.work) as (disk, reason):
         shutil.copytree(bench.store / "good", disk / "store" / "good")
+        shutil.copy(bench.store / FORMAT_FILE, disk / "store")
         publish_random(bench.work / "unused", bench.work, "late", 60, 384)
         publisher = ["-c", _PUBLISH_LIMITED] if reason else ["-m", "veilhead_service"]
 
@@ -263,4 +265,4 @@ def fill_disk(bench: Bench) -> Outcome:
             (disk / "filling").unlink(missing_ok=True)
 
         with bench.another("disk", store=disk / "store", state=disk / "state") as own:
-            return own.under_load("full disk", disturb, may_fail=True)
+            return own.under_load("full disk", disturb, may_fail=True, losses=1)

@@ -316,7 +316,7 @@ class Bench:
         disturb: Callable[[Outcome], None],
         *,
         may_fail: bool,
-        kills: int = 0,
+        losses: int = 0,
         forgets: bool = False,
     ) -> Outcome:
         """Load, the fault in its middle, and what the callers and their bills saw.
@@ -325,8 +325,8 @@ class Bench:
             fault: its name.
             disturb: does it, and undoes it.
             may_fail: whether typed errors are allowed.
-            kills: how often the service is killed: each time the queries under way may have been
-                charged, and their replies lost.
+            losses: how often the service is killed, or cannot record what it answers: each time
+                the queries under way may have been charged, and their replies lost.
             forgets: the state is one of before the load in the end, so nothing can be counted.
         """
         outcome = Outcome(fault, may_fail)
@@ -345,11 +345,11 @@ class Bench:
         outcome.expect("401" in stranger.answers, "who was revoked was never refused")
         if not forgets:
             used, recorded = self.tenants.used() - used, self.tenants.recorded() - recorded
-            self._check_bills(outcome, used, recorded, kills)
+            self._check_bills(outcome, used, recorded, losses)
         return outcome
 
-    def _check_bills(self, outcome: Outcome, used: int, recorded: int, kills: int) -> None:
-        lost = CLIENTS * kills + _ATTEMPTS * outcome.errors.total()
+    def _check_bills(self, outcome: Outcome, used: int, recorded: int, losses: int) -> None:
+        lost = CLIENTS * losses + _ATTEMPTS * outcome.errors.total()
         outcome.charged = used
         outcome.expect(
             outcome.right <= recorded, f"{outcome.right} answers came, {recorded} are recorded"

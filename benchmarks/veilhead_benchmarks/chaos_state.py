@@ -112,7 +112,7 @@ def overwrite_state(bench: Bench) -> Outcome:
 
     with bench.another("overwritten") as own:
         return own.under_load(
-            "state overwritten, restored", disturb, may_fail=True, kills=1, forgets=True
+            "state overwritten, restored", disturb, may_fail=True, losses=1, forgets=True
         )
 
 
@@ -124,7 +124,7 @@ def restore_state(bench: Bench) -> Outcome:
         _restore(own, outcome)
 
     with bench.another("restored") as own:
-        return own.under_load("state restored", disturb, may_fail=True, kills=1, forgets=True)
+        return own.under_load("state restored", disturb, may_fail=True, losses=1, forgets=True)
 
 
 def _restore(bench: Bench, outcome: Outcome) -> None:
@@ -146,7 +146,7 @@ def lose_side_files(bench: Bench) -> Outcome:
         own.service.start()
 
     with bench.another("side-files") as own:
-        return own.under_load("state's log removed", disturb, may_fail=True, kills=1)
+        return own.under_load("state's log removed", disturb, may_fail=True, losses=1)
 
 
 def rotate_log(bench: Bench) -> Outcome:

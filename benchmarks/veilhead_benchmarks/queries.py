@@ -44,7 +44,7 @@ class VeilheadExchange:
 
     @property
     def bytes_keys(self) -> int:
-        """Key messages: one, or one for each of the last requests of several texts."""
+        """Key messages: one, or those that the last requests of several texts carry."""
         return self._key_bytes * (len(self._queries) if self._together else 1)
 
     @property

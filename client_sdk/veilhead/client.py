@@ -426,7 +426,7 @@ class Client:
             embeddings: real numbers [batch, d], in the scale of the model that made them.
 
         Returns:
-            float64 [batch, C], multiples of 2^-12.
+            float64 [batch, C], multiples of the step of the head (`HeadScales.logit_step`).
 
         Raises:
             InputError: when the shape is wrong.

@@ -59,7 +59,9 @@ def plan_backbone(section: BackboneSection, runtime: Runtime, device: str) -> Pl
     precision = "fp16" if runtime == "onnx-fp16" else None
     return Plan(
         onnx_files(section, precision),
-        lambda place: OnnxBackbone.load(place, section, precision=precision, device=device),
+        lambda place: OnnxBackbone.load(
+            place, section, precision=precision, device=device, flush_subnormals=True
+        ),
     )
 
 

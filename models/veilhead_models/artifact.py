@@ -253,11 +253,11 @@ class HeadArtifact:
         if isinstance(embedding_scale, EmbeddingSection):
             embedding = embedding_scale
         # Written so that NaN is refused too. The limit is the manifest's.
-        elif 0 < embedding_scale <= 1e9:
+        elif 1e-9 <= embedding_scale <= 1e9:
             embedding = EmbeddingSection(scale=float(embedding_scale), scale_origin="given")
         else:
             raise ArtifactError(
-                f"got an embedding_scale of {embedding_scale}, expected more than 0 and at most 1e9"
+                f"got an embedding_scale of {embedding_scale}, expected 1e-9 to 1e9"
             )
         with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
             weights = weights * embedding.scale

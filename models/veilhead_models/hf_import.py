@@ -242,10 +242,13 @@ def import_hf(
 
         try:
             found = artifact(scale)
+            too_wide = found.scales.downscale_bits > 0
         except ScaleError:
             if scale.scale_origin != "derived":
                 raise
-            # A bound that always holds may be far above what occurs.
+            too_wide = True
+        if too_wide and scale.scale_origin == "derived":
+            # A bound that always holds may be far above what occurs, and cost precision.
             scale, reason = _scale(embeddings, None, None, "", given=texts is not None)
             found = artifact(scale)
         parity = _parity(found, backbone, view, given[:PARITY_TEXTS])
@@ -349,10 +352,8 @@ def _scale(
 ) -> tuple[EmbeddingSection, str]:
     """The embedding scale with its origin, and that in words."""
     if given_scale is not None:
-        if not 0 < given_scale <= 1e9:
-            raise ArtifactError(
-                f"got an embedding scale of {given_scale}, expected more than 0 and at most 1e9"
-            )
+        if not 1e-9 <= given_scale <= 1e9:
+            raise ArtifactError(f"got an embedding scale of {given_scale}, expected 1e-9 to 1e9")
         return EmbeddingSection(scale=given_scale, scale_origin="given"), "by whoever imported it"
     if bound is not None:
         return EmbeddingSection(scale=bound, scale_origin="derived"), bound_reason

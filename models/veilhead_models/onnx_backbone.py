@@ -83,6 +83,7 @@ class OnnxBackbone(Embedder):
         *,
         precision: str | None = None,
         device: str = "auto",
+        flush_subnormals: bool = False,
     ) -> OnnxBackbone:
         """Load a backbone from local files, after checking them against `section`.
 
@@ -93,6 +94,7 @@ class OnnxBackbone(Embedder):
                 Either is computed in single precision.
             device: `auto` (CUDA where `onnxruntime-gpu` finds it, else the CPU), `cpu`, `cuda` or
                 `cuda:N`.
+            flush_subnormals: let ONNX Runtime take subnormal numbers for zero, on its own threads.
 
         Raises:
             BackboneError: when the section has no such form, a file is missing or differs,
@@ -116,7 +118,7 @@ class OnnxBackbone(Embedder):
         chosen, providers = _providers(device, onnxruntime.get_available_providers())
         try:
             tokenizer = PlainTokenizer(contents[0])
-            session = _session(contents[1], providers)
+            session = _session(contents[1], providers, flush_subnormals=flush_subnormals)
         except Exception as error:  # both raise whatever their parts raise
             raise BackboneError(
                 f"the backbone {section.name!r} cannot be loaded from {source} on device "
@@ -159,7 +161,9 @@ def _providers(
     )
 
 
-def _session(graph: bytes, providers: list[tuple[str, dict[str, str]]]) -> InferenceSession:
+def _session(
+    graph: bytes, providers: list[tuple[str, dict[str, str]]], *, flush_subnormals: bool = False
+) -> InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -167,9 +171,10 @@ def _session(graph: bytes, providers: list[tuple[str, dict[str, str]]]) -> Infer
     # The cores that this process may use; ONNX Runtime would count and occupy those of the machine.
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
-    # They take a hundred times as long: a backbone could tell by time what is in a text. This is
-    # for the session's own threads; the calling one is the caller's to set.
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if flush_subnormals:
+        # They take a hundred times as long: a backbone could tell by time what is in a text. This
+        # is for the session's own threads, and of the calling one for a process's first session.
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
     # Threads that wait by spinning would take the cores from the encryption.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory(prefix="veilhead-backbone-") as empty:

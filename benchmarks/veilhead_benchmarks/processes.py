@@ -95,8 +95,8 @@ class ServiceProcess:
             raise RuntimeError("the service was not started")
         return self._process.pid
 
-    def start(self) -> None:
-        """Start the service and wait until it is ready.
+    def start(self, *, until: str = "/readyz") -> None:
+        """Start the service and wait until it is ready, or until another path is answered.
 
         Raises:
             RuntimeError: when it does not come up; its log says why.
@@ -106,7 +106,7 @@ class ServiceProcess:
                 self._command, env=self._environment, stderr=log, stdout=log
             )
         deadline = time.monotonic() + _START_SECONDS
-        while self.status("/readyz") != 200:
+        while self.status(until) != 200:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise RuntimeError(f"the service did not come up; {self._log} says why")

@@ -244,6 +244,17 @@ class AsyncClient:
             raise ClientError("the client is not connected: use it in `async with`")
         return self._connected.manifest
 
+    async def _probe(self) -> None:
+        """Ask the service once whether it is ready. Nothing of a text or a key is sent.
+
+        Raises:
+            TransportError: when it does not answer.
+            ServiceResponseError: when it answers that it is not ready.
+        """
+        if self._connected is None:
+            raise ClientError("the client is not connected: use it in `async with`")
+        await self._connected.transport.probe()
+
     @property
     def deidentifier(self) -> Deidentifier | None:
         """What texts go through before they are embedded; None when it is nothing."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -296,6 +295,12 @@ def gateway(
     ] = 2048,
     max_texts: Annotated[int, typer.Option(help="Texts in one request.")] = 256,
     max_body_bytes: Annotated[int, typer.Option(help="Bytes of one request.")] = 2 * 2**20,
+    max_connections: Annotated[
+        int, typer.Option(help="Connections at once; more are closed.")
+    ] = 256,
+    request_seconds: Annotated[
+        float, typer.Option(help="A request that takes longer in all gets 504.")
+    ] = 60.0,
     timeout: _Timeout = 30.0,
     call_timeout: Annotated[
         float, typer.Option(help="Seconds that the vendor's service may take with each batch.")
@@ -319,16 +324,14 @@ def gateway(
         try:
             from veilhead.gateway.app import Gateway, Limits
             from veilhead.gateway.callers import Callers
+            from veilhead.gateway.logs import configure
             from veilhead.gateway.metrics import Metrics
             from veilhead.gateway.server import serve
         except ModuleNotFoundError as error:
             raise ClientError(
                 f"the gateway needs {error.name!r}: pip install 'veilhead[gateway]'"
             ) from error
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-        )
-        logging.getLogger("httpx2").setLevel(logging.WARNING)
+        configure()
         metrics = Metrics()
         client = AsyncClient(
             upstream,
@@ -353,6 +356,8 @@ def gateway(
             max_waiting=max_waiting,
             max_texts=max_texts,
             max_body_bytes=max_body_bytes,
+            max_connections=max_connections,
+            request_seconds=request_seconds,
         )
         known = None if callers is None else Callers.read(callers)
         serve(Gateway(client, known, limits, metrics), host, port)

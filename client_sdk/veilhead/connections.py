@@ -11,10 +11,12 @@ from __future__ import annotations
 import socket
 import ssl
 import weakref
-from collections.abc import AsyncIterator
+from base64 import b64encode
+from collections.abc import AsyncIterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import anyio
@@ -22,6 +24,7 @@ import httpx2
 
 from veilhead_protocol.errors import TransportError
 from veilhead_protocol.loopback import is_loopback
+from veilhead_protocol.redaction import redacted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,6 +70,7 @@ class Connections(httpx2.AsyncBaseTransport):
         self._limit = limit
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._proxy = _proxy_of(url)
+        self._secrets = () if self._proxy is None else _proxy_secrets(self._proxy)
         # Of certificates, and of where their authorities come from, httpx2 decides.
         self._tls = httpx2.create_ssl_context() if url.scheme == "https" else None
         self._session: aiohttp.ClientSession | None = None
@@ -131,7 +135,8 @@ class Connections(httpx2.AsyncBaseTransport):
             raise RuntimeError("the connections are not open: use them in `async with`")
         seconds = request.extensions["timeout"]
         is_whole = isinstance(request.stream, httpx2.ByteStream)
-        with _translated():
+        secrets = (*self._secrets, *_credentials(request.headers.get("authorization", "")))
+        with _translated(secrets):
             response = await self._session.request(
                 request.method,
                 yarl.URL(str(request.url), encoded=True),
@@ -146,18 +151,22 @@ class Connections(httpx2.AsyncBaseTransport):
                 ),
             )
         return httpx2.Response(
-            response.status, headers=response.raw_headers, stream=_Body(response), request=request
+            response.status,
+            headers=response.raw_headers,
+            stream=_Body(response, secrets),
+            request=request,
         )
 
 
 class _Body(httpx2.AsyncByteStream):
     """The body of a response, as it arrives."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, secrets: Sequence[str]) -> None:
         self._response = response
+        self._secrets = secrets
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _translated():
+        with _translated(self._secrets):
             async for piece in self._response.content.iter_any():
                 yield piece
 
@@ -167,8 +176,8 @@ class _Body(httpx2.AsyncByteStream):
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
-    """aiohttp's errors as those of httpx2."""
+def _translated(secrets: Sequence[str]) -> Iterator[None]:
+    """aiohttp's errors as those of httpx2, without these secrets, which a proxy may repeat."""
     import aiohttp
 
     try:
@@ -178,22 +187,23 @@ def _translated() -> Iterator[None]:
     except TimeoutError as error:
         raise httpx2.ReadTimeout("no answer in time") from error
     except (aiohttp.ClientError, ssl.SSLError) as error:
-        if (reason := _permanent_reason(error)) is not None:
+        if (reason := _permanent_reason(error, secrets)) is not None:
             raise PermanentError(reason) from error
         match error:
             case aiohttp.ClientHttpProxyError():
                 raise httpx2.ProxyError(f"the proxy answered {error.status}") from error
             case aiohttp.ClientProxyConnectionError():
-                raise httpx2.ProxyError(str(error)) from error
+                raise httpx2.ProxyError(redacted(error, *secrets)) from error
             case aiohttp.ClientConnectorError():
-                raise httpx2.ConnectError(str(error)) from error
+                raise httpx2.ConnectError(redacted(error, *secrets)) from error
             case OSError():
-                raise httpx2.ReadError(error.strerror or type(error).__name__) from error
+                said = error.strerror or type(error).__name__
+                raise httpx2.ReadError(redacted(said, *secrets)) from error
             case _:
                 raise httpx2.RemoteProtocolError(type(error).__name__) from error
 
 
-def _permanent_reason(error: Exception) -> str | None:
+def _permanent_reason(error: Exception, secrets: Sequence[str]) -> str | None:
     """Why it will be the same the next time, and what to do; None when it may be otherwise."""
     import aiohttp
 
@@ -213,12 +223,13 @@ def _permanent_reason(error: Exception) -> str | None:
         )
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         if error.os_error.errno in _NO_SUCH_NAME:
-            return f"there is no host of the name {error.host!r}: check the URL and HTTPS_PROXY"
+            host = redacted(repr(error.host), *secrets)
+            return f"there is no host of the name {host}: check the URL and HTTPS_PROXY"
         return None
-    return _tls_reason(error)
+    return _tls_reason(error, secrets)
 
 
-def _tls_reason(error: Exception) -> str | None:
+def _tls_reason(error: Exception, secrets: Sequence[str]) -> str | None:
     """Why TLS will fail the next time too, and what to do; None when it is not that."""
     import aiohttp
 
@@ -232,7 +243,8 @@ def _tls_reason(error: Exception) -> str | None:
                 "name the file of the authority in SSL_CERT_FILE, check this machine's clock, or "
                 "ask the vendor for a valid certificate"
             )
-        return f"the service's certificate is refused ({cause.verify_message}): {advice}"
+        said = redacted(cause.verify_message, *secrets)
+        return f"the service's certificate is refused ({said}): {advice}"
     if cause is None or isinstance(cause, ssl.SSLEOFError | ssl.SSLSyscallError):
         return None  # the connection ended, which is no refusal
     # TLS 1.3 refuses a client once the handshake is over, by an alert.
@@ -242,6 +254,19 @@ def _tls_reason(error: Exception) -> str | None:
         f"TLS with the service fails ({cause.reason}): check that the URL's port speaks TLS, and "
         "ask the vendor which versions it takes"
     )
+
+
+def _credentials(authorization: str) -> tuple[str, ...]:
+    """What a header of authorization holds that nobody else may see."""
+    credentials = authorization.partition(" ")[2]
+    return (credentials,) if credentials else ()
+
+
+def _proxy_secrets(proxy: str) -> tuple[str, ...]:
+    """A proxy's password, and the forms in which it travels."""
+    userinfo = unquote(urlsplit(proxy).netloc.rpartition("@")[0])
+    password = userinfo.partition(":")[2]
+    return (userinfo, password, b64encode(userinfo.encode()).decode()) if password else ()
 
 
 def _proxy_of(url: httpx2.URL) -> str | None:

@@ -44,6 +44,7 @@ from veilhead_protocol.errors import (
 )
 from veilhead_protocol.loopback import is_loopback
 from veilhead_protocol.manifest import MAX_MANIFEST_BYTES, FileEntry
+from veilhead_protocol.redaction import redacted
 from veilhead_protocol.signatures import MAX_CARD_BYTES, SIGNATURE_HEADER
 
 MESSAGE_TYPE: Final = "application/octet-stream"
@@ -99,7 +100,9 @@ def check_url(url: str) -> httpx2.URL:
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise InsecureTransportError(f"the service's URL is not a URL: {error}") from error
+        raise InsecureTransportError(
+            f"the service's URL is not a URL: {redacted(error)}"
+        ) from error
     if parsed.scheme == "https" or (parsed.scheme == "http" and is_loopback(parsed.host)):
         return parsed
     raise InsecureTransportError(
@@ -215,6 +218,21 @@ class Transport:
             raise httpx2.ReadTimeout(f"the file came below {_SLOWEST_DOWNLOAD} bytes a second")
 
         await _retried(bounded)
+
+    async def probe(self) -> None:
+        """Ask once whether the service is ready; nothing of a text, a key or a model is sent.
+
+        Raises:
+            TransportError: when it does not answer.
+            ServiceResponseError: when it answers that it is not ready.
+        """
+        try:
+            async with self._request("GET", "/readyz"):
+                pass
+        except _PauseError as refusal:
+            raise refusal.error from None
+        except httpx2.HTTPError as error:
+            raise TransportError(f"no answer ({type(error).__name__})") from error
 
     async def put_key(self, key_id: bytes, message: bytes) -> None:
         """Register a key message."""
@@ -348,13 +366,17 @@ async def _retried(attempt: Callable[[], Awaitable[_Value]]) -> _Value:
             return await attempt()
         except _PauseError as refusal:
             failure, asked = refusal.error, refusal.seconds
-        except (PermanentError, httpx2.UnsupportedProtocol) as error:
+        except PermanentError as error:  # what libraries say in it is redacted
             raise TransportError(f"the request failed, and would again: {error}") from error
+        except httpx2.UnsupportedProtocol as error:
+            raise TransportError(
+                f"the request failed, and would again: {redacted(error)}"
+            ) from error
         except httpx2.TransportError as error:
             cause = error
             failure = TransportError(
                 f"no answer from the service after {number} attempts "
-                f"({type(error).__name__}: {error}); check the URL and that it runs"
+                f"({type(error).__name__}: {redacted(error)}); check the URL and that it runs"
             )
         except httpx2.HTTPError as error:
             raise TransportError(f"the request failed ({type(error).__name__})") from error

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from veilhead_models.backbone import CONFIG_FILE, TOKENIZER_FILES, read_json
 from veilhead_protocol.errors import ArtifactError, CheckpointError
+from veilhead_protocol.redaction import redacted
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +144,7 @@ class Checkpoint:
         except Exception as error:  # transformers raises whatever its parts raise
             raise CheckpointError(
                 f"{source} cannot be loaded as {architecture[:80]}: {type(error).__name__}: "
-                f"{str(error)[:300]}"
+                f"{redacted(error)}"
             ) from error
         if type(model).__name__ != architecture:
             raise CheckpointError(

@@ -58,6 +58,7 @@ VeilheadError
     │   ├── CallerError          no token of a caller, or another one
     │   ├── RequestSizeError     more texts or bytes than one request may have
     │   ├── GatewayFullError     too many texts wait already
+    │   ├── GatewayTimeoutError  the request took longer than any may
     │   └── GatewayClosedError   the gateway is about to stop
     ├── NotSentError             a row left unsent, since an earlier one failed for all of them
     └── BatchError               some rows failed; `results` keeps the others, `errors` says which
@@ -453,6 +454,12 @@ class GatewayFullError(GatewayError):
     """Too many texts wait already."""
 
     code = "gateway-full"
+
+
+class GatewayTimeoutError(GatewayError):
+    """A request that took longer than any may, most often since the service does not answer."""
+
+    code = "gateway-timeout"
 
 
 class GatewayClosedError(GatewayError):

@@ -7,7 +7,8 @@ A line is the canonical JSON of a record (keys sorted, no spaces, ASCII). Its `h
 of the same record without `hash`; its `previous` is the hash of the record before, across files.
 A changed, removed, inserted or moved line breaks the chain where it happened. The end can be cut
 off, and the whole file written anew, without a trace in the file itself: keep a recent hash
-elsewhere, and give it to `verify` as the anchor.
+elsewhere, and give it to `verify` as the anchor. A file that another program moves away or empties
+is followed by a record `continued`, which goes on where it ended.
 
 A record never holds anything that a client sent but sizes: names are those of published models and
 of tenants, and a key id is shortened and hashed.
@@ -18,7 +19,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import queue
@@ -30,13 +30,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from veilhead_protocol.copies import process_mark
 from veilhead_protocol.errors import AccessLogError
+from veilhead_service.access_log_chain import End, Witness, end_of, files_of, sealed
 from veilhead_service.background import reason_of
-
-FILE_NAME: Final = "access.log"
-
-#: `previous` of the first record.
-GENESIS: Final = "0" * 64
 
 #: Lines that may wait for the disk. Beyond it, requests go unrecorded or are refused.
 _WAITING: Final = 4096
@@ -54,117 +51,11 @@ def shortened(key_id: bytes) -> str:
     return hashlib.sha256(key_id).hexdigest()[:16]
 
 
-def _canonical(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode("ascii")
-
-
-def _sealed(record: dict[str, Any]) -> tuple[bytes, str]:
-    """The line of a record, and the hash that it carries."""
-    digest = hashlib.sha256(_canonical(record)).hexdigest()
-    return _canonical(record | {"hash": digest}) + b"\n", digest
-
-
-def _opened(line: bytes) -> dict[str, Any] | None:
-    """The record of a line without its line break, or None when it is not one, hash included."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or _canonical(record) != line:
-        return None
-    without = {name: value for name, value in record.items() if name != "hash"}
-    if hashlib.sha256(_canonical(without)).hexdigest() != record.get("hash"):
-        return None
-    if type(record.get("sequence")) is not int or not isinstance(record.get("previous"), str):
-        return None
-    return record
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files of a log in order, closed ones first."""
-    closed = sorted(path.parent.glob(f"{path.name}.[0-9][0-9][0-9][0-9][0-9][0-9]"))
-    return [*closed, path] if path.exists() else closed
-
-
-@dataclass(frozen=True)
-class Verified:
-    """A whole chain: how many records, the hash of the last, and what deserves attention."""
-
-    records: int
-    head: str
-    notes: tuple[str, ...]
-
-
-def verify(path: Path, *, anchor: str | None = None, after: str | None = None) -> Verified:
-    """Check every record of a log, closed files included.
-
-    Args:
-        path: the open file.
-        anchor: the hash of a record that must be in the chain. Without one nobody can tell whether
-            the end is missing.
-        after: the hash of the last record in files that were moved away; the chain begins there.
-
-    Raises:
-        AccessLogError: naming file and number of the first line that breaks the chain.
-    """
-    files = files_of(path)
-    if not files:
-        raise AccessLogError(f"there is no access log at {path}")
-    previous, sequence, records, notes = after or GENESIS, 0, 0, list[str]()
-    torn: tuple[str, bytes] | None = None  # where an unreadable line is, and what it holds
-    found = anchor is None
-    for file in files:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise AccessLogError(f"{file} cannot be read: {error.strerror}") from error
-        *lines, rest = content.split(b"\n")
-        for number, line in enumerate(lines, 1):
-            where = f"{file.name} line {number}"
-            record = _opened(line)
-            if record is None:
-                if torn is not None:
-                    raise AccessLogError(f"{torn[0]} is not a record: it was edited")
-                torn = where, line
-                continue
-            if torn is not None:
-                if (
-                    record.get("event") != "recovered"
-                    or record.get("torn_sha256") != hashlib.sha256(torn[1]).hexdigest()
-                ):
-                    raise AccessLogError(f"{torn[0]} is not a record: it was edited")
-                notes.append(f"{torn[0]} was torn by a crash, as the next line says")
-                torn = None
-            elif record.get("event") == "recovered":
-                raise AccessLogError(f"the torn line before {where} was removed")
-            if after is not None and sequence == 0:
-                sequence = record["sequence"] - 1
-            if record["previous"] != previous or record["sequence"] != sequence + 1:
-                raise AccessLogError(
-                    f"{where} does not follow the line before: got record {record['sequence']}, "
-                    f"expected {sequence + 1}; lines were removed, inserted or moved"
-                )
-            previous, sequence, records = record["hash"], sequence + 1, records + 1
-            found = found or previous == anchor
-            if record.get("event") == "interrupted":
-                notes.append(f"{where}: {record.get('unrecorded')} requests were not recorded")
-        if rest:
-            if file != files[-1]:
-                raise AccessLogError(f"{file.name} does not end with a line break: it was edited")
-            notes.append(f"the last line of {file.name} is unfinished: being written, or torn")
-    if torn is not None:
-        raise AccessLogError(f"{torn[0]} is not a record: it was edited")
-    if not found:
-        raise AccessLogError(
-            "no record has the anchor's hash: the end was cut off, or the log written anew"
-        )
-    return Verified(records, previous, tuple(notes))
-
-
 @dataclass(frozen=True)
 class _Item:
     record: dict[str, Any]
     written: Future[None]
+    sync: bool = False
 
 
 class AccessLog:
@@ -188,11 +79,12 @@ class AccessLog:
         self._reserve_bytes = reserve_bytes
         self._items: queue.Queue[_Item | None] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
+        self._process = 0  # whose the thread is
         self._file = -1
         self._lock_file = -1
         self._size = 0
-        self._sequence = 0
-        self._previous = GENESIS
+        self._end = End()
+        self._continues: str | None = None  # why a file was begun that has no record yet
         self._unsynced_since: float | None = None
         self._failed = False
         self._unrecorded = 0  # refused by the disk; only the thread counts them
@@ -204,6 +96,21 @@ class AccessLog:
     def available(self) -> bool:
         """Whether the last attempt to write succeeded and there is room for another record."""
         return not self._failed and not self._items.full()
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and not stopped."""
+        return self._thread is not None
+
+    @property
+    def end(self) -> End:
+        """Number and hash of the last record, and what the log says of the state."""
+        return self._end
+
+    @property
+    def path(self) -> Path:
+        """The open file."""
+        return self._path
 
     @property
     def records_written(self) -> int:
@@ -244,34 +151,50 @@ class AccessLog:
         except AccessLogError:
             self._close_files()
             raise
+        self._process = process_mark()
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._thread.start()
-        logger.info("the access log goes on after record %d, %s", self._sequence, self._previous)
+        logger.info(
+            "the access log goes on after record %d, %s", self._end.sequence, self._end.head
+        )
 
     def stop(self) -> None:
-        """Write what waits, and close the log."""
-        if self._thread is None:
+        """Write what waits, and close the log; nothing in a copy of the process that writes it."""
+        if self._thread is None or self._is_copied:
             return
         self._items.put(None)
         self._thread.join()
         self._thread = None
         self._close_files()
-        logger.info("the access log ends with record %d, %s", self._sequence, self._previous)
+        logger.info("the access log ends with record %d, %s", self._end.sequence, self._end.head)
 
-    def append(self, **fields: Any) -> Future[None]:
-        """Queue a record.
+    def append(self, *, sync: bool = False, **fields: Any) -> Future[None]:
+        """Queue a record, of the event `request` unless `fields` name another.
 
-        The future is done once the record is written (and forced to the disk, when `sync_seconds`
-        is 0), and holds an `AccessLogError` when it cannot be.
+        The future is done once the record is written (and forced to the disk, with `sync` or when
+        `sync_seconds` is 0), and holds an `AccessLogError` when it cannot be.
         """
-        item = _Item({"event": "request", "time": _now(), **fields}, Future())
+        item = _Item({"event": "request", "time": _now(), **fields}, Future(), sync)
         item.written.set_running_or_notify_cancel()  # who waits may go away, the record stays
+        if self._is_copied:
+            item.written.set_exception(
+                AccessLogError(
+                    f"{self._path} is written by another process, which this one is a copy of: "
+                    "start the service after the fork"
+                )
+            )
+            return item.written
         try:
             self._items.put_nowait(item)
         except queue.Full:
             self._dropped += 1
             item.written.set_exception(AccessLogError("too many records wait for the disk"))
         return item.written
+
+    @property
+    def _is_copied(self) -> bool:
+        """Whether the thread that writes is another process's."""
+        return self._thread is not None and self._process != process_mark()
 
     def _close_files(self) -> None:
         for descriptor in (self._file, self._lock_file):
@@ -286,24 +209,15 @@ class AccessLog:
 
     def _resume(self) -> None:
         """Continue after the last record; a line that a crash tore is kept, ended and marked."""
+        self._end = end_of(self._path)
         self._open_file()
-        torn = b""
-        for file in reversed(files_of(self._path)):
-            content = file.read_bytes()
-            whole, line_break, rest = content.rpartition(b"\n")
-            if file == self._path:
-                torn = rest
-            if not line_break:
-                continue
-            record = _opened(whole.rpartition(b"\n")[2])
-            if record is None:
-                raise AccessLogError(
-                    f"the last record of {file} is damaged; "
-                    "`veilhead-server access-log verify` says more. Move the log away to begin "
-                    "a new one"
-                )
-            self._sequence, self._previous = record["sequence"], record["hash"]
-            break
+        if self._end.file == self._path:
+            torn = self._end.torn
+        else:
+            torn = self._path.read_bytes()  # no whole line
+            if self._end.file is not None:
+                closed = self._end.file in files_of(self._path)
+                self._continues = "full" if closed else "moved"
         if torn:
             digest = hashlib.sha256(torn).hexdigest()
             marker = {"event": "recovered", "torn_bytes": len(torn), "torn_sha256": digest}
@@ -357,7 +271,7 @@ class AccessLog:
         elif not records:  # it failed, and nobody's record was lost: see whether it works again
             records = [{"event": "interrupted", "time": _now(), "unrecorded": 0}]
         try:
-            self._write(records)
+            self._write(records, sync=any(item.sync for item in batch))
         except OSError as error:
             if not self._failed:
                 logger.error("the access log cannot be written: %s", error.strerror)
@@ -374,46 +288,82 @@ class AccessLog:
         for item in batch:
             item.written.set_result(None)
 
-    def _write(self, records: list[dict[str, Any]], before: bytes = b"") -> None:
+    def _write(
+        self, records: list[dict[str, Any]], before: bytes = b"", *, sync: bool = False
+    ) -> None:
         """Append records, whole or not at all.
 
         Raises:
             OSError: when they are not written; the chain is then where it was, and what did reach
             the file is cut off by the next attempt.
         """
-        if self._failed:
-            os.ftruncate(self._file, self._size)  # half a line that nobody was told of
+        self._look_at_file()
         disk = os.fstatvfs(self._file)
         tenth = disk.f_blocks * disk.f_frsize // 10
         if disk.f_bavail * disk.f_frsize < min(self._reserve_bytes, tenth):
             raise OSError(errno.ENOSPC, "the disk is full but for the reserve")
         if self._size >= self._file_bytes and not before:
             self._rotate()
-        data, sequence, previous = before, self._sequence, self._previous
+        if self._continues == "moved" and self._size:
+            before = b"\n"  # somebody else's file is in its place, and may end anywhere
+        data, end = before, self._end
+        if self._continues is not None:
+            link = {"event": "continued", "time": _now(), "reason": self._continues}
+            link |= {} if end.witness is None else end.witness.fields()
+            # The marker of a torn line comes right after it.
+            is_marker = bool(records) and records[0]["event"] == "recovered"
+            records = [*records, link] if is_marker else [link, *records]
         for record in records:
-            sequence += 1
-            line, previous = _sealed(record | {"sequence": sequence, "previous": previous})
+            sequence = end.sequence + 1
+            line, head = sealed(record | {"sequence": sequence, "previous": end.head})
+            end = End(sequence, head, Witness.of(record) or end.witness)
             data += line
         written = 0
         while written < len(data):
             written += os.write(self._file, data[written:])
-        if self._sync_seconds == 0:
+        if self._sync_seconds == 0 or sync:
             os.fsync(self._file)
         self._size += len(data)
-        self._sequence, self._previous = sequence, previous
+        self._end, self._continues = end, None
         if self._sync_seconds > 0 and self._unsynced_since is None:
             self._unsynced_since = time.monotonic()
+
+    def _look_at_file(self) -> None:
+        """Go on in a new file when this one was moved away; notice when it was cut.
+
+        Both are what programs do that rotate logs. The first record says so, and follows the last.
+        """
+        mine = os.fstat(self._file)
+        if mine.st_size < self._size:
+            self._continues = "cut"
+            self._size = mine.st_size
+            logger.warning("the access log was cut by another program; it goes on")
+        elif self._failed:
+            os.ftruncate(self._file, self._size)  # half a line that nobody was told of
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (mine.st_dev, mine.st_ino):
+            os.fsync(self._file)
+            self._begin_file("moved")
+            logger.warning("the access log was moved away; it goes on in a new file")
 
     def _rotate(self) -> None:
         os.fsync(self._file)
         closed = [file for file in files_of(self._path) if file != self._path]
         number = 1 + (int(closed[-1].suffix[1:]) if closed else 0)
-        if self._path.exists():  # else an attempt got so far
-            self._path.rename(self._path.with_name(f"{self._path.name}.{number:06d}"))
+        self._path.rename(self._path.with_name(f"{self._path.name}.{number:06d}"))
+        self._begin_file("full")
+        logger.info(
+            "the access log was rotated at record %d, %s", self._end.sequence, self._end.head
+        )
+
+    def _begin_file(self, reason: str) -> None:
         full = self._file
         self._open_file()
         os.close(full)
-        logger.info("the access log was rotated at record %d, %s", self._sequence, self._previous)
+        self._continues = reason
 
     def _sync_is_due(self) -> bool:
         since = self._unsynced_since

@@ -13,9 +13,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veilhead_protocol.copies import process_mark
-from veilhead_service import access_log, problems, routes, telemetry
-from veilhead_service.access import AccessGate, InsecureAccess, TenantAccess
+from veilhead_service import problems, routes, telemetry
+from veilhead_service.access import AccessGate, InsecureAccess
 from veilhead_service.access_log import AccessLog
+from veilhead_service.access_log_chain import FILE_NAME
 from veilhead_service.background import reason_of
 from veilhead_service.intake import Intake
 from veilhead_service.keys import KeyStore
@@ -29,6 +30,7 @@ from veilhead_service.settings import Settings
 from veilhead_service.store_versions import check_store_format
 from veilhead_service.strangers import Strangers
 from veilhead_service.telemetry import Telemetry
+from veilhead_service.tenant_access import TenantAccess
 from veilhead_service.tracing import Tracing
 from veilhead_service.workers import WorkerPool
 
@@ -84,7 +86,7 @@ def _access_log(settings: Settings) -> AccessLog | None:
     if settings.access_log_mode == "off":
         return None
     return AccessLog(
-        settings.state_directory / access_log.FILE_NAME,
+        settings.state_directory / FILE_NAME,
         sync_seconds=settings.access_log_sync_seconds,
         file_bytes=settings.access_log_file_bytes,
         reserve_bytes=settings.disk_reserve_bytes,
@@ -126,6 +128,7 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         head_key=head_key,
         shared=not settings.insecure_no_tenants,
     )
+    log = _access_log(settings)
     access = (
         InsecureAccess()
         if settings.insecure_no_tenants
@@ -133,9 +136,9 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
             settings.state_directory,
             rate=Rate(settings.rate_per_second, settings.rate_burst),
             budget=Budget(settings.query_budget, Period(settings.query_budget_period)),
+            log=log,
         )
     )
-    log = _access_log(settings)
     services = Services(
         models=source,
         keys=KeyStore(
@@ -169,9 +172,9 @@ def create_app(settings: Settings, *, models: ModelSource | None = None) -> Fast
         process = process_mark()
         try:
             try:
-                await access.start()
                 if log is not None:
                     log.start()
+                await access.start()
                 await pool.start()
                 if status is not None:
                     status.start()

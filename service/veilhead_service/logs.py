@@ -21,6 +21,8 @@ from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Final, Literal
 
+from veilhead_protocol.redaction import redacted
+
 #: State of the request that the current task answers: `request_id`, and `tenant` once it is known.
 request_state: ContextVar[Mapping[str, Any] | None] = ContextVar("request_state", default=None)
 
@@ -89,7 +91,7 @@ class _Formatter(logging.Formatter):
         message = record.getMessage()
         if record.name.partition(".")[0] != _OWN:
             # Libraries append representations of whatever failed: asyncio does, line by line.
-            message = message.partition("\n")[0].rstrip()
+            message = redacted(message.partition("\n")[0].rstrip())
         when = datetime.fromtimestamp(record.created, UTC)
         parts = {
             "time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"),

@@ -162,8 +162,7 @@ def of_error(error: VeilheadError) -> Problem:
             retryable=True,
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
-    if isinstance(error, StateError):
-        logger.error("the state failed: %s", error)
+    if isinstance(error, StateError):  # `tenant_access.py` logs it, once
         return Problem(
             HTTPStatus.SERVICE_UNAVAILABLE,
             "state-unavailable",

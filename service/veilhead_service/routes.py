@@ -535,8 +535,12 @@ async def live() -> dict[str, str]:
 )
 async def ready(services: _Services) -> JSONResponse:
     """200 when queries can be evaluated, 503 when not; names the models that cannot be asked."""
-    is_ready = services.pool.ready
-    found: dict[str, Any] = {"status": "ready" if is_ready else "not ready"}
+    found: dict[str, Any] = {"status": "ready"}
+    if not services.pool.ready:
+        found = {"status": "not ready"}
+    elif not await services.access.ready():
+        found = {"status": "not ready", "reason": "state-unavailable"}
+    is_ready = found["status"] == "ready"
     # Only the kind of reason: anybody may ask, and reasons name paths.
     if rows := [{"name": row.name, "why": row.why} for row in services.pool.unavailable()]:
         found["unavailable_models"] = rows

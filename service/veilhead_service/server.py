@@ -22,8 +22,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from veilhead_protocol.errors import ServiceError
+from veilhead_protocol.hardening import forbid_core_dumps, raise_descriptor_limit
 from veilhead_service.connections import Connection, ConnectionLimits, Connections, Front
-from veilhead_service.hardening import forbid_core_dumps, raise_descriptor_limit
 from veilhead_service.pacing import Pacing
 from veilhead_service.settings import Settings
 from veilhead_service.telemetry import network_metrics

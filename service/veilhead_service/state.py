@@ -1,7 +1,7 @@
 """What must survive a restart: tenants, API keys, limits, budgets and what the operator did.
 
 One SQLite file, opened by the service and by `veilhead-server tenants` at the same time. Every
-method is one transaction and blocks; the service calls them from a thread of their own.
+method is one transaction and blocks; the service calls them from threads of their own.
 
 Write-ahead logging with `synchronous=NORMAL`: nothing is lost when the service or its machine's
 software is killed. When the power fails, the charges of the last moments may be lost; the file
@@ -10,68 +10,26 @@ stays whole.
 
 from __future__ import annotations
 
-import os
+import secrets
 import sqlite3
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from veilhead_protocol.copies import keep_for_ever, process_mark
 from veilhead_protocol.errors import StateError, TenantError
 from veilhead_service.limits import Budget, Charge, Period, Usage
+from veilhead_service.state_file import STATE_FILE, StateFile, advice, damaged
 from veilhead_service.tenants import ApiKey, KeyScope, Tenant
 
-STATE_FILE: Final = "state.sqlite3"
+#: What was used of a period is kept for so long after the period began, for those who look back
+#: and for clocks that jump.
+USAGE_DAYS: Final = 400
 
-_BUSY_SECONDS: Final = 5.0
-
-#: Migration n takes a file from version n to n + 1. They are never changed, only added to.
-MIGRATIONS: Final = (
-    """
-    CREATE TABLE tenants (
-        name TEXT PRIMARY KEY,
-        created REAL NOT NULL
-    ) STRICT;
-    CREATE TABLE api_keys (
-        id TEXT PRIMARY KEY,
-        tenant TEXT NOT NULL REFERENCES tenants (name),
-        secret_sha256 BLOB NOT NULL CHECK (length(secret_sha256) = 32),
-        scopes TEXT NOT NULL,
-        created REAL NOT NULL,
-        expires REAL,
-        revoked REAL
-    ) STRICT;
-    CREATE INDEX api_keys_of_tenant ON api_keys (tenant);
-    CREATE TABLE audit (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        at REAL NOT NULL,
-        action TEXT NOT NULL,
-        tenant TEXT NOT NULL,
-        detail TEXT NOT NULL
-    ) STRICT
-    """,
-    """
-    ALTER TABLE tenants ADD COLUMN rate_per_second REAL CHECK (rate_per_second > 0);
-    ALTER TABLE tenants ADD COLUMN burst INTEGER CHECK (burst >= 1);
-    CREATE TABLE budgets (
-        tenant TEXT NOT NULL REFERENCES tenants (name),
-        model TEXT NOT NULL,
-        units INTEGER CHECK (units >= 0),
-        period TEXT NOT NULL CHECK (period IN ('day', 'month')),
-        PRIMARY KEY (tenant, model)
-    ) STRICT, WITHOUT ROWID;
-    CREATE TABLE usage (
-        tenant TEXT NOT NULL REFERENCES tenants (name),
-        model TEXT NOT NULL,
-        start TEXT NOT NULL,
-        used INTEGER NOT NULL CHECK (used >= 0),
-        PRIMARY KEY (tenant, model, start)
-    ) STRICT, WITHOUT ROWID
-    """,
-)
+_DAY_SECONDS: Final = 86400.0
+_PRUNED_AT_ONCE: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -99,55 +57,49 @@ def has_tenants(directory: Path) -> bool:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             return database.execute("SELECT 1 FROM tenants LIMIT 1").fetchone() is not None
     except sqlite3.Error as error:
-        raise StateError(_advice(path, error)) from error
+        raise StateError(advice(path, error)) from error
 
 
-class State:
+@dataclass(frozen=True)
+class Ending:
+    """Keys that were ended before their time, by one command.
+
+    Attributes:
+        epoch: 1 for the state's first one, and one more each time.
+        token: random, so that two histories of a state are told apart.
+        how: `revoked`, or `rotated` when they end after a grace period.
+        tenant: whose they are.
+        api_keys: their ids.
+        ends: seconds since 1970 from which on they open nothing.
+    """
+
+    epoch: int
+    token: str
+    how: str
+    tenant: str
+    api_keys: tuple[str, ...]
+    ends: float
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which state this is, and what the access log is known to hold of it.
+
+    Attributes:
+        id: random, made with the state.
+        logged_epoch: the last ending that is in the access log.
+        log_sequence: number of a record of the access log that was on the disk; 0 for none.
+        log_head: its hash.
+    """
+
+    id: str
+    logged_epoch: int
+    log_sequence: int
+    log_head: str
+
+
+class State(StateFile):
     """The store of tenants, keys and budgets."""
-
-    def __init__(self, directory: Path, *, clock: Callable[[], float] = time.time) -> None:
-        """Open the state in `directory`, making or migrating it as needed.
-
-        Args:
-            directory: private to its owner; made when it is absent.
-            clock: seconds since 1970.
-
-        Raises:
-            StateError: when the file is not one, is damaged, or is of a newer version.
-        """
-        self._path = directory / STATE_FILE
-        self._clock = clock
-        self._process = process_mark()
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # SQLite gives its side files the mode of this one.
-            os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
-        except OSError as error:
-            raise StateError(
-                f"the state {self._path} cannot be opened ({error.strerror}): it needs a "
-                "directory that this user can write to"
-            ) from error
-        with self._reported():
-            # One thread at a time uses it, which need not be the one that opens it.
-            self._database = sqlite3.connect(
-                self._path,
-                timeout=_BUSY_SECONDS,
-                isolation_level=None,
-                check_same_thread=False,
-            )
-            try:
-                self._prepare()
-            except BaseException:
-                self._database.close()
-                raise
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._process != process_mark():
-            # https://www.sqlite.org/howtocorrupt.html: not even closed in another process.
-            keep_for_ever(self._database)
-            return
-        self._database.close()
 
     def __enter__(self) -> State:
         return self
@@ -155,81 +107,10 @@ class State:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- the file ---------------------------------------------------------------------------------
-
-    def _prepare(self) -> None:
-        self._database.execute("PRAGMA foreign_keys = ON")
-        self._database.execute("PRAGMA synchronous = NORMAL")
-        with self._writing():
-            version = self._version()
-            if version > len(MIGRATIONS):
-                raise StateError(
-                    f"the state {self._path} has schema version {version}, this program knows "
-                    f"up to {len(MIGRATIONS)}: use the newer program that wrote it"
-                )
-            if version == 0 and self._rows("SELECT 1 FROM sqlite_master LIMIT 1"):
-                raise StateError(
-                    f"{self._path} is a database of something else: choose another directory"
-                )
-            if version and self._rows("PRAGMA quick_check(1)") != [("ok",)]:
-                raise StateError(_damaged(self._path))
-            for migration in MIGRATIONS[version:]:
-                for statement in migration.split(";"):
-                    self._database.execute(statement)
-            self._database.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        self._use_write_ahead_log()
-
-    def _use_write_ahead_log(self) -> None:
-        """Switch once in the life of a file; this one statement does not wait for other users."""
-        deadline = time.monotonic() + _BUSY_SECONDS
-        while True:
-            try:
-                self._database.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
-            else:
-                return
-
-    def _version(self) -> int:
-        return int(self._rows("PRAGMA user_version")[0][0])
-
-    def _rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self._database.execute(statement, values).fetchall()
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        if self._process != process_mark():
-            raise StateError(
-                f"the state {self._path} was opened by another process, which this one is a copy "
-                "of: start the service after the fork"
-            )
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StateError(_advice(self._path, error)) from error
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """One transaction, which no other writer's can come between."""
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._database.execute("COMMIT")
-        except BaseException:
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
-            raise
-
-    def data_version(self) -> int:
-        """A number that changes when another connection has written.
-
-        Raises:
-            StateError: when the state cannot be read; so do all methods below.
-        """
+    def commands(self) -> int:
+        """How many commands changed it so far."""
         with self._reported():
-            return int(self._rows("PRAGMA data_version")[0][0])
+            return int(self._rows("SELECT coalesce(max(number), 0) FROM audit")[0][0])
 
     # --- tenants and keys -------------------------------------------------------------------------
 
@@ -254,7 +135,7 @@ class State:
                 for key_id, tenant, digest, scopes, *times in rows
             ]
         except ValueError as error:  # a scope that this version does not know
-            raise StateError(_damaged(self._path)) from error
+            raise StateError(damaged(self._path)) from error
 
     def add_tenant(self, key: ApiKey) -> None:
         """A new tenant with its first key.
@@ -281,11 +162,13 @@ class State:
         """
         with self._reported(), self._writing():
             self._check_tenant(key.tenant)
-            self._database.execute(
-                "UPDATE api_keys SET expires = min(coalesce(expires, ?1), ?1) "
-                "WHERE tenant = ?2 AND revoked IS NULL",
-                (others_end, key.tenant),
+            others = self._rows(
+                "SELECT id FROM api_keys WHERE tenant = ? AND revoked IS NULL "
+                "AND (expires IS NULL OR expires > ?)",
+                key.tenant,
+                others_end,
             )
+            self._end("rotated", key.tenant, [found for (found,) in others], others_end)
             self._insert(key)
             self._note("rotate", key.tenant, f"key {key.id}, scopes {_written(key.scopes)}")
 
@@ -303,12 +186,42 @@ class State:
                 if not rows:
                     raise TenantError(f"{tenant} has no such key: `list` shows the ids of its keys")
             ids = [found for found, revoked in rows if revoked is None]
+            self._end("revoked", tenant, ids, self._clock())
             for found in ids:
-                self._database.execute(
-                    "UPDATE api_keys SET revoked = ? WHERE id = ?", (self._clock(), found)
-                )
                 self._note("revoke", tenant, f"key {found}")
             return ids
+
+    def _end(self, how: str, tenant: str, ids: list[str], ends: float) -> None:
+        if not ids:
+            return
+        epoch = 1 + self._rows("SELECT coalesce(max(epoch), 0) FROM endings")[0][0]
+        token = secrets.token_hex(8)
+        self._apply(Ending(epoch, token, how, tenant, tuple(ids), ends))
+
+    def _apply(self, ending: Ending) -> list[str]:
+        """End keys and note it; the ids of those that had not ended by then."""
+        self._database.execute(
+            "INSERT INTO endings (epoch, token, how, tenant, api_keys, ends) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                ending.epoch,
+                ending.token,
+                ending.how,
+                ending.tenant,
+                " ".join(ending.api_keys),
+                ending.ends,
+            ),
+        )
+        change = "revoked = ?1" if ending.how == "revoked" else "expires = ?1"
+        return [
+            found
+            for found in ending.api_keys
+            if self._database.execute(
+                f"UPDATE api_keys SET {change} WHERE id = ?2 AND revoked IS NULL "  # noqa: S608
+                "AND (?3 = 'revoked' OR expires IS NULL OR expires > ?1)",
+                (ending.ends, found, ending.how),
+            ).rowcount
+        ]
 
     def _check_tenant(self, name: str) -> None:
         if not self._rows("SELECT 1 FROM tenants WHERE name = ?", name):
@@ -327,6 +240,70 @@ class State:
                 key.expires,
             ),
         )
+
+    # --- what the access log must know ------------------------------------------------------------
+
+    def identity(self) -> Identity:
+        """Which state this is."""
+        with self._reported():
+            ((*found,),) = self._rows(
+                "SELECT id, logged_epoch, log_sequence, log_head FROM identity"
+            )
+        return Identity(*found)
+
+    def endings(self, after: int = 0) -> list[Ending]:
+        """Commands that ended keys, beyond this epoch, in order."""
+        with self._reported():
+            rows = self._rows(
+                "SELECT epoch, token, how, tenant, api_keys, ends FROM endings "
+                "WHERE epoch > ? ORDER BY epoch",
+                after,
+            )
+        return [
+            Ending(epoch, token, how, tenant, tuple(ids.split()), ends)
+            for epoch, token, how, tenant, ids, ends in rows
+        ]
+
+    def note_logged(self, epoch: int, sequence: int, head: str) -> None:
+        """Note that the access log holds all endings up to `epoch`, and has this record."""
+        with self._reported(), self._writing():
+            self._database.execute(
+                "UPDATE identity SET logged_epoch = ?, log_sequence = ?, log_head = ?",
+                (epoch, sequence, head),
+            )
+
+    def accept(self, endings: Iterable[Ending], identity: Identity) -> list[str]:
+        """Become the state that the access log knows: end what that says has ended.
+
+        Endings of this state that the log does not know are kept, and numbered after the others.
+
+        Args:
+            endings: all that the log knows, in order.
+            identity: what this state is from now on.
+
+        Returns:
+            Ids of keys that had not ended before.
+        """
+        given = list(endings)
+        with self._reported(), self._writing():
+            tokens = {ending.token for ending in given}
+            own = [ending for ending in self.endings() if ending.token not in tokens]
+            self._database.execute("DELETE FROM endings")
+            ended = [found for ending in given for found in self._apply(ending)]
+            epoch = max((ending.epoch for ending in given), default=0)
+            for number, ending in enumerate(own, epoch + 1):
+                self._apply(replace(ending, epoch=number))
+            self._database.execute(
+                "UPDATE identity SET id = ?, logged_epoch = ?, log_sequence = ?, log_head = ?",
+                (
+                    identity.id,
+                    identity.logged_epoch,
+                    identity.log_sequence,
+                    identity.log_head,
+                ),
+            )
+            self._note("accept-restored", "", f"keys ended again: {' '.join(ended) or 'none'}")
+        return ended
 
     # --- limits -----------------------------------------------------------------------------------
 
@@ -412,20 +389,43 @@ class State:
         """
         defaults = of_models or {}
         now = self._clock()
+        starts = {period: period.start(now) for period in Period}
+        # The tenant's own rows are found by the primary key, all tenants' by the index of starts.
+        whose = "" if tenant is None else "AND tenant = ?"
+        mine = () if tenant is None else (tenant,)
         with self._reported():
-            pairs = self._rows(
-                "SELECT tenant, model FROM budgets UNION SELECT tenant, model FROM usage "
-                "WHERE start IN (?, ?) ORDER BY 1, 2",
-                Period.DAY.start(now),
-                Period.MONTH.start(now),
-            )
-            found = []
-            for owner, model in pairs:
-                if tenant in (None, owner):
-                    budget = self._budget(owner, model, defaults.get(model, default))
-                    used = self._used(owner, model, budget.period.start(now))
-                    found.append(Usage(owner, model, budget, used, budget.period.ends(now)))
+            used = {
+                (owner, model, start): units
+                for owner, model, start, units in self._rows(
+                    "SELECT tenant, model, start, used FROM usage "  # noqa: S608
+                    f"WHERE start IN (?, ?) {whose}",
+                    *starts.values(),
+                    *mine,
+                )
+            }
+            own = self.budgets()
+        pairs = {(owner, model) for owner, model, _ in used}
+        pairs |= {pair for pair in own if tenant in (None, pair[0])}
+        found = []
+        for owner, model in sorted(pairs):
+            budget = own.get((owner, model)) or defaults.get(model, default)
+            units = used.get((owner, model, starts[budget.period]), 0)
+            found.append(Usage(owner, model, budget, units, budget.period.ends(now)))
         return found
+
+    def prune(self) -> bool:
+        """Delete some of the oldest counts; whether there may be more of them.
+
+        What was used of a period goes `USAGE_DAYS` after the period began.
+        """
+        oldest = datetime.fromtimestamp(self._clock() - USAGE_DAYS * _DAY_SECONDS, UTC)
+        with self._reported(), self._writing():
+            done = self._database.execute(
+                "DELETE FROM usage WHERE (tenant, model, start) IN "
+                "(SELECT tenant, model, start FROM usage WHERE start < ? LIMIT ?)",
+                (oldest.strftime("%Y-%m-%d"), _PRUNED_AT_ONCE),
+            )
+        return done.rowcount == _PRUNED_AT_ONCE
 
     def _budget(self, tenant: str, model: str, default: Budget) -> Budget:
         rows = self._rows(
@@ -467,21 +467,3 @@ def _written(scopes: frozenset[KeyScope]) -> str:
 
 def _scopes(written: str) -> frozenset[KeyScope]:
     return frozenset(KeyScope(scope) for scope in written.split())
-
-
-def _damaged(path: Path) -> str:
-    return f"the state {path} is damaged: restore it from a backup, or start anew in another place"
-
-
-def _advice(path: Path, error: sqlite3.Error) -> str:
-    """What went wrong in SQLite, and what to do. Its own messages hold no values."""
-    name = getattr(error, "sqlite_errorname", "")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return f"the state {path} is locked by another process for {_BUSY_SECONDS:.0f} s: try again"
-    if name.startswith("SQLITE_FULL"):
-        return f"the state {path} cannot grow: make room on its disk"
-    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-        return f"the state {path} cannot be written: check its owner and permissions"
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return _damaged(path)
-    return f"the state {path} failed ({name or type(error).__name__}): check its disk"

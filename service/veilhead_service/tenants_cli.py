@@ -14,11 +14,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from veilhead_protocol.errors import TenantError
+from veilhead_protocol.errors import StateError, TenantError
 from veilhead_protocol.manifest import NAME_PATTERN
+from veilhead_service import witness
 from veilhead_service.limits import Budget, Period
 from veilhead_service.reporting import reported
-from veilhead_service.state import State
+from veilhead_service.state import Ending, State
 from veilhead_service.tenants import DEFAULT_SCOPES, ApiKey, KeyScope, Tenant, new_api_key
 
 app = typer.Typer(
@@ -62,6 +63,14 @@ def _opened(directory: Path) -> Iterator[State]:
         yield state
 
 
+@contextmanager
+def _to_change(directory: Path) -> Iterator[State]:
+    """The state, once it is known to be the one that the access log knows."""
+    with _opened(directory) as state:
+        witness.check_command(state, directory)
+        yield state
+
+
 @app.command()
 def add(
     name: _Name,
@@ -76,7 +85,7 @@ def add(
 
     Example: veilhead-server tenants add clinic --expires 90 --state state
     """
-    with _opened(state) as opened:
+    with _to_change(state) as opened:
         now = time.time()
         ends = None if expires is None else _after(now, expires * _DAY)
         scopes = frozenset(scope) if scope else DEFAULT_SCOPES
@@ -100,7 +109,7 @@ def rotate(
 
     Example: veilhead-server tenants rotate clinic --grace 48
     """
-    with _opened(state) as opened:
+    with _to_change(state) as opened:
         now = time.time()
         old = [key for key in opened.api_keys() if key.tenant == name]
         if not old:
@@ -111,7 +120,8 @@ def rotate(
             ends = _after(now, expires * _DAY)
         key, written = new_api_key(name, newest.scopes, now=now, expires=ends)
         opened.rotate(key, others_end=_after(now, grace * _HOUR))
-    _show_once(key, written)
+        _show_once(key, written)
+        witness.record_endings(opened, state)
 
 
 @app.command()
@@ -124,11 +134,14 @@ def revoke(
 ) -> None:
     """End a tenant's keys at once. `rotate` lets it in again.
 
+    Exit status 1, although they have ended, when the access log does not say so within 5 seconds.
+
     Example: veilhead-server tenants revoke clinic
     """
-    with _opened(state) as opened:
+    with _to_change(state) as opened:
         revoked = opened.revoke(name, key)
-    typer.echo(f"{name}: {len(revoked)} keys revoked")
+        typer.echo(f"{name}: {len(revoked)} keys revoked")
+        witness.record_endings(opened, state)
 
 
 @app.command("list")
@@ -180,7 +193,7 @@ def limit(
 
     Example: veilhead-server tenants limit clinic --model icd10-chapters --budget 5000 --period day
     """
-    with _opened(state) as opened:
+    with _to_change(state) as opened:
         if (model is None) != (budget is None):
             raise TenantError("--model and --budget go together")
         if rate is None and burst is None and model is None:
@@ -209,6 +222,48 @@ def audit(state: _State = _DEFAULT_STATE) -> None:
             "detail": entry.detail,
         }
         typer.echo(json.dumps(row))
+
+
+@app.command("accept-restored")
+def accept_restored(
+    without_log: Annotated[
+        bool,
+        typer.Option(
+            "--without-log",
+            help="Go on although files of the access log are lost: whom they say to have been "
+            "revoked since the backup is let in again.",
+        ),
+    ] = False,
+    state: _State = _DEFAULT_STATE,
+) -> None:
+    """Use a state that was restored from a backup, once the keys that were ended since have ended.
+
+    The access log says which these are. Prints each; look through `list` for what else the backup
+    brought back: limits, and what was used of budgets.
+
+    Example: veilhead-server tenants accept-restored --state state
+    """
+    with _opened(state) as opened:
+        try:
+            witness.check_command(opened, state)
+        except StateError as error:
+            typer.echo(f"refused so far: {error}", err=True)
+        else:
+            typer.echo("nothing to accept: the access log and this state agree")
+            return
+        done = witness.accept(opened, state, without_log=without_log)
+        for key, ending in done.ended:
+            typer.echo(f"ended again: key {key} of {ending.tenant}, {_told(ending)}")
+        for key, ending in done.missing:
+            typer.echo(f"not in this state: key {key} of {ending.tenant}, {_told(ending)}")
+        now = time.time()
+        active = sum(item.status(now) == "active" for item in opened.api_keys())
+        typer.echo(f"accepted: {len(done.ended)} keys ended again, {active} are active")
+
+
+def _told(ending: Ending) -> str:
+    at = _written(ending.ends)
+    return f"revoked {at}" if ending.how == "revoked" else f"rotated, ends {at}"
 
 
 def _after(now: float, seconds: float) -> float:

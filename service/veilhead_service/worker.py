@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from veilhead_protocol.errors import ModelUnavailableError, VeilheadError, WireError
+from veilhead_protocol.hardening import forbid_core_dumps
 from veilhead_protocol.wire import QueryHeader
 from veilhead_service import frames, logs
 from veilhead_service.encrypted_head import ClientKey, EncryptedHead
-from veilhead_service.hardening import forbid_core_dumps
 from veilhead_service.head_encryption import HeadKey
 from veilhead_service.head_loading import HeadLoader
 

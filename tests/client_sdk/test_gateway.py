@@ -18,10 +18,13 @@ from veilhead import AsyncClient, Client
 from veilhead.deidentify import Deidentifier, Finding
 from veilhead.gateway.app import Gateway, Limits, create_app
 from veilhead.gateway.callers import Callers
+from veilhead.gateway.logs import RedactingFormatter
 from veilhead.gateway.metrics import Metrics
 from veilhead.gateway.server import check_exposure
+from veilhead.gateway.upstream import Upstream
 from veilhead_protocol.errors import InputError, NoBackboneError
 
+KEY = "vh_0123456789abcdef_" + "S" * 43
 TOKEN, OTHER = "a" * 32, "b" * 32
 
 
@@ -477,6 +480,97 @@ def test_texts_reach_neither_logs_nor_metrics_nor_errors(
     # httpx2 and asyncio log at their lowest level too: names and sizes.
     assert "canary" not in caplog.text
     assert "canary" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "407, message='no', url='http://agent:pa55word@proxy.example:3128'",
+        f"headers=<CIMultiDictProxy('Authorization': 'Bearer {KEY}')>",
+    ],
+)
+def test_what_a_library_says_reaches_no_caller_with_its_secrets(gateway, quick, message, caplog):
+    async def work(caller, upstream):
+        upstream.on("infer", *[httpx2.ProxyError(message)] * 5)
+        return await caller.post({"inputs": "red"})
+
+    with caplog.at_level(logging.DEBUG, "veilhead"):
+        answer = gateway(work)
+    assert answer.status_code == 502
+    assert "ProxyError" in answer.text
+    for text in (answer.text, caplog.text):
+        assert "pa55word" not in text
+        assert KEY not in text
+
+
+def test_what_a_service_repeats_reaches_no_caller_with_its_secrets(gateway, quick):
+    async def work(caller, upstream):
+        told = problem(403, "forbidden").json() | {"detail": f"not for Bearer {KEY}"}
+        upstream.on("infer", httpx2.Response(403, json=told))
+        return await caller.post({"inputs": "red"})
+
+    answer = gateway(work)
+    assert (answer.status_code, KEY in answer.text) == (502, False)
+
+
+def test_a_log_line_holds_neither_a_traceback_nor_secrets():
+    record = logging.LogRecord(
+        "asyncio", logging.ERROR, "x", 1, "never retrieved http://a:pa55word@p\n%s", ("text",), None
+    )
+    try:
+        raise ValueError("acute chest pain")
+    except ValueError as error:
+        record.exc_info = (ValueError, error, error.__traceback__)
+    line = RedactingFormatter().format(record)
+    assert "\n" not in line
+    assert "ValueError at test_gateway.py" in line
+    for hidden in ("pa55word", "chest", "text"):
+        assert hidden not in line
+
+
+async def hang(inner, request):
+    await asyncio.sleep(600)
+
+
+def test_a_request_ends_though_the_service_hangs(gateway):
+    async def work(caller, upstream):
+        upstream.on("infer", *[hang] * 5)
+        first = await asyncio.gather(*(caller.post({"inputs": "red"}) for _ in range(5)))
+        upstream.script.clear()
+        return first, await caller.post({"inputs": "red"})
+
+    first, after = gateway(work, limits=Limits(request_seconds=1.0, max_batch=1))
+    assert [answer.status_code for answer in first] == [504] * 5
+    assert first[0].json()["error_type"] == "Backend"
+    assert after.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("event", "kind"),
+    [
+        (hang, "timeout"),
+        (httpx2.ConnectError(f"no http://agent:{KEY}@proxy"), "transport"),
+        (problem(503, "draining"), "service-response"),
+    ],
+    ids=["hung", "gone", "draining"],
+)
+def test_health_tells_whether_the_service_answers(gateway, event, kind):
+    async def work(caller, upstream):
+        watched = Upstream(caller.gateway.client._probe, seconds=1.0)
+        caller.gateway.upstream = watched
+        answers = []
+        for events in ([], [event], [event], []):
+            upstream.on("manifest", *events)
+            await watched._ask()
+            answers.append(await caller.http.get("/health"))
+        return answers, upstream.seen("infer")
+
+    answers, queries = gateway(work)
+    assert [answer.status_code for answer in answers] == [200, 200, 503, 200]
+    told = answers[2].json()["upstream"]
+    assert (told["failed_probes"], told["failure"], told["ready"]) == (2, kind, False)
+    assert KEY not in answers[2].text
+    assert queries == []  # nothing of a text was sent
 
 
 def test_deidentification_is_the_clients(gateway, monkeypatch):

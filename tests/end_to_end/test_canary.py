@@ -25,7 +25,7 @@ from veilhead import Client, session
 from veilhead_models.artifact import HeadArtifact
 from veilhead_models.backbone import describe
 from veilhead_protocol.errors import VeilheadError
-from veilhead_service.access_log import verify
+from veilhead_service.access_log_chain import verify
 from veilhead_service.model_store import publish
 from veilhead_service.tenants import KeyScope
 

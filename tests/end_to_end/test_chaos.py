@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from veilhead_benchmarks.chaos import Outcome, run_chaos
+from veilhead_benchmarks.chaos import FAULTS, run_chaos
+from veilhead_benchmarks.chaos_load import Outcome
 
 
 @pytest.mark.slow
 def test_no_fault_makes_an_answer_wrong_or_lost():
     outcomes = run_chaos(seconds=2.0)
-    assert len(outcomes) == 8
+    assert len(outcomes) == len(FAULTS) == 15
     for outcome in outcomes:
         assert outcome.passed, outcome
         assert (outcome.wrong, outcome.lost) == (0, 0)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -23,6 +27,7 @@ from veilhead_models.backbone import describe
 from veilhead_service.model_store import publish
 
 TOKEN = "t" * 32
+KEY = "vh_0123456789abcdef_" + "S" * 43
 
 
 @pytest.fixture
@@ -35,14 +40,14 @@ def store(tmp_path, tiny_directory):
     return tmp_path / "store"
 
 
-def start(*arguments):
+def start(*arguments, environment=None):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", "from veilhead.cli import app; app()"]
     process = subprocess.Popen(
         [*command, "gateway", "--port", str(port), "--model", "colours", *map(str, arguments)],
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        env=os.environ | {"PYTHONWARNINGS": "ignore"} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -63,6 +68,8 @@ def test_an_application_switches_by_its_url_alone(store, tmp_path):
                         break
                 assert process.poll() is None, process.stdout.read()
                 time.sleep(0.1)
+            limits = Path(f"/proc/{process.pid}/limits").read_text()
+            health = httpx2.get(f"{url}/health", trust_env=False).json()
             answer = httpx2.post(
                 f"{url}/predict",
                 json={"inputs": "acute chest pain of canary@example.com"},
@@ -75,6 +82,8 @@ def test_an_application_switches_by_its_url_alone(store, tmp_path):
         with Client(upstream, "colours") as client:
             (best,) = client.classify("acute chest pain of [EMAIL_1]")
     assert process.returncode == 0, log
+    assert re.search(r"core file size +0 +0 ", limits)
+    assert health["upstream"]["ready"]
     first = answer.json()[0]
     assert first["label"] == best.label
     assert first["score"] == pytest.approx(best.score, abs=2e-3)
@@ -96,3 +105,37 @@ def test_what_cannot_be_served_is_said_in_one_line(arguments, says):
     assert result.exit_code == 1
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+class Proxy(socketserver.StreamRequestHandler):
+    """Refuses, and repeats what it was sent and more."""
+
+    def handle(self):
+        lines = []
+        while (line := self.rfile.readline()).strip():
+            lines.append(line)
+        body = b"".join(lines) + KEY.encode()
+        self.wfile.write(
+            b"HTTP/1.1 407 who is agent:pa55word, with %s\r\n" % KEY.encode()
+            + b"Proxy-Authenticate: Basic\r\nContent-Length: %d\r\n\r\n" % len(body)
+            + body
+        )
+
+
+def test_a_proxy_that_repeats_secrets_does_not_have_them_told(tmp_path):
+    key_file = tmp_path / "key"
+    key_file.write_text(KEY)
+    key_file.chmod(0o600)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        port = proxy.server_address[1]
+        process, _ = start(
+            "--upstream", "https://vendor.example", "--api-key-file", key_file,
+            environment={"HTTPS_PROXY": f"http://agent:pa55word@127.0.0.1:{port}"},
+        )  # fmt: skip
+        log, _ = process.communicate(timeout=120)
+        proxy.shutdown()
+    assert process.returncode == 1
+    assert "407" in log  # it says what is wrong, and
+    for secret in ("pa55word", KEY, KEY[-43:], "YWdlbnQ6cGE1NXdvcmQ"):
+        assert secret not in log

@@ -31,7 +31,7 @@ from veilhead_protocol.wire import (
     ReplyMessage,
     carried_key,
 )
-from veilhead_service import access_log
+from veilhead_service import access_log, access_log_chain
 from veilhead_service.head_encryption import HeadKey
 from veilhead_service.retirement import Retirement
 from veilhead_service.settings import load_settings
@@ -174,7 +174,7 @@ TARGETS = {
         ),
     ),
     "access-log": Target(
-        lambda data: access_log.verify(scratch("access.log", data)),
+        lambda data: access_log_chain.verify(scratch("access.log", data)),
         (AccessLogError,),
         (log_lines(),),
     ),

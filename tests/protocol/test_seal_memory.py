@@ -157,7 +157,7 @@ def test_a_worker_that_forbids_core_dumps_reads_all_the_same() -> None:
         "import os\n"
         "import veilhead_service.worker\n"
         "from veilhead_protocol import seal_memory\n"
-        "from veilhead_service.hardening import forbid_core_dumps\n"
+        "from veilhead_protocol.hardening import forbid_core_dumps\n"
         "forbid_core_dumps()\n"
         "os.getuid() or os.setuid(65534)\n"
         "try:\n"

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import re
 import sqlite3
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,20 +18,22 @@ import pytest
 from starlette.requests import Request
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
+from support.copies import WAYS, in_copy
 from support.heads import artifact
 from support.tenants import add_tenant, bearer
 
 from veilhead.session import SecretKey
 from veilhead_protocol.errors import StateError, WorkerError
 from veilhead_protocol.policy import BudgetClause, PolicySection
-from veilhead_service import access as access_module
-from veilhead_service.access import OPEN_PATHS, TenantAccess, scope_of
+from veilhead_service.access import OPEN_PATHS, scope_of
 from veilhead_service.app import create_app
 from veilhead_service.limits import Budget, Period, Rate
 from veilhead_service.model_store import publish
 from veilhead_service.problems import Problem
 from veilhead_service.settings import Settings
-from veilhead_service.state import STATE_FILE, State
+from veilhead_service.state import State
+from veilhead_service.state_file import STATE_FILE
+from veilhead_service.tenant_access import TenantAccess
 from veilhead_service.tenants import KeyScope
 
 #: What each route needs. A new route must be added here, on purpose.
@@ -238,7 +242,7 @@ def test_a_key_expires_while_the_service_runs(directory):
     async def run():
         assert await admitted() == "clinic"
         clock["now"] = now + 100
-        with pytest.raises(access_module.Problem) as caught:
+        with pytest.raises(Problem) as caught:
             await admitted()
         await access.stop()
         return caught.value.code
@@ -486,6 +490,73 @@ def test_what_is_left_of_a_budget_and_what_is_given_back_can_be_used(directory, 
     asyncio.run(run())
 
 
+def test_a_command_gives_a_budget_back_that_was_used_up(directory, api_key):
+    """Also one that comes while a charge is refused."""
+
+    async def run():
+        access = TenantAccess(directory, rate=Rate(1e3, 1000), budget=Budget(1, Period.DAY))
+        await access.start()
+
+        async def charged():
+            await access.admit([f"Bearer {api_key}"], "/version")
+            async with access.charged("clinic", "m", 1):
+                pass
+
+        await charged()
+        charges = access._charges
+        real = charges.run
+
+        async def run_before_a_command(call):
+            found = await real(call)
+            with State(directory) as state:
+                state.set_budget("clinic", "m", Budget(2, Period.DAY))
+            await asyncio.sleep(0.6)  # it is seen before the refusal is noted
+            return found
+
+        charges.run = run_before_a_command
+        with pytest.raises(Problem):
+            await charged()
+        charges.run = real
+        await charged()
+        await access.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copied_process_admits_nobody_and_waits_for_nothing(directory, api_key, way):
+    async def admitted():
+        await access.admit([f"Bearer {api_key}"], "/version")
+
+    async def refused():
+        for call in (
+            access._keys.run(lambda _: None),
+            access._upkeep.run(State.tenants),
+            access.charged("clinic", "m", 1).__aenter__(),
+            access.usage_snapshot({}),
+        ):
+            with pytest.raises(StateError, match="after the fork"):
+                await call
+        for lane in (access._keys, access._charges, access._upkeep):
+            await lane.close()
+        access._checked = -math.inf
+        with pytest.raises(StateError, match="after the fork"):
+            await admitted()
+
+    access = TenantAccess(directory, rate=Rate(9, 9), budget=Budget(9, Period.DAY))
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(access.start())
+        loop.run_until_complete(access._counts.run(State.tenants))
+        loop.run_until_complete(access.charged("clinic", "m", 1).__aenter__())
+        in_copy(way, lambda: asyncio.run(refused()))
+        loop.run_until_complete(admitted())
+        assert loop.run_until_complete(access.usage_snapshot({}))[0].used == 1
+        loop.run_until_complete(access.stop())
+    finally:
+        loop.close()
+
+
 class _FailingPool:
     """Stands where the pool is when every worker is lost; the rest of the app is real."""
 
@@ -568,7 +639,8 @@ def test_no_query_is_answered_when_it_cannot_be_charged(
     replace_service(app, pool=Counting())
     service = make_service(TestClient(app, headers=bearer(api_key)), artifacts)
     query = service.query("digits")
-    state = app.state.services.access._state
+    state = app.state.services.access._charges._open_state()
+    app.state.services.access._charges._state = state
     state._rows("PRAGMA query_only = ON")  # every write fails, as on a disk gone read-only
     problem(
         service.infer("digits", query.data),
@@ -614,6 +686,96 @@ def test_a_lock_does_not_hold_up_the_event_loop(directory, api_key):
         lock.execute("ROLLBACK")
         lock.close()
         done = await waiting
+        await access.stop()
+        return done
+
+    assert asyncio.run(run()) == "charged"
+
+
+@pytest.fixture
+def locked(directory, api_key, monkeypatch):
+    """A running access of a tenant, and what another process holds its state with."""
+    monkeypatch.setattr("veilhead_service.state_lane.BUSY_SECONDS", 2.0)
+
+    def run(work):
+        async def drive():
+            access = TenantAccess(directory, rate=Rate(99, 99), budget=Budget(None, Period.DAY))
+            await access.start()
+            lock = sqlite3.connect(directory / STATE_FILE, isolation_level=None)
+            lock.execute("BEGIN IMMEDIATE")
+            try:
+                return await work(access, lock)
+            finally:
+                lock.close()
+                await access.stop()
+
+        return asyncio.run(drive())
+
+    return run
+
+
+async def use(access):
+    async with access.charged("clinic", "m", 1):
+        return "charged"
+
+
+def test_a_lock_costs_nobody_more_than_it_says(locked, api_key):
+    """Ten charges wait together, not one after the other; who is not charged does not wait."""
+
+    async def work(access, lock):
+        started = time.monotonic()
+        charges = [asyncio.create_task(use(access)) for _ in range(10)]
+        for _ in range(5):
+            await asyncio.sleep(0.06)  # so that the state is looked at again
+            assert await access.admit([f"Bearer {api_key}"], "/v1/models") == "clinic"
+            assert await access.usage("clinic", {})
+            assert await access.usage_snapshot({}) == []
+            assert not any(charge.done() for charge in charges)
+        outcomes = await asyncio.gather(*charges, return_exceptions=True)
+        assert all(isinstance(outcome, StateError) for outcome in outcomes)
+        assert time.monotonic() - started < 4 * 2.0
+        lock.execute("ROLLBACK")
+        return await use(access)
+
+    assert locked(work) == "charged"
+
+
+def test_what_is_owed_during_a_lock_is_given_back_after_it(locked, directory):
+    async def work(access, lock):
+        lock.execute("ROLLBACK")
+
+        async def lose():
+            async with access.charged("clinic", "m", 3):
+                lock.execute("BEGIN IMMEDIATE")
+                raise WorkerError("lost")
+
+        with pytest.raises(WorkerError):
+            await lose()
+        (row,) = (await access.usage("clinic", {}))[1]
+        assert row.used == 3
+        lock.execute("ROLLBACK")
+        for _ in range(100):
+            (row,) = (await access.usage("clinic", {}))[1]
+            if row.used == 0:
+                return True
+            await asyncio.sleep(0.05)
+        return False
+
+    assert locked(work)
+
+
+def test_a_long_count_holds_up_no_query(directory, api_key):
+    async def run():
+        access = TenantAccess(directory, rate=Rate(99, 99), budget=Budget(None, Period.DAY))
+        await access.start()
+        over = threading.Event()
+        count = asyncio.create_task(access._counts.run(lambda _: over.wait(20)))
+        await asyncio.sleep(0.3)  # so that the state is looked at again
+        await access.admit([f"Bearer {api_key}"], "/v1/models")
+        done = await use(access)
+        assert not count.done()
+        over.set()
+        await count
         await access.stop()
         return done
 

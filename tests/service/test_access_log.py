@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
+from support.copies import WAYS, in_copy
 from typer.testing import CliRunner
 
 from veilhead_protocol.errors import AccessLogError
 from veilhead_service import access_log
-from veilhead_service.access_log import AccessLog, files_of, shortened, verify
+from veilhead_service.access_log import AccessLog, shortened
+from veilhead_service.access_log_chain import GENESIS, files_of, verify
 from veilhead_service.app import create_app
 from veilhead_service.cli import app as command
 from veilhead_service.settings import Settings
@@ -209,12 +211,15 @@ def test_the_chain_goes_on_across_files(path):
     assert len(files) > 3
     assert all(file.stat().st_size < 4096 + 1000 for file in files)
     head = verify(path).head
-    assert verify(path, anchor=head).records == 80
+    assert verify(path, anchor=head).records == 80 + len(files) - 1
+    assert [lines(file)[0].get("reason") for file in files] == [None, *["full"] * (len(files) - 1)]
     last = lines(files[0])[-1]["hash"]
     files[0].unlink()
-    with pytest.raises(AccessLogError, match="line 1 does not follow"):
+    with pytest.raises(AccessLogError, match=r"line 1 does not follow.*forerunners"):
         verify(path)
     assert verify(path, anchor=head, after=last).records < 80
+    with pytest.raises(AccessLogError, match="forerunners"):
+        verify(files[2], *files[3:])
 
 
 def test_two_processes_do_not_share_a_log(path):
@@ -228,6 +233,104 @@ def test_two_processes_do_not_share_a_log(path):
 def test_interval_syncing_writes_all_the_same(path):
     written(path, 5, sync_seconds=0.01)
     assert verify(path).records == 5
+
+
+# --- other programs that rotate it ----------------------------------------------------------------
+
+
+def rename(path, name="access.log.1"):
+    path.rename(path.with_name(name))
+
+
+def copy_and_truncate(path, name="access.log.1"):
+    path.with_name(name).write_bytes(path.read_bytes())
+    os.truncate(path, 0)
+
+
+def replace_by_another(path, name="access.log.1"):
+    rename(path, name)
+    path.write_text("somebody else's line without an end")
+
+
+@pytest.mark.parametrize("rotate", [rename, copy_and_truncate])
+def test_the_chain_goes_on_when_another_program_rotates(path, rotate):
+    log = opened(path)
+    for number in range(9):
+        if number in (3, 6):
+            rotate(path, f"access.log.{number}")
+        log.append(number=number).result(10)
+    log.stop()
+    files = [path.with_name("access.log.3"), path.with_name("access.log.6"), path]
+    assert [len(lines(file)) for file in files] == [3, 4, 4]
+    assert lines(path)[0]["previous"] == lines(files[1])[-1]["hash"]
+    found = verify(*files)
+    assert (found.records, len(found.notes)) == (11, 2)
+    with pytest.raises(AccessLogError, match="forerunners"):
+        verify(path)
+    with pytest.raises(AccessLogError, match="does not follow"):
+        verify(files[0], path)
+    assert verify(path, after=lines(files[1])[-1]["hash"]).records == 4
+
+
+@pytest.mark.parametrize("rotate", [rename, copy_and_truncate])
+def test_the_chain_goes_on_when_it_was_rotated_while_nobody_wrote(path, rotate):
+    written(path, 3)
+    rotate(path)
+    written(path, 2)
+    first, *_ = lines(path)
+    assert (first["event"], first["reason"], first["sequence"]) == ("continued", "moved", 4)
+    assert verify(path.with_name("access.log.1"), path).records == 6
+
+
+def test_a_log_that_was_replaced_is_broken_and_no_record_is_lost(path):
+    log = opened(path)
+    log.append(number=0).result(10)
+    replace_by_another(path)
+    log.append(number=1).result(10)
+    log.stop()
+    rows = path.read_bytes().splitlines()
+    assert [json.loads(row)["event"] for row in rows[1:]] == ["continued", "request"]
+    with pytest.raises(AccessLogError, match="line 1 is not a record"):
+        verify(path.with_name("access.log.1"), path)
+
+
+def test_a_log_that_is_cut_while_the_disk_is_full_holds_no_zeros(path, monkeypatch):
+    log = opened(path)
+    log.append(number=0).result(10)
+    undo = full_disk(monkeypatch)
+    with pytest.raises(AccessLogError):
+        log.append(number=1).result(10)
+    copy_and_truncate(path)
+    undo()
+    until(lambda: log.available)
+    log.append(number=2).result(10)
+    log.stop()
+    assert b"\0" not in path.read_bytes()
+    assert [row["event"] for row in lines(path)] == ["continued", "interrupted", "request"]
+
+
+def test_an_empty_log_is_whole_only_for_who_expects_that(path):
+    written(path, 0)
+    with pytest.raises(AccessLogError, match="there is no record"):
+        verify(path)
+    assert verify(path, anchor=GENESIS).records == 0
+    written(path)
+    path.write_bytes(b"")
+    with pytest.raises(AccessLogError, match="there is no record"):
+        verify(path)
+
+
+def test_a_restarted_chain_is_broken(path):
+    """Somebody removed the log; the service began anew, as if there had been none."""
+    head = verify(written(path)).head
+    old = path.read_bytes()
+    path.unlink()
+    written(path)
+    with pytest.raises(AccessLogError, match="written anew"):
+        verify(path, anchor=head)
+    path.with_name("first").write_bytes(old)
+    with pytest.raises(AccessLogError, match="does not follow"):
+        verify(path.with_name("first"), path)
 
 
 # --- the real app ---------------------------------------------------------------------------------
@@ -368,7 +471,7 @@ def test_a_failure_that_nobody_expected_does_not_end_the_writer(path, monkeypatc
     """Who waits is told, and the next record is written."""
     log = opened(path)
     with monkeypatch.context() as fault:
-        fault.setattr(access_log, "_sealed", lambda _: 1 / 0)
+        fault.setattr(access_log, "sealed", lambda _: 1 / 0)
         with pytest.raises(AccessLogError):
             log.append(status=200).result(10)
     log.append(status=200).result(10)
@@ -405,4 +508,23 @@ def test_a_log_leaves_a_reserve_of_its_disk_free(path, monkeypatch):
         (record["event"], record.get("status", record.get("unrecorded"))) for record in lines(path)
     ]
     assert found == [("request", 200), ("interrupted", 1), ("request", 202)]
+    verify(path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copied_process_writes_no_record(path, way):
+    """The thread that writes is not there: nobody waits for it, and the file stays whole."""
+    log = opened(path)
+    log.append(status=200).result(10)
+
+    def work():
+        with pytest.raises(AccessLogError, match="after the fork"):
+            log.append(status=201).result(10)
+        log.stop()
+        return os.fstat(log._file).st_size  # open still
+
+    assert in_copy(way, work) == path.stat().st_size
+    log.append(status=202).result(10)
+    log.stop()
+    assert [record["status"] for record in lines(path)] == [200, 202]
     verify(path)

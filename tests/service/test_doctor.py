@@ -21,7 +21,7 @@ from veilhead_service import doctor
 from veilhead_service.cli import app
 from veilhead_service.head_encryption import HeadKey
 from veilhead_service.settings import Settings
-from veilhead_service.state import STATE_FILE
+from veilhead_service.state_file import STATE_FILE
 
 
 def run(*arguments):

@@ -28,7 +28,7 @@ from support.tenants import add_tenant, bearer
 from veilhead_benchmarks.processes import ServiceProcess, resident_bytes
 from veilhead_protocol.files import describe_file
 from veilhead_protocol.manifest import BackboneSection
-from veilhead_service.access_log import verify
+from veilhead_service.access_log_chain import verify
 from veilhead_service.model_store import publish
 from veilhead_service.pacing import LONGEST_SECONDS, Pacing
 from veilhead_service.tenants import KeyScope

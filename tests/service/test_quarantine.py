@@ -476,7 +476,7 @@ def test_a_start_that_fails_says_why_in_one_line(vendor, tmp_path):
     insecure = ("--store", store, "--insecure-no-tenants")
     for failed, reason in (
         (start("--store", store, "--state", state), "state"),
-        (start("--store", store, "--state", log), "access.log cannot be opened"),
+        (start("--store", store, "--state", log), "access.log cannot be read"),
         (start(*insecure, environment={"PYTHONPATH": path}), "it ended with status 7"),
         (start(*insecure, "--host", "192.0.2.1"), "loopback"),
     ):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from support.copies import WAYS, in_copy
 
 from veilhead_protocol.errors import StateError, TenantError
-from veilhead_service import state as state_module
+from veilhead_service import state_file
 from veilhead_service.limits import Budget, Charge, Period, Usage
-from veilhead_service.state import MIGRATIONS, STATE_FILE, State
+from veilhead_service.state import State
+from veilhead_service.state_file import MIGRATIONS, STATE_FILE
 from veilhead_service.tenants import DEFAULT_SCOPES, KeyScope, new_api_key
+from veilhead_service.witness import check_agreement
 
 NOON = datetime(2026, 11, 30, 12, tzinfo=UTC).timestamp()
 DAY = 86400.0
@@ -100,11 +104,31 @@ def test_a_state_of_the_first_schema_is_migrated(tmp_path):
     database.close()
 
 
+def test_a_released_state_is_migrated_with_all_that_is_in_it(tmp_path):
+    """Written by the program whose schema was version 2, and kept."""
+    old = sqlite3.connect(tmp_path / STATE_FILE)
+    old.executescript((Path(__file__).parent / "samples" / "state-2.sql").read_text("utf-8"))
+    old.close()
+    with State(tmp_path, clock=lambda: NOON) as state:
+        revoked, grace = "cf0ea39329d6a6bb", "85326b4247871474"
+        assert {key.id for key in state.api_keys() if key.revoked is not None} == {revoked}
+        assert {key.id for key in state.api_keys() if key.expires is not None} == {grace}
+        assert [row.rate_per_second for row in state.tenants()] == [50, None]
+        assert state.budgets() == {("clinic", "digits"): Budget(500, Period.MONTH)}
+        assert state._rows("SELECT used FROM usage ORDER BY used") == [(3,), (7,)]
+        (ending,) = state.endings()  # of a backup from before, the access log will know that
+        assert (ending.epoch, ending.how, ending.api_keys) == (1, "revoked", (revoked,))
+        identity = state.identity()
+        assert (len(identity.id), identity.log_sequence) == (32, 0)
+    with State(tmp_path) as again:
+        assert again.identity() == identity
+
+
 def test_a_migration_that_fails_changes_nothing(tmp_path, monkeypatch):
     with State(tmp_path) as state:
         state.add_tenant(a_key("clinic"))
     broken = "CREATE TABLE more (x INTEGER) STRICT; INSERT INTO absent VALUES (1)"
-    monkeypatch.setattr(state_module, "MIGRATIONS", (*MIGRATIONS, broken))
+    monkeypatch.setattr(state_file, "MIGRATIONS", (*MIGRATIONS, broken))
     with pytest.raises(StateError):
         State(tmp_path)
     monkeypatch.undo()
@@ -368,3 +392,90 @@ def test_many_connections_never_pass_a_budget(tmp_path, state):
     for thread in threads:
         thread.join()
     assert len(taken) == used(state) == 100
+
+
+# --- many counts ----------------------------------------------------------------------------------
+
+
+def test_usage_is_found_by_indexes_in_as_many_statements_whatever_there_is(state, clock):
+    for day in range(40):
+        clock.now = NOON - day * DAY
+        for number in range(10):
+            state.charge("clinic", f"model-{number}", 1, NO_LIMIT)
+    clock.now = NOON
+    said = []
+    state._database.set_trace_callback(said.append)
+    assert len(state.usage(NO_LIMIT)) == 10
+    assert len(state.usage(NO_LIMIT, tenant="clinic")) == 10
+    state._database.set_trace_callback(None)
+    assert len(said) == 4
+    plans = [row[3] for text in said for row in state._rows(f"EXPLAIN QUERY PLAN {text}")]
+    assert any("usage" in plan for plan in plans)
+    assert not [plan for plan in plans if plan.startswith("SCAN usage")]
+
+
+def test_counts_of_periods_long_past_are_pruned_a_part_at_a_time(state, clock, monkeypatch):
+    monkeypatch.setattr("veilhead_service.state._PRUNED_AT_ONCE", 3)
+    month = Budget(None, Period.MONTH)
+    for day in (450, 449, 448, 447, 390, 0):
+        clock.now = NOON - day * DAY
+        state.charge("clinic", "m", 1, NO_LIMIT)
+        state.charge("clinic", "monthly", 1, month)
+    clock.now = NOON
+    assert state.prune()
+    while state.prune():
+        pass
+    starts = {start for (start,) in state._rows("SELECT start FROM usage")}
+    assert starts == {"2025-11-05", "2025-11", "2026-11-30", "2026-11"}
+    assert used(state) == 1
+
+
+# --- whether the file is the same -----------------------------------------------------------------
+
+
+def test_what_is_checkpointed_is_whole_and_what_is_written_over_is_not(tmp_path, state):
+    state.adopt()
+    for _ in range(20):
+        state.charge("clinic", "m", 1, NO_LIMIT)
+    assert state.check_whole()
+    state.checkpoint()
+    assert state.check_whole()
+    with State(tmp_path) as other:  # another process's command
+        other.set_rate("clinic", 5, 5)
+    assert state.check_whole()
+    content = (tmp_path / STATE_FILE).read_bytes()
+    copied = tmp_path / "copy"
+    copied.write_bytes(content)
+    shutil.copyfile(copied, tmp_path / STATE_FILE)  # the same bytes, and yet not ours
+    with pytest.raises(StateError, match="written over"):
+        state.check_whole()
+    with pytest.raises(StateError, match="written over"):
+        state.checkpoint()
+
+
+def test_a_checkpoint_that_was_not_finished_is_made_again(tmp_path, state):
+    state.adopt()
+    state._note_looks("unknown")  # the process was killed between the two notes
+    assert not state.check_whole()
+    state.checkpoint()
+    assert state.check_whole()
+
+
+def test_a_closed_connection_leaves_the_log_of_what_took_its_place(tmp_path, state):
+    state.adopt()
+    for end in ("", "-wal", "-shm"):
+        (tmp_path / f"{STATE_FILE}{end}").rename(tmp_path / f"aside{end}")
+    with State(tmp_path) as other:
+        other.add_tenant(a_key("bank"))
+        log = tmp_path / f"{STATE_FILE}-wal"
+        assert log.exists()
+        state.close()
+        assert log.exists()
+
+
+def test_a_state_patched_together_is_refused(state):
+    state.revoke("clinic", None)
+    check_agreement(state, None)
+    state._rows("UPDATE api_keys SET revoked = NULL")
+    with pytest.raises(StateError, match="put together"):
+        check_agreement(state, None)

@@ -446,7 +446,7 @@ def test_workers_write_no_core_dumps_and_give_way_to_the_service(store):
 def test_core_dumps_are_forbidden_for_the_whole_process():
     script = (
         "import ctypes, resource\n"
-        "from veilhead_service.hardening import forbid_core_dumps\n"
+        "from veilhead_protocol.hardening import forbid_core_dumps\n"
         "forbid_core_dumps()\n"
         "print(*resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))\n"
     )

@@ -63,9 +63,17 @@ def problem(status, code, **headers):
 
 @contextlib.contextmanager
 def running(
-    store, *arguments, access=("--insecure-no-tenants",), log=subprocess.PIPE, environment=None
+    store,
+    *arguments,
+    access=("--insecure-no-tenants",),
+    log=subprocess.PIPE,
+    environment=None,
+    ready="/readyz",
 ):
-    """The URL of `veilhead-server run` on a store, as its own process, whose log goes to `log`."""
+    """The URL of `veilhead-server run` on a store, as its own process, whose log goes to `log`.
+
+    It is handed out once `ready` is answered.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -79,7 +87,7 @@ def running(
     try:
         for _ in range(600):
             with contextlib.suppress(httpx2.TransportError):
-                if httpx2.get(f"{url}/readyz", trust_env=False).is_success:
+                if httpx2.get(f"{url}{ready}", trust_env=False).is_success:
                     break
             if process.poll() is not None:
                 raise AssertionError("" if process.stderr is None else process.stderr.read())

@@ -23,11 +23,13 @@ from veilhead.gateway.batching import BATCHES_IN_FLIGHT, Batcher, Outcome
 from veilhead.gateway.callers import Callers
 from veilhead.gateway.metrics import Metrics
 from veilhead.gateway.problems import respond
+from veilhead.gateway.upstream import Upstream
 from veilhead.predictions import FunctionToApply, Prediction, default_function, scores
 from veilhead_protocol.errors import (
     BatchError,
     CallerError,
     ClientError,
+    GatewayTimeoutError,
     InputError,
     NotSentError,
     RequestSizeError,
@@ -57,6 +59,8 @@ class Limits:
         max_waiting: texts of one caller that may wait; more are refused with 429.
         max_texts: texts of one request.
         max_body_bytes: bytes of one request.
+        max_connections: connections at once; more are closed unanswered.
+        request_seconds: a request that takes longer in all is given up.
     """
 
     max_batch: int = 32
@@ -64,14 +68,26 @@ class Limits:
     max_waiting: int = 2048
     max_texts: int = 256
     max_body_bytes: int = 2 * 2**20
+    max_connections: int = 256
+    request_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_waiting", "max_texts", "max_body_bytes"):
+        for name in (
+            "max_batch",
+            "max_waiting",
+            "max_texts",
+            "max_body_bytes",
+            "max_connections",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.max_wait_seconds <= 10:
             raise InputError(
                 f"max_wait_seconds must be between 0 and 10, got {self.max_wait_seconds}"
+            )
+        if not 0 < self.request_seconds <= 3600:
+            raise InputError(
+                f"request_seconds must be above 0 and at most 3600, got {self.request_seconds}"
             )
 
 
@@ -86,6 +102,7 @@ class Gateway:
         self.limits = limits
         self.metrics = metrics
         self.draining = False
+        self.upstream = Upstream(client._probe)
         self._batchers: list[Batcher] = []  # one for each caller
         self._work: list[asyncio.Task[None]] = []
 
@@ -111,11 +128,13 @@ class Gateway:
                 lambda: float(sum(batcher.waiting for batcher in self._batchers))
             )
             self._work = [asyncio.create_task(batcher.run()) for batcher in self._batchers]
+            watching = asyncio.create_task(self.upstream.watch())
             try:
                 yield
             finally:
+                watching.cancel()
                 self.stop()
-                await asyncio.gather(*self._work, return_exceptions=True)
+                await asyncio.gather(*self._work, watching, return_exceptions=True)
 
     def stop(self) -> None:
         """Take no new texts; batches on their way are answered."""
@@ -140,7 +159,9 @@ class Gateway:
     async def _logits(self, texts: list[str]) -> Sequence[Outcome]:
         """Logits [C] in the order of the labels, or an error, for each text."""
         try:
-            rows = await self.client.classify(texts, top_k=None, function_to_apply="none")
+            # Nobody waits for a batch longer, and a service that hangs must not keep its place.
+            async with self._deadline():
+                rows = await self.client.classify(texts, top_k=None, function_to_apply="none")
         except BatchError as error:
             return [
                 _cause(error.errors[row], error) if row in error.errors else self._in_order(answer)
@@ -152,12 +173,27 @@ class Gateway:
         logits = {prediction.label: prediction.score for prediction in predictions}
         return np.array([logits[label] for label in self.client.labels])
 
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        seconds = self.limits.request_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            raise GatewayTimeoutError(
+                f"no answer within {seconds:g} seconds; the vendor's service may be slow or gone"
+            ) from None
+
     async def predict(self, request: Request) -> JSONResponse:
         """The answer to POST /predict.
 
         Raises:
             VeilheadError: one of those that `respond` knows.
         """
+        async with self._deadline():
+            return await self._predict(request)
+
+    async def _predict(self, request: Request) -> JSONResponse:
         batcher = self.batcher(request.headers.get("authorization", ""))
         # Browsers let any page post other types to loopback.
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -293,7 +329,9 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=503 if gateway.draining else 200)
+        ready = gateway.upstream.ready and not gateway.draining
+        document = {"draining": gateway.draining, "upstream": gateway.upstream.described()}
+        return JSONResponse(document, status_code=200 if ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

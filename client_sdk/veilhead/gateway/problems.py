@@ -17,6 +17,7 @@ from veilhead_protocol.errors import (
     DeidentifyError,
     GatewayClosedError,
     GatewayFullError,
+    GatewayTimeoutError,
     InputError,
     NotSentError,
     ReplyError,
@@ -25,12 +26,13 @@ from veilhead_protocol.errors import (
     TransportError,
     VeilheadError,
 )
+from veilhead_protocol.redaction import redacted
 
 _RETRY_SECONDS: Final = 1
 
 
 def respond(error: VeilheadError) -> JSONResponse:
-    """The answer that an error becomes. No error of ours holds text."""
+    """The answer that an error becomes: no text, and what others said is redacted."""
     status, kind = _meaning(error)
     headers = {}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
@@ -39,7 +41,7 @@ def respond(error: VeilheadError) -> JSONResponse:
     if status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(
-        {"error": str(error), "error_type": kind}, status_code=status, headers=headers
+        {"error": redacted(error), "error_type": kind}, status_code=status, headers=headers
     )
 
 
@@ -55,6 +57,8 @@ def _meaning(error: VeilheadError) -> tuple[HTTPStatus, str]:
             return HTTPStatus.TOO_MANY_REQUESTS, "Overloaded"
         case GatewayClosedError():
             return HTTPStatus.SERVICE_UNAVAILABLE, "Unhealthy"
+        case GatewayTimeoutError():
+            return HTTPStatus.GATEWAY_TIMEOUT, "Backend"
         case ServiceResponseError(retryable=True):
             return HTTPStatus.SERVICE_UNAVAILABLE, "Unhealthy"
         case TransportError() | ServiceResponseError() | ReplyError() | NotSentError():

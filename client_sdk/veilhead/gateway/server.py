@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 from types import FrameType
 from typing import Final
 
 import uvicorn
 
 from veilhead.gateway.app import Gateway, create_app
+from veilhead.gateway.connections import guarded
 from veilhead_protocol.errors import InputError
+from veilhead_protocol.hardening import forbid_core_dumps
 from veilhead_protocol.loopback import is_loopback
 
 _logger = logging.getLogger("veilhead.gateway")
@@ -62,10 +63,10 @@ def serve(gateway: Gateway, host: str, port: int) -> None:
             host,
             port,
         )
-    # A core dump would hold texts.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    forbid_core_dumps()  # one would hold texts
+    guard, options = guarded(create_app(gateway), gateway.limits.max_connections)
     config = uvicorn.Config(
-        create_app(gateway),
+        guard,
         host=host,
         port=port,
         lifespan="off",
@@ -73,6 +74,7 @@ def serve(gateway: Gateway, host: str, port: int) -> None:
         log_config=None,
         server_header=False,
         timeout_graceful_shutdown=_DRAIN_SECONDS,
+        **options,
     )
 
     async def run() -> None:

@@ -285,9 +285,9 @@ class TestCalls:
         monkeypatch.setattr("veilhead.session.MAX_QUERIES_PER_KEY", 1)
         server = hostile(forget=silence)
         client = clients(server)
-        for _ in range(2):
+        for _ in range(3):
             assert in_time(lambda: client.logits(unit_rows(1, 32))).shape == (1, 5)
-        assert server.seen["forget"] == 1
+        assert server.seen["forget"] >= 1
 
     def test_a_chunk_of_a_stream_has_the_time_of_a_call(self, hostile, clients, text_artifact):
         server = hostile()

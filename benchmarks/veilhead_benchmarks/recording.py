@@ -27,7 +27,8 @@ from veilhead_protocol.wire import REPLY_HEADER_BYTES
 #: A heavy tenant's own computing is not what others wait for.
 HEAVY_NICENESS: Final = 19
 
-_LEAD_SECONDS: Final = 1.0
+#: Until a generator has started and read what to send.
+_START_SECONDS: Final = 2.0
 _ENDS_SECONDS: Final = 120.0
 
 
@@ -89,12 +90,6 @@ class Voice:
     connections: int
     exchanges: tuple[Exchange, ...]
 
-    @property
-    def caller(self) -> Caller:
-        """What a generator needs of it."""
-        queries = tuple(exchange.recorded for exchange in self.exchanges)
-        return Caller(self.tenant, self.connections, queries)
-
 
 @dataclass(frozen=True)
 class Side:
@@ -104,7 +99,8 @@ class Side:
         connections: at once.
         seconds: from the first query to the last answer.
         asked: queries, each counted once however often it was sent.
-        answered: those that were answered, by tenant.
+        answered: those that were answered.
+        in_time: answers before new queries ended, by tenant: both sides have the same time.
         wrong: answers of another length, header or value than expected.
         lost: queries that were never answered, or with an error that is no refusal.
         refused: refusals, by code.
@@ -118,7 +114,8 @@ class Side:
     connections: int
     seconds: float
     asked: int
-    answered: dict[str, int]
+    answered: int
+    in_time: dict[str, int]
     wrong: int
     lost: int
     refused: dict[str, int]
@@ -144,7 +141,8 @@ class Side:
             connections=sum(voice.connections for voice in voices),
             seconds=round(outcome.seconds, 1),
             asked=sum(tally.asked for tally in tallies),
-            answered={name: tally.answered for name, tally in outcome.tallies.items()},
+            answered=sum(tally.answered for tally in tallies),
+            in_time={name: tally.in_time for name, tally in outcome.tallies.items()},
             wrong=sum(tally.wrong for tally in tallies) + false,
             lost=sum(tally.abandoned + sum(tally.failed.values()) for tally in tallies),
             refused=dict(refused),
@@ -164,19 +162,9 @@ class Side:
 class Generator:
     """A process that replays some voices; as a context manager it ends with the block."""
 
-    def __init__(
-        self,
-        service: ServiceProcess,
-        voices: Sequence[Voice],
-        seconds: float,
-        *,
-        polite: bool = True,
-        niceness: int = 0,
-    ) -> None:
-        """Start it."""
-        self._voices, self._seconds = voices, seconds
-        callers = tuple(voice.caller for voice in voices)
-        self._stream = Stream(service.port, callers, seconds, polite=polite, niceness=niceness)
+    def __init__(self, voices: Sequence[Voice], stream: Stream) -> None:
+        """Start it; the stream is made of these voices."""
+        self._voices, self._stream = voices, stream
         self._process = subprocess.Popen(
             [sys.executable, "-m", "veilhead_benchmarks.replay"],
             stdin=subprocess.PIPE,
@@ -207,10 +195,22 @@ class Generator:
         Raises:
             RuntimeError: when the generator failed.
         """
-        output, _ = self._process.communicate(timeout=self._seconds + _ENDS_SECONDS)
+        output, _ = self._process.communicate(timeout=self._stream.seconds + _ENDS_SECONDS)
         if self._process.returncode:
             raise RuntimeError(f"a generator ended with status {self._process.returncode}")
         return Side.of(self._voices, Outcome.from_json(output))
+
+
+def callers(voices: Sequence[Voice]) -> tuple[Caller, ...]:
+    """What a generator needs of them."""
+    return tuple(
+        Caller(
+            voice.tenant,
+            voice.connections,
+            tuple(exchange.recorded for exchange in voice.exchanges),
+        )
+        for voice in voices
+    )
 
 
 def put(
@@ -221,17 +221,23 @@ def put(
     *,
     polite: bool,
 ) -> tuple[Side, Side | None]:
-    """Let both sides ask at once, each from a process of its own; only the heavy may be impolite.
+    """Let both sides ask at the same time, each from a process of its own.
 
-    The heavy side begins before the light one and ends after it.
+    Args:
+        service: whom they ask.
+        light: callers that honour `Retry-After`.
+        heavy: callers of a generator that has the lowest priority; there may be none.
+        seconds: how long new queries are sent.
+        polite: whether the heavy ones honour `Retry-After`, too.
     """
+    begin = time.monotonic() + _START_SECONDS
     with ExitStack() as stack:
         other = None
         if heavy:
-            longer = seconds + 2 * _LEAD_SECONDS
-            other = stack.enter_context(
-                Generator(service, heavy, longer, polite=polite, niceness=HEAVY_NICENESS)
+            stream = Stream(
+                service.port, callers(heavy), begin, seconds, polite=polite, niceness=HEAVY_NICENESS
             )
-            time.sleep(_LEAD_SECONDS)
-        first = stack.enter_context(Generator(service, light, seconds)).side()
+            other = stack.enter_context(Generator(heavy, stream))
+        stream = Stream(service.port, callers(light), begin, seconds)
+        first = stack.enter_context(Generator(light, stream)).side()
         return first, other.side() if other else None

@@ -63,6 +63,7 @@ class Stream:
     Attributes:
         port: of loopback, where the service listens.
         callers: who sends; each connection sends again as soon as it has a reply.
+        begin: when the first queries are sent, by `time.monotonic`, which processes share.
         seconds: how long new queries are sent.
         polite: whether a refused query waits for `Retry-After`; else it is sent again at once.
         niceness: of this process.
@@ -71,6 +72,7 @@ class Stream:
 
     port: int
     callers: tuple[Caller, ...]
+    begin: float
     seconds: float
     polite: bool = True
     niceness: int = 0
@@ -109,6 +111,7 @@ class Tally:
     Attributes:
         asked: queries that were sent, each counted once.
         answered: those whose reply has the right length and header.
+        in_time: those of them that were answered before new queries ended.
         wrong: those whose reply has not.
         failed: those that were answered with an error that is no refusal, by its code.
         abandoned: those that were still refused at the end.
@@ -119,6 +122,7 @@ class Tally:
 
     asked: int = 0
     answered: int = 0
+    in_time: int = 0
     wrong: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     abandoned: int = 0
@@ -132,7 +136,7 @@ class Outcome:
     """What came of a stream.
 
     Attributes:
-        seconds: from the start to the last answer.
+        seconds: from the beginning to the last answer.
         cpu_seconds: of this process meanwhile.
         tallies: by tenant.
         samples: whole replies, with the places of their caller and query.
@@ -191,10 +195,12 @@ class _Replay:
         self._stream = stream
         self.tallies = {caller.tenant: Tally() for caller in stream.callers}
         self.samples: list[tuple[int, int, bytes]] = []
-        self._started = self._next_sample = time.perf_counter()
-        self._end = self._started + stream.seconds
+        self._next_sample = stream.begin
+        self._end = stream.begin + stream.seconds
 
     async def run(self) -> None:
+        """Send from the beginning to the last answer."""
+        await asyncio.sleep(max(0.0, self._stream.begin - time.monotonic()))
         async with asyncio.TaskGroup() as group:
             for place, caller in enumerate(self._stream.callers):
                 for first in range(caller.connections):
@@ -204,7 +210,7 @@ class _Replay:
         connection = _Connection(self._stream.port)
         number = first  # connections of one caller do not all begin with one query
         try:
-            while time.perf_counter() < self._end:
+            while time.monotonic() < self._end:
                 number = (number + 1) % len(caller.queries)
                 await self._ask(connection, caller, place, number)
         finally:
@@ -214,7 +220,7 @@ class _Replay:
         """Send a query until it is answered."""
         tally, query = self.tallies[caller.tenant], caller.queries[number]
         patience = self._end + (_GRACE_SECONDS if self._stream.polite else 0.0)
-        started = time.perf_counter()
+        started = time.monotonic()
         tally.asked += 1
         while True:
             try:
@@ -236,7 +242,7 @@ class _Replay:
                 tally.refused[name] = tally.refused.get(name, 0) + 1
                 after = _RETRY_AFTER.search(head)
                 pause = float(after[1]) if after and self._stream.polite else 0.0
-            if time.perf_counter() > patience:
+            if time.monotonic() > patience:
                 tally.abandoned += 1
                 return
             await asyncio.sleep(pause)
@@ -250,11 +256,12 @@ class _Replay:
         number: int,
         started: float,
     ) -> None:
-        now = time.perf_counter()
+        now = time.monotonic()
         if len(reply) != query.reply_bytes or not reply.startswith(query.reply_header):
             tally.wrong += 1
             return
         tally.answered += 1
+        tally.in_time += now < self._end
         tally.latencies.append(now - started)
         if now >= self._next_sample:
             self._next_sample += self._stream.seconds / self._stream.samples
@@ -263,11 +270,11 @@ class _Replay:
 
 async def replay(stream: Stream) -> Outcome:
     """Send it, and judge every answer."""
-    own, started = time.process_time(), time.perf_counter()
+    own = time.process_time()
     sending = _Replay(stream)
     await sending.run()
     return Outcome(
-        seconds=time.perf_counter() - started,
+        seconds=time.monotonic() - stream.begin,
         cpu_seconds=time.process_time() - own,
         tallies=sending.tallies,
         samples=sending.samples,

@@ -104,10 +104,10 @@ class SoakReport:
 
     @property
     def least_share(self) -> float | None:
-        """Answers of the light tenant that had the fewest, over those of the abusive one."""
+        """Answers in time of the light tenant with the fewest, over those of the abusive one."""
         abuser = self.beside.abuser
-        had = sum(abuser.answered.values()) if abuser else 0
-        return min(self.beside.light.answered.values()) / had if had else None
+        had = sum(abuser.in_time.values()) if abuser else 0
+        return min(self.beside.light.in_time.values()) / had if had else None
 
     def promises(self) -> list[tuple[str, bool]]:
         """Every promise that could be judged, and whether it was kept."""
@@ -333,9 +333,9 @@ def _side_rows(sides: Sequence[Side]) -> Iterator[tuple[str, list[object]]]:
     yield "p50 ms", [side.p50_ms for side in sides]
     yield "p99 ms", [side.p99_ms for side in sides]
     yield "connections", [side.connections for side in sides]
-    yield "answers", [sum(side.answered.values()) for side in sides]
-    yield "answers/s", [round(sum(side.answered.values()) / side.seconds, 1) for side in sides]
-    yield "fewest answers of a tenant", [min(side.answered.values()) for side in sides]
+    yield "answers", [side.answered for side in sides]
+    yield "of these in time", [sum(side.in_time.values()) for side in sides]
+    yield "of the tenant with the fewest", [min(side.in_time.values()) for side in sides]
     yield "refusals", [side.refusals for side in sides]
     yield "wrong", [side.wrong for side in sides]
     yield "lost", [side.lost for side in sides]

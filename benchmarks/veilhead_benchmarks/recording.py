@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from veilhead.session import EncryptedQuery, Session
 from veilhead_benchmarks.processes import ServiceProcess
-from veilhead_benchmarks.replay import Caller, Outcome, Recorded, Stream
+from veilhead_benchmarks.replay import READY, Caller, Outcome, Recorded, Stream
 from veilhead_benchmarks.throughput import percentile
 from veilhead_models.artifact import HeadArtifact
 from veilhead_protocol.errors import WireError
@@ -27,8 +27,8 @@ from veilhead_protocol.wire import REPLY_HEADER_BYTES
 #: A heavy tenant's own computing is not what others wait for.
 HEAVY_NICENESS: Final = 19
 
-#: Until a generator has started and read what to send.
-_START_SECONDS: Final = 2.0
+#: Until every generator knows when to begin.
+_AHEAD_SECONDS: Final = 0.1
 _ENDS_SECONDS: Final = 120.0
 
 
@@ -173,11 +173,6 @@ class Generator:
         )
 
     def __enter__(self) -> Self:
-        if self._process.stdin is None:
-            raise RuntimeError("the generator has no standard input")
-        self._process.stdin.write(self._stream.to_json())
-        self._process.stdin.close()
-        self._process.stdin = None  # `communicate` would flush it
         return self
 
     def __exit__(
@@ -188,6 +183,26 @@ class Generator:
     ) -> None:
         self._process.kill()
         self._process.communicate()
+
+    def prepare(self) -> None:
+        """Hand it what to send, and wait until it has read that.
+
+        Raises:
+            RuntimeError: when the generator failed.
+        """
+        self._write(self._stream.to_json())
+        if self._process.stdout is None or self._process.stdout.readline() != READY:
+            raise RuntimeError("a generator did not start")
+
+    def begin(self, moment: float) -> None:
+        """Let it send from then on, by `time.monotonic`."""
+        self._write(repr(moment))
+
+    def _write(self, line: str) -> None:
+        if self._process.stdin is None:
+            raise RuntimeError("a generator has no standard input")
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
 
     def side(self) -> Side:
         """What came of it, once it has ended.
@@ -230,14 +245,18 @@ def put(
         seconds: how long new queries are sent.
         polite: whether the heavy ones honour `Retry-After`, too.
     """
-    begin = time.monotonic() + _START_SECONDS
     with ExitStack() as stack:
-        other = None
+        streams = [(light, Stream(service.port, callers(light), seconds))]
         if heavy:
             stream = Stream(
-                service.port, callers(heavy), begin, seconds, polite=polite, niceness=HEAVY_NICENESS
+                service.port, callers(heavy), seconds, polite=polite, niceness=HEAVY_NICENESS
             )
-            other = stack.enter_context(Generator(heavy, stream))
-        stream = Stream(service.port, callers(light), begin, seconds)
-        first = stack.enter_context(Generator(light, stream)).side()
-        return first, other.side() if other else None
+            streams.append((heavy, stream))
+        generators = [stack.enter_context(Generator(*each)) for each in streams]
+        for generator in generators:
+            generator.prepare()
+        begin = time.monotonic() + _AHEAD_SECONDS
+        for generator in generators:
+            generator.begin(begin)
+        sides = [generator.side() for generator in generators]
+    return sides[0], sides[1] if heavy else None

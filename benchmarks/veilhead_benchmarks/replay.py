@@ -1,8 +1,9 @@
 """Sends recorded queries again and again: `python -m veilhead_benchmarks.replay`.
 
-A process of its own, which reads a `Stream` as JSON from standard input and prints its `Outcome` as
-JSON. Queries were encrypted before, and of a reply only the header and the length are looked at, so
-that it takes little CPU from the service on the same machine.
+A process of its own, which reads a `Stream` as a line of JSON from standard input, prints `READY`,
+reads the moment of `time.monotonic` to begin at, and prints its `Outcome` as JSON. Queries were
+encrypted before, and of a reply only header and length are looked at: it takes little CPU from the
+service on the same machine.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _LENGTH: Final = re.compile(rb"\r\ncontent-length: *([0-9]{1,9})\r\n", re.IGNORE
 _RETRY_AFTER: Final = re.compile(rb"\r\nretry-after: *([0-9]{1,9})\r\n", re.IGNORECASE)
 _CLOSE: Final = re.compile(rb"\r\nconnection: *close\r\n", re.IGNORECASE)
 _PROBLEM: Final = re.compile(rb"urn:veilhead:problem:([a-z-]+)")
+
+READY: Final = "ready\n"
 
 _REFUSALS: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 
@@ -63,7 +66,6 @@ class Stream:
     Attributes:
         port: of loopback, where the service listens.
         callers: who sends; each connection sends again as soon as it has a reply.
-        begin: when the first queries are sent, by `time.monotonic`, which processes share.
         seconds: how long new queries are sent.
         polite: whether a refused query waits for `Retry-After`; else it is sent again at once.
         niceness: of this process.
@@ -72,7 +74,6 @@ class Stream:
 
     port: int
     callers: tuple[Caller, ...]
-    begin: float
     seconds: float
     polite: bool = True
     niceness: int = 0
@@ -191,16 +192,16 @@ class _Connection:
 class _Replay:
     """A stream on its way."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, begin: float) -> None:
         self._stream = stream
         self.tallies = {caller.tenant: Tally() for caller in stream.callers}
         self.samples: list[tuple[int, int, bytes]] = []
-        self._next_sample = stream.begin
-        self._end = stream.begin + stream.seconds
+        self._begin = self._next_sample = begin
+        self._end = begin + stream.seconds
 
     async def run(self) -> None:
         """Send from the beginning to the last answer."""
-        await asyncio.sleep(max(0.0, self._stream.begin - time.monotonic()))
+        await asyncio.sleep(max(0.0, self._begin - time.monotonic()))
         async with asyncio.TaskGroup() as group:
             for place, caller in enumerate(self._stream.callers):
                 for first in range(caller.connections):
@@ -208,7 +209,7 @@ class _Replay:
 
     async def _send(self, place: int, caller: Caller, first: int) -> None:
         connection = _Connection(self._stream.port)
-        number = first  # connections of one caller do not all begin with one query
+        number = place + first  # not all begin with the same query
         try:
             while time.monotonic() < self._end:
                 number = (number + 1) % len(caller.queries)
@@ -268,13 +269,13 @@ class _Replay:
             self.samples.append((place, number, reply))
 
 
-async def replay(stream: Stream) -> Outcome:
-    """Send it, and judge every answer."""
+async def replay(stream: Stream, begin: float) -> Outcome:
+    """Send it from then on, by `time.monotonic`, and judge every answer."""
     own = time.process_time()
-    sending = _Replay(stream)
+    sending = _Replay(stream, begin)
     await sending.run()
     return Outcome(
-        seconds=time.monotonic() - stream.begin,
+        seconds=time.monotonic() - begin,
         cpu_seconds=time.process_time() - own,
         tallies=sending.tallies,
         samples=sending.samples,
@@ -283,9 +284,12 @@ async def replay(stream: Stream) -> Outcome:
 
 def main() -> None:
     """Replay the stream of standard input."""
-    stream = Stream.from_json(sys.stdin.read())
+    stream = Stream.from_json(sys.stdin.readline())
     os.nice(stream.niceness)
-    sys.stdout.write(asyncio.run(replay(stream)).to_json())
+    sys.stdout.write(READY)
+    sys.stdout.flush()
+    begin = float(sys.stdin.readline())
+    sys.stdout.write(asyncio.run(replay(stream, begin)).to_json())
 
 
 if __name__ == "__main__":

@@ -124,9 +124,8 @@ class SoakReport:
             ("the abusive tenant is refused", bool(refused)),
             ("open files are level", self.beside.descriptors <= self.alone.descriptors),
         ]
-        if self.p99_ratio is not None:
-            text = f"the light tenants' p99 grows at most {MOST_P99_RATIO:g} times"
-            judged.append((text, self.p99_ratio <= MOST_P99_RATIO))
+        text = f"the light tenants' p99 grows at most {MOST_P99_RATIO:g} times"
+        judged.append((text, self.p99_ratio is not None and self.p99_ratio <= MOST_P99_RATIO))
         if self.least_share is not None:
             text = f"each light tenant has {LEAST_SHARE:g} of the abusive one's answers"
             judged.append((text, self.least_share >= LEAST_SHARE))

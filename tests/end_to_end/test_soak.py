@@ -19,7 +19,9 @@ FairLine.__init__ = lambda self, capacity, *, shared: make(self, capacity, share
 FairLine.join = lambda self, tenant, cost: join(self, "everybody", 0)
 """
 
-SHARE = "each light tenant has 0.5 of the abusive one's answers"
+#: A light tenant's answers over the abusive one's: about 1 in turns, its share of connections (0.05)
+#: and what the line leaves of them in one queue.
+BETWEEN = 0.35
 
 
 def soak(environment=None):
@@ -27,7 +29,7 @@ def soak(environment=None):
         seconds=4.0,
         workers=1,
         tenants=3,
-        clients=4,
+        clients=8,
         abuser_connections=160,
         environment=environment,
     )
@@ -48,16 +50,15 @@ def test_light_tenants_are_answered_beside_an_abusive_one():
         check_accounts(side)
         assert side.lost == 0
         assert set(side.in_time) == {"tenant-0", "tenant-1"}
-        assert side.connections == 8
+        assert side.connections == 16
     abuser = report.beside.abuser
     check_accounts(abuser)
     assert set(abuser.in_time) == {"tenant-2"}
     assert abuser.connections == 160
     assert abuser.refused["queue-full"] > 0
     assert abuser.broken == 0
-    promises = dict(report.promises())
-    assert promises[SHARE]
-    assert promises["open files are level"]
+    assert report.least_share > BETWEEN
+    assert dict(report.promises())["open files are level"]
     assert report.alone.abuser is None
 
 
@@ -66,7 +67,7 @@ def test_a_service_without_fair_shares_is_noticed(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(UNFAIR, "utf-8")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     report = soak({"PYTHONPATH": path})
-    assert not dict(report.promises())[SHARE]
+    assert report.least_share < BETWEEN
     assert not report.passed
 
 

@@ -141,7 +141,7 @@ class Side:
             connections=sum(voice.connections for voice in voices),
             seconds=round(outcome.seconds, 1),
             asked=sum(tally.asked for tally in tallies),
-            answered=sum(tally.answered for tally in tallies),
+            answered=sum(tally.answered for tally in tallies) - false,
             in_time={name: tally.in_time for name, tally in outcome.tallies.items()},
             wrong=sum(tally.wrong for tally in tallies) + false,
             lost=sum(tally.abandoned + sum(tally.failed.values()) for tally in tallies),

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
-from veilhead_benchmarks.fairness import run_fairness
-from veilhead_benchmarks.recording import Side
+from veilhead.session import Session
+from veilhead_benchmarks import fairness as fairness_module
+from veilhead_benchmarks import soak as soak_module
+from veilhead_benchmarks.cli import app
+from veilhead_benchmarks.fairness import Row, run_fairness
+from veilhead_benchmarks.processes import publish_random, unit_rows
+from veilhead_benchmarks.recording import Exchange, Side, Voice
+from veilhead_benchmarks.replay import Outcome, Recorded, Tally
 from veilhead_benchmarks.soak import Phase, SoakReport, run_soak, slope_percent
+from veilhead_protocol.wire import REPLY_HEADER_BYTES
+from veilhead_service.encrypted_head import ClientKey, EncryptedHead
 
 #: Makes one line of all tenants: who comes first is served first, and takes every place.
 UNFAIR = """\
@@ -19,8 +29,8 @@ FairLine.__init__ = lambda self, capacity, *, shared: make(self, capacity, share
 FairLine.join = lambda self, tenant, cost: join(self, "everybody", 0)
 """
 
-#: A light tenant's answers over the abusive one's: about 1 in turns, its share of connections (0.05)
-#: and what the line leaves of them in one queue.
+#: A light tenant's answers over the abusive one's: about 1 when tenants take turns; in one queue
+#: its share of those who wait, 8 to about 50.
 BETWEEN = 0.35
 
 
@@ -151,6 +161,42 @@ def test_a_soak_fails_when_any_promise_is_broken(broken):
     assert report().passed
     assert report(abuser={"lost": 5}).passed
     assert not report(**broken).passed
+
+
+@pytest.mark.parametrize(("lost", "status"), [(0, 0), (1, 1)])
+def test_the_commands_end_as_the_promises_say(tmp_path, monkeypatch, lost, status):
+    monkeypatch.setattr(soak_module, "run_soak", lambda **_: report(light={"lost": lost}))
+    rows = [Row(0, None, side(lost=lost), None), Row(8, False, side(), side(lost=5))]
+    monkeypatch.setattr(fairness_module, "run_fairness", lambda **_: rows)
+    out = tmp_path / "results" / "out.json"
+    result = CliRunner().invoke(app, ["soak", "--out", str(out)])
+    assert result.exit_code == status
+    assert ("BROKEN" in result.output) == bool(lost)
+    assert json.loads(out.read_text("utf-8"))["p99_ratio"] == 1.0
+    result = CliRunner().invoke(app, ["fairness", "--out", str(out)])
+    assert result.exit_code == status
+    assert [row["light"]["lost"] for row in json.loads(out.read_text("utf-8"))] == [lost, 0]
+
+
+def test_a_kept_reply_with_the_right_header_and_wrong_logits_is_wrong(tmp_path):
+    artifact = publish_random(tmp_path / "store", tmp_path, "two", 2, 16)
+    rows = unit_rows(1, 16, 1)
+    session = Session(artifact.manifest)
+    query = session.encrypt_batch(rows)
+    key = ClientKey.from_message(query.key.message)
+    good, bad = (
+        EncryptedHead(artifact.manifest, artifact.weight, bias).evaluate(query.data, key)
+        for bias in (artifact.bias, artifact.bias + 1)
+    )
+    assert good[:REPLY_HEADER_BYTES] == bad[:REPLY_HEADER_BYTES]
+    recorded = Recorded(b"", good[:REPLY_HEADER_BYTES], len(good))
+    exchange = Exchange(artifact, session, query, artifact.logits(rows), recorded)
+    tally = Tally(asked=3, answered=3, in_time=3, latencies=[0.1, 0.2, 0.3])
+    replies = [(0, 0, reply) for reply in (good, bad, good[:-1])]
+    found = Side.of([Voice("one", 1, (exchange,))], Outcome(1.0, 0.1, {"one": tally}, replies))
+    assert (found.checked, found.wrong) == (3, 2)
+    assert (found.answered, found.asked) == (1, 3)
+    assert (found.p50_ms, found.p99_ms) == (200.0, 300.0)
 
 
 def test_memory_is_judged_after_the_warm_up_and_not_by_a_short_run():

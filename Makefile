@@ -7,8 +7,8 @@ READY := $(VENV)/.veilhead-ready
 export HF_HUB_OFFLINE := 1
 export PYTHONWARNINGS := default
 
-.PHONY: help setup demo test lint format attack bench bench-full chaos docs hostile fuzz vectors \
-	lock sbom audit pin-base image
+.PHONY: help setup demo test lint format attack bench bench-full chaos soak docs hostile fuzz \
+	vectors lock sbom audit pin-base image
 
 help:
 	@echo "make setup    install everything, the pinned MiniLM backbone included"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-full  the same with sweeps, all data sets, and Concrete ML"
 	@echo "make attack   what heads, embeddings and queries give away, with and without protection"
 	@echo "make chaos    faults under load: what callers see while parts of a service die"
+	@echo "make soak     10 minutes of 64 clients, one tenant abusive; then the table of fairness"
 	@echo "make docs     the API reference, from the docstrings, in build/api"
 	@echo "make hostile  1,000,000 hostile requests and connections to a real service, all judged"
 	@echo "make fuzz     fuzz every parser, 20 seconds each"
@@ -70,6 +71,9 @@ attack: setup
 
 chaos: setup
 	$(BIN)/veilhead-bench chaos
+
+soak: setup
+	$(BIN)/veilhead-bench soak; status=$$?; $(BIN)/veilhead-bench fairness && exit $$status
 
 docs: setup
 	$(BIN)/pdoc --docformat google --no-show-source --output-directory build/api \

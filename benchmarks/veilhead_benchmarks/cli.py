@@ -158,30 +158,54 @@ def hostile(
 
 @app.command()
 def soak(
-    seconds: Annotated[float, typer.Option(help="How long to ask, at least.")] = 600.0,
-    clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 64,
-    texts: Annotated[int, typer.Option(min=1, help="Texts to ask for, at least.")] = 10_000,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="How long to ask: half alone, half beside the abuser.")
+    ] = 600.0,
     workers: Annotated[int, typer.Option(min=1, help="Evaluating processes.")] = 2,
-    tenants: Annotated[int, typer.Option(min=1, help="Tenants that they belong to.")] = 8,
+    tenants: Annotated[int, typer.Option(min=2, help="Tenants, one of them abusive.")] = 8,
+    clients: Annotated[int, typer.Option(min=1, help="Clients of each tenant.")] = 8,
+    abuser_connections: Annotated[
+        int, typer.Option(min=1, help="Connections of the abusive tenant, about.")
+    ] = 128,
     out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
         "benchmarks/results/soak.json"
     ),
 ) -> None:
-    """Let many clients ask at once for a long time; check every answer, memory and /livez.
+    """Let many clients ask for a long time, alone and then beside an abusive tenant.
 
-    Exit status 1 when any text was not answered, or wrongly.
+    Judges every answer, the others' waiting, memory and open files. Exit status 1 when a promise
+    was broken.
     """
     from veilhead_benchmarks.soak import run_soak, show
 
     report = run_soak(
         seconds=seconds,
-        clients=clients,
-        texts=texts,
         workers=workers,
         tenants=tenants,
+        clients=clients,
+        abuser_connections=abuser_connections,
     )
     show(report, out)
     raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def fairness(
+    seconds: Annotated[float, typer.Option(min=1, help="How long each row asks.")] = 20.0,
+    workers: Annotated[int, typer.Option(min=1, help="Evaluating processes.")] = 2,
+    out: Annotated[Path, typer.Option(help="The JSON file of the results.")] = Path(
+        "benchmarks/results/fairness.json"
+    ),
+) -> None:
+    """Measure how long a light tenant's query takes beside a heavy tenant, polite and impolite.
+
+    Exit status 1 when one of its queries was not answered, or any answer was wrong.
+    """
+    from veilhead_benchmarks.fairness import run_fairness, show
+
+    rows = run_fairness(seconds=seconds, workers=workers)
+    show(rows, out)
+    raise typer.Exit(0 if all(row.passed for row in rows) else 1)
 
 
 @app.command()

@@ -155,7 +155,7 @@ def _until(end: float) -> Iterator[None]:
     return (None for _ in takewhile(lambda _: time.perf_counter() < end, count()))
 
 
-def _cpu_seconds(pids: tuple[int, ...]) -> float:
+def cpu_seconds(pids: tuple[int, ...]) -> float:
     """User and system time of processes, proc(5)."""
     ticks = 0
     for pid in pids:
@@ -183,7 +183,7 @@ async def generate(load: Load) -> Outcome:
 
 
 async def _measured(load: Load, connections: list[_Connection]) -> Outcome:
-    service, workers = _cpu_seconds((load.service,)), _cpu_seconds(load.workers)
+    service, workers = cpu_seconds((load.service,)), cpu_seconds(load.workers)
     own, started = time.process_time(), time.perf_counter()
     dues: Iterator[float | None]
     dues = _until(started + load.seconds) if load.arrivals is None else iter(load.arrivals)
@@ -193,8 +193,8 @@ async def _measured(load: Load, connections: list[_Connection]) -> Outcome:
         latencies=tuple(latencies),
         replies=replies,
         generator_cpu=time.process_time() - own,
-        service_cpu=_cpu_seconds((load.service,)) - service,
-        worker_cpu=_cpu_seconds(load.workers) - workers,
+        service_cpu=cpu_seconds((load.service,)) - service,
+        worker_cpu=cpu_seconds(load.workers) - workers,
     )
 
 

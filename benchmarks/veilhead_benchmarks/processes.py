@@ -144,6 +144,10 @@ class ServiceProcess:
         """Resident memory of the service and its workers, proc(5)."""
         return sum(resident_bytes(pid) for pid in [self.pid, *self.workers()])
 
+    def descriptors(self) -> int:
+        """Open files of the service and its workers, proc(5)."""
+        return sum(_descriptors(pid) for pid in [self.pid, *self.workers()])
+
 
 def is_running(pid: int) -> bool:
     """Whether a process runs; one that has ended and waits for its parent does not."""
@@ -172,6 +176,14 @@ def resident_bytes(pid: int) -> int:
     except (OSError, IndexError):
         return 0
     return int(pages) * resource.getpagesize()
+
+
+def _descriptors(pid: int) -> int:
+    """Open files of one process, proc(5); 0 when it is gone."""
+    try:
+        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    except OSError:
+        return 0
 
 
 def publish_random(

@@ -52,6 +52,7 @@ from veilhead.transport import NOT_HERE, check_url
 from veilhead.window import Window
 from veilhead_protocol.copies import keep_for_ever, process_mark
 from veilhead_protocol.errors import (
+    BackboneError,
     CallTimeoutError,
     ClientError,
     InputError,
@@ -590,6 +591,12 @@ class AsyncClient:
             # A call whose time is over meanwhile leaves it to the next.
             with anyio.CancelScope(shield=True):
                 loaded = await self._on_backbone_thread(partial(plan.load, directory))
+            if loaded.dimensions != self.manifest.head.dimensions:
+                raise BackboneError(
+                    f"the backbone makes {loaded.dimensions} values, the head of the model "
+                    f"{self._model!r} takes {self.manifest.head.dimensions}: the vendor's manifest "
+                    "is inconsistent"
+                )
             self._backbone = loaded
             return loaded
 

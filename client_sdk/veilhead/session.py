@@ -256,9 +256,12 @@ class Session:
             EncryptionError: when not even decoys can be encrypted.
         """
         # Drawn whether they are needed or not: that would show in the time.
-        decoys = self._random.random(embeddings.shape) - 0.5
+        shape = (layout.texts, layout.dimensions)
+        decoys = self._random.random(shape) - 0.5
         decoys /= np.linalg.norm(decoys, axis=1, keepdims=True)
         try:
+            if embeddings.shape != shape:
+                raise ValueError("embeddings of another shape")
             rows = project(embeddings, self._manifest.embedding.scale)
             finite = np.isfinite(rows).all(axis=1, keepdims=True)  # [b, 1]
             polynomials = self._encrypted(np.where(finite, rows, decoys), key, layout)

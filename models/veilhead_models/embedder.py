@@ -164,7 +164,7 @@ class Embedder(ABC):
                 [tokens[row] for row in rows],
                 None if types is None else [types[row] for row in rows],
             )
-            yield rows, self._run(padded)
+            yield rows, self._checked(self._run(padded), (len(rows), self.dimensions))
 
     def _fastest(self, longest: int) -> int:
         """How many texts go together best, of which the longest has so many tokens."""
@@ -200,7 +200,8 @@ class Embedder(ABC):
                 continue
             ids: list[int] = encoded["input_ids"][index]
             types = encoded["token_type_ids"][index] if self.section.token_types else None
-            made = self._run(self._padded([ids], None if types is None else [types]))[0]
+            padded = self._padded([ids], None if types is None else [types])
+            (made,) = self._checked(self._run(padded), (1, len(ids), self.dimensions))
             special = encoded["special_tokens_mask"][index]
             kept = [place for place in range(len(ids)) if not special[place]]
             spans = encoded["offset_mapping"][index]
@@ -213,6 +214,22 @@ class Embedder(ABC):
                 )
             )
         return windows
+
+    def _checked(self, made: NDArray[np.float32], expected: tuple[int, ...]) -> NDArray[np.float32]:
+        """What the backbone made, when it has the shape that it said.
+
+        A graph of the vendor's could make another one of chosen texts: whatever that breaks later
+        would tell them from the others.
+
+        Raises:
+            BackboneError: when it has not.
+        """
+        if made.shape != expected or made.dtype.kind != "f":
+            raise BackboneError(
+                f"the backbone {self.section.name!r} made another shape than it declares: got "
+                f"{list(made.shape)} of {made.dtype}, expected {list(expected)}"
+            )
+        return made
 
     def count_tokens(self, text: str, *, stride: int | None = None) -> int:
         """How many tokens `embed_tokens` would embed of a text, in all its windows.

@@ -62,11 +62,7 @@ class Access(Protocol):
         """
 
     def count_registration(self, tenant: str) -> None:
-        """Count a key that came with an admitted query as the request that it saves.
-
-        Raises:
-            Problem: rate-limited.
-        """
+        """Count a key that came with an admitted query as the request that it saves."""
 
     def charged(
         self, tenant: str, model: str, units: int, default: Budget | None = None

@@ -274,7 +274,13 @@ class EncryptedHead:
 
     def _encoded(self, layout: Layout) -> _Weights:
         packed = layout.pack_weight(self._weight)  # [R, P, G t]
-        return [[self._encode(row) if row.any() else None for row in pieces] for pieces in packed]
+        return [[self._encoded_or_none(row) for row in pieces] for pieces in packed]
+
+    def _encoded_or_none(self, coefficients: NDArray[np.float64]) -> Any | None:
+        """A weight polynomial; None for zero, which takes as long: the first query waits for it."""
+        is_zero = not coefficients.any()
+        encoded = self._encode(np.ones(len(coefficients)) if is_zero else coefficients)
+        return None if is_zero else encoded
 
     def _encode(self, coefficients: NDArray[np.float64]) -> Any:
         """The weight polynomial that begins with these coefficients, in NTT form."""

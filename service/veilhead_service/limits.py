@@ -149,3 +149,8 @@ class RateLimiter:
             return (1 - tokens) / rate.per_second
         self._buckets[tenant] = (tokens - 1, now)
         return 0.0
+
+    def debit(self, tenant: str) -> None:
+        """Count one more request of a tenant that was just admitted, at the cost of later ones."""
+        tokens, then = self._buckets[tenant]
+        self._buckets[tenant] = (tokens - 1, then)

@@ -186,9 +186,8 @@ class TenantAccess:
         return key.tenant
 
     def count_registration(self, tenant: str) -> None:
-        """Take one more request from the tenant's rate."""
-        if self._directory is not None and tenant in self._directory.tenants:
-            self._take(self._directory, tenant)
+        """Take one more request from the tenant's rate: its next ones wait for it."""
+        self._limiter.debit(tenant)
 
     def _take(self, directory: _Directory, tenant: str) -> None:
         wait = self._limiter.take(tenant, self._rate_of(directory, tenant))

@@ -144,13 +144,13 @@ def test_many_callers_get_their_own_answers_in_few_batches(gateway, expected):
 
     async def work(caller, _):
         sizes = []
-        classify = caller.gateway.client.classify
+        logits_of = caller.gateway.client._logits_of
 
-        async def spy(rows, **options):
+        async def spy(rows):
             sizes.append(len(rows))
-            return await classify(rows, **options)
+            return await logits_of(rows)
 
-        caller.gateway.client.classify = spy
+        caller.gateway.client._logits_of = spy
         answers = await asyncio.gather(
             *(caller.predict(text, raw_scores=place % 2 == 0) for place, text in enumerate(texts))
         )
@@ -467,7 +467,7 @@ def test_texts_reach_neither_logs_nor_metrics_nor_errors(
             raise RuntimeError(rows[0])
 
         if failing == "client":
-            caller.gateway.client.classify = leaking
+            caller.gateway.client._logits_of = leaking
         if failing == "batcher":
             caller.gateway.batcher("").ask = leaking
         answer = await caller.post(document)

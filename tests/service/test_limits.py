@@ -95,6 +95,21 @@ def test_a_burst_goes_at_once_and_then_the_rate_counts():
     assert limiter.take("a", rate) > 0
 
 
+def test_what_came_along_is_paid_by_later_requests_at_any_rate():
+    """A query with its key costs two requests, and a burst of one serves it all the same."""
+    clock = Clock()
+    limiter, rate = RateLimiter(clock=clock), Rate(0.5, 1)
+    served, start = 0, clock.now
+    while served < 20:
+        wait = limiter.take("a", rate)
+        if wait:
+            clock.now += wait
+            continue
+        limiter.debit("a")
+        served += 1
+    assert clock.now - start == pytest.approx((2 * 20 - 2) / rate.per_second, abs=2)
+
+
 def test_tenants_do_not_share_a_rate():
     limiter, rate = RateLimiter(clock=Clock()), Rate(1.0, 1)
     assert [limiter.take(name, rate) for name in ("a", "b")] == [0, 0]

@@ -24,9 +24,8 @@ from veilhead.gateway.callers import Callers
 from veilhead.gateway.metrics import Metrics
 from veilhead.gateway.problems import respond
 from veilhead.gateway.upstream import Upstream
-from veilhead.predictions import FunctionToApply, Prediction, default_function, scores
+from veilhead.predictions import FunctionToApply, default_function, scores
 from veilhead_protocol.errors import (
-    BatchError,
     CallerError,
     ClientError,
     GatewayTimeoutError,
@@ -161,17 +160,12 @@ class Gateway:
         try:
             # Nobody waits for a batch longer, and a service that hangs must not keep its place.
             async with self._deadline():
-                rows = await self.client.classify(texts, top_k=None, function_to_apply="none")
-        except BatchError as error:
-            return [
-                _cause(error.errors[row], error) if row in error.errors else self._in_order(answer)
-                for row, answer in enumerate(error.results)
-            ]
-        return [self._in_order(row) for row in rows]
-
-    def _in_order(self, predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-        logits = {prediction.label: prediction.score for prediction in predictions}
-        return np.array([logits[label] for label in self.client.labels])
+                # No labels are made here: the next batch must not wait for what takes its time by
+                # the values of this one.
+                rows = await self.client._logits_of(texts)
+        except VeilheadError as error:
+            return [error] * len(texts)
+        return [_cause(row, rows) if isinstance(row, VeilheadError) else row for row in rows]
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:
@@ -215,10 +209,10 @@ class Gateway:
         return JSONResponse(rows[0] if asked.is_single else rows)
 
 
-def _cause(error: VeilheadError, batch: BatchError) -> VeilheadError:
+def _cause(error: VeilheadError, rows: Sequence[Outcome]) -> VeilheadError:
     """Why a row failed: for one that was not sent, what showed that none can succeed."""
     if isinstance(error, NotSentError):
-        for other in batch.errors.values():
+        for other in rows:
             if isinstance(other, TransportError | ServiceResponseError):
                 return other
     return error

@@ -61,6 +61,14 @@ class Access(Protocol):
             StateError: when it cannot be known.
         """
 
+    async def confirm(self, authorization: list[str], path: str) -> None:
+        """See that an admitted request may still be answered: its body may have taken long.
+
+        Raises:
+            Problem: unauthenticated or forbidden.
+            StateError: when it cannot be known.
+        """
+
     def count_registration(self, tenant: str) -> None:
         """Count a key that came with an admitted query as the request that it saves."""
 
@@ -111,6 +119,9 @@ class InsecureAccess:
     async def admit(self, authorization: list[str], path: str) -> str:  # noqa: ARG002
         """Everybody is the same tenant."""
         return INSECURE_TENANT
+
+    async def confirm(self, authorization: list[str], path: str) -> None:
+        """Everybody may."""
 
     def count_registration(self, tenant: str) -> None:
         """Nothing is counted."""

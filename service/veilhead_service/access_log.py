@@ -131,8 +131,9 @@ class AccessLog:
         """
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = self._path.with_name(f"{self._path.name}.lock")
-            self._lock_file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # The directory itself: a file beside the log could be deleted, and then locked twice.
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            self._lock_file = os.open(self._path.parent, flags)
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._close_files()

@@ -127,7 +127,7 @@ def end_of(path: Path) -> End:
 
 
 def _moved_away(path: Path) -> list[Path]:
-    known = {*files_of(path), path.with_name(f"{path.name}.lock")}
+    known = set(files_of(path))
     found = [*path.parent.glob(f"{path.name}.*"), *path.parent.glob(f"{path.name}-*")]
     packed = (".gz", ".xz", ".bz2", ".zst")
     return [

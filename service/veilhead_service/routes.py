@@ -212,6 +212,8 @@ async def infer(name: str, request: Request, services: _Services, tenant: _Tenan
     key = carried_key(body, header) or services.keys.get(tenant, header.key_id)
     if not key:
         raise key_not_registered()
+    # The key may have been revoked while the body was on its way.
+    await services.access.confirm(request.headers.getlist("authorization"), request.scope["path"])
     units = charge(layout)
     async with services.access.charged(tenant, name, units, policy_budget(model.manifest)):
         evaluation = await services.pool.evaluate(

@@ -161,6 +161,16 @@ class TenantAccess:
     async def admit(self, authorization: list[str], path: str) -> str:
         """Authenticate, then look at the scope, then at the rate."""
         directory = await self._current()
+        tenant = self._authenticated(directory, authorization, path).tenant
+        self._take(directory, tenant)
+        return tenant
+
+    async def confirm(self, authorization: list[str], path: str) -> None:
+        """Authenticate, and look at the scope, once more."""
+        self._authenticated(await self._current(), authorization, path)
+
+    def _authenticated(self, directory: _Directory, authorization: list[str], path: str) -> ApiKey:
+        """The API key of a request, when it opens this path."""
         scheme, _, written = (
             authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
         )
@@ -182,8 +192,7 @@ class TenantAccess:
                 f"the API key lacks the scope {needed}; the vendor can make one that has it",
                 tenant=key.tenant,
             )
-        self._take(directory, key.tenant)
-        return key.tenant
+        return key
 
     def count_registration(self, tenant: str) -> None:
         """Take one more request from the tenant's rate: its next ones wait for it."""

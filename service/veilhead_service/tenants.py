@@ -43,16 +43,20 @@ class KeyScope(StrEnum):
 DEFAULT_SCOPES: Final = frozenset({KeyScope.INFER, KeyScope.MODELS, KeyScope.USAGE})
 
 
+#: What stands for no tenant in records, or for everybody.
+_RESERVED: Final = frozenset({INSECURE_TENANT, "none"})
+
+
 def check_tenant_name(name: str) -> str:
     """The name, when a tenant may have it.
 
     Raises:
         TenantError: when not.
     """
-    if not _TENANT_PATTERN.fullmatch(name) or name == INSECURE_TENANT:
+    if not _TENANT_PATTERN.fullmatch(name) or name in _RESERVED:
         raise TenantError(
             "a tenant's name has 1 to 63 lower-case letters, digits and hyphens, neither first "
-            f"nor last a hyphen, and is not {INSECURE_TENANT}"
+            f"nor last a hyphen, and is none of {', '.join(sorted(_RESERVED))}"
         )
     return name
 

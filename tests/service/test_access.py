@@ -19,10 +19,10 @@ from starlette.requests import Request
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 from support.copies import WAYS, in_copy
-from support.heads import artifact
+from support.heads import artifact, unit_rows
 from support.tenants import add_tenant, bearer
 
-from veilhead.session import SecretKey
+from veilhead.session import SecretKey, Session
 from veilhead_protocol.errors import StateError, WorkerError
 from veilhead_protocol.policy import BudgetClause, PolicySection
 from veilhead_service.access import OPEN_PATHS, scope_of
@@ -799,3 +799,26 @@ def test_a_slash_too_many_is_no_route_and_no_redirect(make_app, directory, reque
     status, found, _ = request_raw(make_app(), "GET", "/v1/usage/", headers=bearer(written))
     assert status == 404
     assert "location" not in found
+
+
+def test_a_key_that_is_revoked_while_its_body_is_on_its_way_is_refused(
+    make_app, api_key, directory, store, artifacts
+):
+    """A body may take half a minute: what matters is the key when it is here."""
+    query = Session(artifacts["digits"].manifest, fresh_keys=True).encrypt(unit_rows(1, 64)[0])
+
+    def body(revoked):
+        yield query.data[:1000]
+        if revoked:
+            with State(directory) as state:
+                state.revoke("clinic", None)
+            time.sleep(0.5)  # twice as long as a revocation may go unseen
+        yield query.data[1000:]
+
+    headers = bearer(api_key) | {"Content-Type": "application/octet-stream"}
+    with TestClient(make_app(), headers=headers) as client:
+        found = [
+            client.post("/v1/models/digits/infer", content=body(revoked)).status_code
+            for revoked in (False, True)
+        ]
+    assert found == [200, 401]

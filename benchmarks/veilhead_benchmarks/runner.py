@@ -81,7 +81,7 @@ class Plan:
     classes: tuple[int, ...] = (2, 8, 20, 77)
     large: tuple[int, ...] = (1024, 4096)
     sweep_dimensions: tuple[int, ...] = ()
-    batches: tuple[tuple[int, int], ...] = ((64, 77), (2048, 20), (2048, 77))
+    batches: tuple[tuple[int, int], ...] = ((64, 77), (193, 77), (2048, 20), (2048, 77))
     peer_batches: tuple[tuple[int, int], ...] = ((2048, 20),)
     end_to_end: tuple[Case, ...] = (
         Case(1, 8, 151),
@@ -104,7 +104,7 @@ QUICK: Final = Plan()
 FULL: Final = Plan(
     large=(150, 512, 1024, 2048, 4096),
     sweep_dimensions=(64, 128, 256, 512, 768, 1024, 2048, 4096),
-    batches=tuple((texts, classes) for classes in (20, 77) for texts in (8, 64, 256, 2048, 8192)),
+    batches=tuple((texts, classes) for classes in (20, 77) for texts in (8, 64, 193, 2048, 8192)),
     peer_batches=((2048, 2), (2048, 20), (4096, 20)),
     end_to_end=(*QUICK.end_to_end[:-1], Case(2048, 8, 6)),
     memory=(("standard", 1000, 200, 1024), ("compact", 400, 200, 1024)),

@@ -97,7 +97,8 @@ class Connections:
         if peer is not None and peer.connections >= self.limits.peer_connections:
             others = peer.waiting
         elif self._count >= self.limits.connections:
-            others = self._waiting
+            # Of the address with the most: who has one or two is not pushed out by a crowd.
+            others = max(self._peers.values(), key=lambda one: len(one.waiting)).waiting
         if others is not None:
             self.note(Refusal.CROWDED)
             longest = next(iter(others), None)

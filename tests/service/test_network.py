@@ -197,8 +197,7 @@ def test_connections_beyond_the_limit_cost_neither_descriptors_nor_lines(serve, 
         )
         assert shown.status_code == 200
         assert sum(is_closed(connection) for connection in idle) > 600
-    # On a busy machine one that has just connected may be the one that waits longest.
-    assert len(live.failed) <= live.answered / 4
+    assert not live.failed
     assert len((tmp_path / "log").read_text().splitlines()) < 40
     until(lambda: descriptors(service.pid) < 60)
 

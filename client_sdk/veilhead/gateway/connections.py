@@ -9,6 +9,7 @@ asyncio calls of any protocol is overridden, and the rest is seen as an ASGI app
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any, Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -64,9 +65,19 @@ class Guard:
             self._arm(peer)
 
     def opened(self, peer: Any, transport: asyncio.Transport) -> bool:
-        """Take a connection in; False when there are too many."""
+        """Take a connection in; False when there are too many, and none of them is idle.
+
+        Of the idle ones, the longest idle of the address with the most makes room.
+        """
         if len(self._open) >= self._max_connections:
-            return False
+            idle = [one for one in self._timers if one in self._open]  # longest first
+            if not idle:
+                return False
+            crowd = Counter(str(one[0]) for one in idle).most_common(1)[0][0]
+            longest = next(one for one in idle if str(one[0]) == crowd)
+            crowded = self._open[longest]
+            self.closed(longest)
+            crowded.abort()
         self._open[peer] = transport
         self._arm(peer)
         return True
